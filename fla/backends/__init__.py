@@ -1,0 +1,81 @@
+"""Which backend computes: the whole dispatch.
+
+A family's implementation is the module `fla.backends.<backend>.<family>`, found by name.
+Order: the `backend=` argument, `with use_backend(...)`, `FLA_BACKEND`, then Triton for GPU tensors and PyTorch otherwise.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch")
+logger = logging.getLogger("fla")
+_chosen = threading.local()
+_modules: dict[tuple[str, str], ModuleType] = {}
+_announced: set[tuple[str, str]] = set()
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Take `backend` ("triton", "torch" or None for the default) for every op in the block that names none itself."""
+    before = getattr(_chosen, "backend", None)
+    _chosen.backend = _check(backend, "use_backend")
+    try:
+        yield
+    finally:
+        _chosen.backend = before
+
+
+def resolve(tensor: Tensor, backend: str | None = None) -> str:
+    """The backend's name for `tensor`. Raises ValueError when a named backend cannot run it."""
+    named = _check(backend, "backend") or getattr(_chosen, "backend", None) or _check(_from_env(), "FLA_BACKEND")
+    if named == "triton" and not tensor.is_cuda and not interpreting():
+        raise ValueError(
+            f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch' (the default for "
+            "such tensors), or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    return named or ("triton" if tensor.is_cuda and _has_triton() else "torch")
+
+
+def family(name: str, backend: str, op: str | None = None) -> ModuleType:
+    """The module that computes family `name` on `backend`; logs once per op which backend it took."""
+    module = _modules.get((backend, name))
+    if module is None:
+        try:
+            module = importlib.import_module(f"fla.backends.{backend}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"fla.backends.{backend}.{name}":
+                raise
+            raise ValueError(f"backend={backend!r} does not compute the family {name!r}; use backend='torch'") from None
+        _modules[backend, name] = module
+    if op is not None and (op, backend) not in _announced and not torch.compiler.is_compiling():
+        _announced.add((op, backend))
+        logger.info("%s: %s backend", op, backend)
+    return module
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _check(backend: str | None, argument: str) -> str | None:
+    if backend is None or backend in BACKENDS:
+        return backend
+    raise ValueError(f"{argument} must be None, 'triton' or 'torch', got {backend!r}")
+
+
+def _from_env() -> str | None:
+    return os.environ.get("FLA_BACKEND") or None
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,137 @@
+"""What an op declares of itself, the shape language, and the checks every public op runs first.
+
+A shape is a string of axes, "B T H K": a letter stands for one size across all tensors of a call, a number for itself.
+`N` is the number of states: the batch, or the sequences of a pack when `cu_seqlens` is given.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REGISTRY: dict[str, "OpSpec"] = {}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to call an op: keyword settings, and the gates or tensors left out or put in."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    forms: tuple[str, ...] | None = None  # None: every form of the op
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op, described so that tests, benchmarks and docs need nothing else.
+
+    `shapes`: every tensor argument. `reference(**tensors, scale, initial_state, output_final_state)`: the naive recurrence,
+    returns `(o, state)`. `forms`: form name -> public function. `inputs`: from noise of those shapes to legal inputs.
+    `gates`: the arguments that are log decays. `state`: argument names of the initial state. `gaps`: what does not work, in words.
+    """
+
+    name: str
+    family: str
+    shapes: dict[str, str]
+    reference: Callable[..., tuple[Tensor, Any]]
+    forms: dict[str, Callable[..., tuple[Tensor, Any]]]
+    inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda x: x
+    gates: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = (Variant("default"),)
+    stateless: tuple[str, ...] = ("parallel",)  # forms without initial and final state
+    gaps: dict[str, str] = field(default_factory=dict)
+    paper: str = ""
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Make the op known to the suites, and its naive functions importable as `fla.ops.<op>.naive`."""
+    REGISTRY[spec.name] = spec
+    module = sys.modules[spec.reference.__module__]
+    alias = ModuleType(f"{module.__name__}.naive", f"The naive functions of {module.__name__}.")
+    for name, value in vars(module).items():
+        if name.startswith("naive_"):
+            setattr(alias, name, value)
+    sys.modules[alias.__name__] = alias
+    return spec
+
+
+def check_shapes(
+    shapes: dict[str, str],
+    *,
+    same_dtype: tuple[str, ...] = ("q", "k", "v"),
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    **tensors: Tensor | None,
+) -> dict[str, int]:
+    """Check the tensors of a call against each other and return the size of every axis.
+
+    Raises TypeError for what is no floating tensor or has another dtype than it must, ValueError for ranks, sizes,
+    devices, `scale` and the form of `cu_seqlens`. Values of `cu_seqlens` are checked where they are read (`fla.varlen`).
+    """
+    dims: dict[str, int] = {}
+    first = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape [{shapes[name]}], got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if first is None:
+            first = name
+            if cu_seqlens is not None:
+                _check_packing(cu_seqlens, x, name)
+                dims["N"] = cu_seqlens.shape[0] - 1
+        reference = tensors[first]
+        assert reference is not None
+        if x.device != reference.device:
+            raise ValueError(f"{name} must be on {reference.device} like {first}, got {x.device}")
+        if name in same_dtype and x.dtype != reference.dtype:
+            raise TypeError(f"{name} must have the dtype of {first} ({reference.dtype}), got {x.dtype}")
+        _check_axes(shapes[name], name, x, dims)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return dims
+
+
+def _check_axes(shape: str, name: str, x: Tensor, dims: dict[str, int]) -> None:
+    axes = shape.split()
+    if x.dim() != len(axes):
+        raise ValueError(f"{name} must have shape [{', '.join(axes)}], got {len(x.shape)} axes: {list(x.shape)}")
+    for axis, size in zip(axes, x.shape, strict=True):
+        if axis == "N" and "N" not in dims:
+            dims["N"] = dims.get("B", size)
+        expected = int(axis) if axis.isdigit() else dims.setdefault(axis, size)
+        if size != expected:
+            raise ValueError(
+                f"{name} must have shape [{', '.join(axes)}] with {axis} = {expected}, got {list(x.shape)}"
+            )
+
+
+def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
+            "flatten the batch with x.reshape(1, -1, *x.shape[2:])"
+        )
+
+
+def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
+    """One packing from the two names it goes by. Both given must be the same tensor: comparing values would wait for the GPU."""
+    if cu_seqlens is None or cu_seq_lens_q is None:
+        return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+    same = cu_seqlens.shape == cu_seq_lens_q.shape and cu_seqlens.data_ptr() == cu_seq_lens_q.data_ptr()
+    if cu_seqlens is not cu_seq_lens_q and not same:
+        raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument, got two different tensors")
+    return cu_seqlens
