@@ -4,6 +4,7 @@ A family's implementation is the module `fla.backends.<backend>.<family>`, found
 Order: the `backend=` argument, `with use_backend(...)`, `FLA_BACKEND`, then Triton for GPU tensors and PyTorch otherwise.
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -13,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import torch
-from torch import Tensor
+from torch import Tensor  # not `import torch`: the subpackage fla.backends.torch takes that name here
+from torch.compiler import is_compiling
 
 BACKENDS = ("triton", "torch")
 logger = logging.getLogger("fla")
@@ -34,15 +35,19 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _chosen.backend = before
 
 
-def resolve(tensor: Tensor, backend: str | None = None) -> str:
-    """The backend's name for `tensor`. Raises ValueError when a named backend cannot run it."""
-    named = _check(backend, "backend") or getattr(_chosen, "backend", None) or _check(_from_env(), "FLA_BACKEND")
-    if named == "triton" and not tensor.is_cuda and not interpreting():
+def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
+    """The backend that computes family `name` for `tensor`. Raises ValueError when the named one cannot."""
+    named = _check(backend, "backend")
+    preferred = named or getattr(_chosen, "backend", None) or _check(os.environ.get("FLA_BACKEND") or None, "FLA_BACKEND")
+    if preferred == "triton" and not tensor.is_cuda and not interpreting():
         raise ValueError(
             f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch' (the default for "
             "such tensors), or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
-    return named or ("triton" if tensor.is_cuda and _has_triton() else "torch")
+    chosen = preferred or ("triton" if tensor.is_cuda and _has_triton() else "torch")
+    if named is None and chosen == "triton" and not _computes("triton", name):
+        return "torch"  # a preference for the block or machine, not for this call: the family has no kernels yet
+    return chosen
 
 
 def family(name: str, backend: str, op: str | None = None) -> ModuleType:
@@ -56,7 +61,7 @@ def family(name: str, backend: str, op: str | None = None) -> ModuleType:
                 raise
             raise ValueError(f"backend={backend!r} does not compute the family {name!r}; use backend='torch'") from None
         _modules[backend, name] = module
-    if op is not None and (op, backend) not in _announced and not torch.compiler.is_compiling():
+    if op is not None and (op, backend) not in _announced and not is_compiling():
         _announced.add((op, backend))
         logger.info("%s: %s backend", op, backend)
     return module
@@ -73,9 +78,11 @@ def _check(backend: str | None, argument: str) -> str | None:
     raise ValueError(f"{argument} must be None, 'triton' or 'torch', got {backend!r}")
 
 
-def _from_env() -> str | None:
-    return os.environ.get("FLA_BACKEND") or None
-
-
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _computes(backend: str, name: str) -> bool:
+    return importlib.util.find_spec(f"fla.backends.{backend}.{name}") is not None

@@ -1,0 +1,65 @@
+"""Tokens as chunks: `[B, T, H, D] <-> [NC, H, C, D]`, zeros where a sequence ends inside a chunk.
+
+`steps` says in which order chunks follow each other: step `n` holds the `n`-th chunk of every sequence that has one, so that
+all sequences, packed or not, advance together.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.backends.decay import Problem
+
+
+class Layout:
+    def __init__(self, problem: Problem, chunk_size: int):
+        self.batch, self.tokens, self.heads = problem.q.shape[:3]
+        self.device = problem.q.device
+        self.packed = problem.cu_seqlens is not None
+        bounds = [0, self.tokens] if problem.cu_seqlens is None else problem.cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.size = min(chunk_size, 1 << max(max(lengths) - 1, 0).bit_length())
+        if self.packed:
+            self.counts = [-(-length // self.size) for length in lengths]
+            self.index = self._token_table(bounds)
+        else:
+            self.counts = [-(-self.tokens // self.size)] * self.batch
+        self.num_chunks = sum(self.counts)
+
+    def _token_table(self, bounds: list[int]) -> Tensor:
+        """Token of every place `[NC, C]`; places after a sequence's end point at the zero row `T`."""
+        table = torch.full((sum(self.counts), self.size), self.tokens)
+        row = 0
+        for start, stop, count in zip(bounds, bounds[1:], self.counts, strict=False):
+            table[row : row + count].view(-1)[: stop - start] = torch.arange(start, stop)
+            row += count
+        return table.to(self.device)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[B, T, H, D]` -> `[NC, H, C, D]`."""
+        if self.packed:
+            return F.pad(x[0], (0, 0, 0, 0, 0, 1))[self.index].transpose(1, 2).contiguous()
+        x = F.pad(x, (0, 0, 0, 0, 0, -self.tokens % self.size))
+        return x.unflatten(1, (-1, self.size)).flatten(0, 1).transpose(1, 2).contiguous()
+
+    def join(self, x: Tensor) -> Tensor:
+        """`[NC, H, C, D]` -> `[B, T, H, D]`."""
+        x = x.transpose(1, 2)
+        if not self.packed:
+            return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.tokens].contiguous()
+        joined = x.new_zeros(self.tokens + 1, *x.shape[2:])
+        joined[self.index] = x
+        return joined[None, : self.tokens]
+
+    def steps(self) -> list[tuple[Tensor, Tensor]]:
+        """For every step the chunks and the sequences (states) they belong to."""
+        return list(self._steps())
+
+    def _steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        first = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
+        counts = torch.tensor(self.counts)
+        for step in range(max(self.counts)):
+            rows = (counts > step).nonzero().flatten()
+            yield (first[rows] + step).to(self.device), rows.to(self.device)

@@ -1,0 +1,128 @@
+"""Gated linear attention (GLA): every key channel forgets at its own rate.
+
+    S_t = diag(exp(gk_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T          S in R^{K x V}
+    o_t = scale * q_t^T S_t
+
+Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` float32. `gk` (called `g` in the chunk form) and `gv` are
+natural-log decays, <= 0; `gv` exists in the recurrent form only. Family: `decay`. Paper: https://arxiv.org/abs/2312.06635
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.backends import decay
+from fla.ops._spec import OpSpec, Variant, check_shapes, register
+
+SHAPES = {
+    "q": "B T H K", "k": "B T H K", "v": "B T H V", "g": "B T H K", "gk": "B T H K", "gv": "B T H V", "initial_state": "N H K V",
+}  # fmt: skip
+SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
+
+
+def naive_recurrent_gla(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    scale: float | None = None, gv: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The two lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+    out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    state = q.new_zeros(len(q), *k.shape[2:], v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(q.shape[1]):
+        if gk is not None:
+            state = state * gk[:, t, :, :, None].to(dtype).exp()
+        if gv is not None:
+            state = state * gv[:, t, :, None, :].to(dtype).exp()
+        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t] * scale, state))
+    o = torch.stack(outputs, 1).to(out_dtype) if outputs else v.to(out_dtype)
+    return o, state if output_final_state else None
+
+
+def chunk_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """GLA, parallel over chunks: for training and prefill.
+
+    Args:
+        q, k, g: `[B, T, H, K]`; `g` is the log decay (natural log, <= 0) of every key channel, of any float dtype.
+        v: `[B, T, H, V]`.
+        scale: multiplies the query; None is `K ** -0.5`.
+        initial_state: `[N, H, K, V]`, N = B or the packed sequences; None is zero.
+        output_final_state: whether to return the state after the last token.
+        state_v_first: states are `[N, H, V, K]`.
+        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
+        cu_seqlens_cpu: accepted for compatibility; no form needs a host copy.
+        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+
+    Returns:
+        `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
+    """
+    shapes = SHAPES_V_FIRST if state_v_first else SHAPES
+    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, initial_state=initial_state)
+    return decay.chunk(
+        q, k, v, gk=g, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+        state_v_first=state_v_first, cu_seqlens=cu_seqlens, backend=backend, op="chunk_gla",
+    )  # fmt: skip
+
+
+def fused_chunk_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`chunk_gla`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    return chunk_gla(
+        q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, backend=backend
+    )
+
+
+def fused_recurrent_gla(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor | None = None, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, reverse: bool = False, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """GLA token by token: for decoding and short inputs. Arguments as in `chunk_gla`, and
+
+    Args:
+        gk: `[B, T, H, K]` log decay per key channel, or None.
+        gv: `[B, T, H, V]` log decay per value channel, or None.
+        reverse: run from the last token to the first (within every packed sequence).
+    """
+    shapes = SHAPES_V_FIRST if state_v_first else SHAPES
+    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, gk=gk, gv=gv, initial_state=initial_state)
+    return decay.recurrent(
+        q, k, v, gk=gk, gv=gv, scale=scale, initial_state=initial_state, output_final_state=output_final_state, reverse=reverse,
+        state_v_first=state_v_first, cu_seqlens=cu_seqlens, backend=backend, op="fused_recurrent_gla",
+    )  # fmt: skip
+
+
+def _reference(q, k, v, g=None, gk=None, gv=None, scale=None, initial_state=None, output_final_state=False):
+    return naive_recurrent_gla(q, k, v, g if gk is None else gk, initial_state, output_final_state, scale, gv)
+
+
+SPEC = register(
+    OpSpec(
+        name="gla",
+        family="decay",
+        shapes=SHAPES,
+        reference=_reference,
+        forms={"chunk": chunk_gla, "fused_chunk": fused_chunk_gla, "fused_recurrent": fused_recurrent_gla},
+        inputs=lambda x: x | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "gk", "gv") if name in x},
+        gates=("g", "gk", "gv"),
+        variants=(
+            Variant("default", without=("gk", "gv"), forms=("chunk", "fused_chunk")),
+            Variant("default", without=("g", "gv"), forms=("fused_recurrent",)),
+            Variant("gk and gv", without=("g",), forms=("fused_recurrent",)),
+            Variant("gv", without=("g", "gk"), forms=("fused_recurrent",)),
+        ),
+        paper="https://arxiv.org/abs/2312.06635",
+    )
+)

@@ -1,0 +1,165 @@
+"""Linear attention: softmax attention without the softmax. No feature map inside: the layer applies it.
+
+    S_t = S_{t-1} + k_t v_t^T          S in R^{K x V}
+    o_t = scale * q_t^T S_t
+    normalize:   z_t = z_{t-1} + k_t,   o_t <- o_t / (scale * q_t^T z_t + 1e-10)
+
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, S `[N, H, K, V]`, z `[N, 1, H, K]` float32. With `normalize` the state is the pair (S, z), so that a
+sequence may be split anywhere. Family: `decay`, without a decay. Paper: https://arxiv.org/abs/2006.16236
+"""
+
+import torch
+from torch import Tensor
+
+from fla.backends import decay
+from fla.ops._spec import OpSpec, Variant, check_shapes, register
+
+SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V", "z": "N 1 H K"}
+EPS = 1e-10
+State = Tensor | tuple[Tensor | None, Tensor]
+
+
+def naive_recurrent_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
+    output_final_state: bool = False, normalize: bool = False,
+) -> tuple[Tensor, State | None]:  # fmt: skip
+    """The lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+    out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    state, z = initial_state if isinstance(initial_state, (tuple, list)) else (initial_state, None)
+    state = q.new_zeros(len(q), *k.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    z = q.new_zeros(k[:, 0].shape) if z is None else z[:, 0].to(dtype)
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        z = z + k[:, t]
+        o = torch.einsum("bhk,bhkv->bhv", q[:, t] * scale, state)
+        outputs.append(o / ((q[:, t] * scale * z).sum(-1, keepdim=True) + EPS) if normalize else o)
+    o = torch.stack(outputs, 1).to(out_dtype) if outputs else v.to(out_dtype)
+    final: State = (state, z[:, None]) if normalize else state
+    return o, final if output_final_state else None
+
+
+def naive_chunk_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, normalize: bool = False, chunk_size: int = 64
+) -> Tensor:
+    """Chunk by chunk: attention inside a chunk, the state between chunks. Any T."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out_dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    state, outputs = q.new_zeros(len(q), *k.shape[2:], v.shape[-1]), []
+    for start in range(0, q.shape[1], chunk_size):
+        cq, ck, cv = (x[:, start : start + chunk_size] for x in (q, k, v))
+        inner = torch.einsum("bhij,bjhv->bihv", torch.einsum("bihk,bjhk->bhij", cq, ck).tril(), cv)
+        outputs.append(inner + torch.einsum("bthk,bhkv->bthv", cq, state))
+        state = state + torch.einsum("bthk,bthv->bhkv", ck, cv)
+    o = torch.cat(outputs, 1)
+    return (o / ((q * k.cumsum(1)).sum(-1, keepdim=True) + EPS) if normalize else o).to(out_dtype)
+
+
+def chunk_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
+    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, State | None]:  # fmt: skip
+    """Linear attention, parallel over chunks: for training and prefill.
+
+    Args:
+        q, k: `[B, T, H, K]`; positive features when `normalize`.
+        v: `[B, T, H, V]`.
+        scale: multiplies the query; None is `K ** -0.5`.
+        initial_state: S `[N, H, K, V]`, N = B or the packed sequences; with `normalize` also the pair (S, z). None is zero.
+        output_final_state: whether to return the state after the last token: S, or (S, z) with `normalize`.
+        normalize: divide by the sum of the scores (`+ 1e-10`).
+        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
+        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+
+    Returns:
+        `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
+    """
+    return _linear_attn(
+        decay.chunk, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        backend=backend, op="chunk_linear_attn",
+    )  # fmt: skip
+
+
+def fused_chunk_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
+    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, State | None]:  # fmt: skip
+    """`chunk_linear_attn`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
+
+
+def fused_recurrent_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
+    output_final_state: bool = False, reverse: bool = False, normalize: bool = False, cu_seqlens: Tensor | None = None, *,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:  # fmt: skip
+    """Linear attention token by token: for decoding and short inputs. Arguments as in `chunk_linear_attn`, and
+
+    Args:
+        reverse: run from the last token to the first (within every packed sequence).
+    """
+    return _linear_attn(
+        decay.recurrent, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state, reverse=reverse,
+        cu_seqlens=cu_seqlens, backend=backend, op="fused_recurrent_linear_attn",
+    )  # fmt: skip
+
+
+def _linear_attn(form, q, k, v, initial_state, normalize, *, scale, output_final_state, cu_seqlens, **options):
+    state, z = _parts(initial_state, normalize)
+    check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
+    options = dict(scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, **options)
+    o, state = form(q, k, v, initial_state=state, **options)
+    if not normalize:
+        return o, state
+    # the normaliser is the same recurrence with the value 1: its state is a K x 1 column, its output the sum of scores
+    z = None if z is None else z.transpose(1, 2).mT
+    total, z = form(q, k, v.new_ones(*v.shape[:3], 1), initial_state=z, **options)
+    o = (o.to(_wide(o)) / (total.to(_wide(o)) + EPS)).to(o.dtype)
+    return o, (state, z.mT.transpose(1, 2)) if output_final_state else None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _parts(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None]:
+    """S and z of an initial state."""
+    if not isinstance(initial_state, (tuple, list)):
+        return initial_state, None
+    if not normalize:
+        raise ValueError("initial_state may be a pair (S, z) only with normalize=True; got a pair with normalize=False")
+    if len(initial_state) != 2:
+        raise ValueError(f"initial_state must be S or the pair (S, z), got {len(initial_state)} entries")
+    return tuple(initial_state)
+
+
+def _reference(q, k, v, z=None, scale=None, initial_state=None, output_final_state=False, normalize=False):
+    return naive_recurrent_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize)
+
+
+SPEC = register(
+    OpSpec(
+        name="linear_attn",
+        family="decay",
+        shapes=SHAPES,
+        reference=_reference,
+        forms={
+            "chunk": chunk_linear_attn,
+            "fused_chunk": fused_chunk_linear_attn,
+            "fused_recurrent": fused_recurrent_linear_attn,
+        },
+        # positive features, so that the normaliser stays away from zero
+        inputs=lambda x: x | {"q": x["q"].abs(), "k": x["k"].abs()},
+        variants=(
+            Variant("default", settings={"normalize": False}, without=("z",)),
+            Variant("normalized", settings={"normalize": True}, without=("z",)),
+        ),
+        paper="https://arxiv.org/abs/2006.16236",
+    )
+)

@@ -1,0 +1,132 @@
+"""Retention (RetNet): linear attention with a fixed decay per head.
+
+    S_t = gamma_h S_{t-1} + k_t v_t^T          gamma_h = 1 - 2^(-5 - h), h = 0 .. H - 1
+    o_t = scale * q_t^T S_t
+
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[N, H, K, V]` float32. Family: `decay`. Paper: https://arxiv.org/abs/2307.08621
+"""
+
+import torch
+from torch import Tensor
+
+from fla.backends import decay
+from fla.ops._spec import OpSpec, check_shapes, register
+
+SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
+SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
+
+
+def naive_recurrent_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The two lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+    out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    gamma = 1 - torch.exp2(-5.0 - torch.arange(q.shape[2], dtype=dtype, device=q.device))
+    state = q.new_zeros(len(q), *k.shape[2:], v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(q.shape[1]):
+        state = gamma[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t] * scale, state))
+    o = torch.stack(outputs, 1).to(out_dtype) if outputs else v.to(out_dtype)
+    return o, state if output_final_state else None
+
+
+def naive_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As attention: `o = A v`, `A_ij = K^-0.5 (q_i . k_j) gamma^(i - j)` for `j <= i`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    log_gamma = torch.log1p(-torch.exp2(-5.0 - torch.arange(q.shape[2], dtype=dtype, device=q.device)))
+    steps = torch.arange(q.shape[1], dtype=dtype, device=q.device)
+    ratio = ((steps[:, None] - steps).tril() * log_gamma[:, None, None]).exp()
+    scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
+    return torch.einsum("bhij,bjhv->bihv", (scores * ratio).tril(), v.to(dtype)).to(v.dtype)
+
+
+def chunk_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Retention, parallel over chunks: for training and prefill.
+
+    Args:
+        q, k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        scale: multiplies the query; None is `K ** -0.5`.
+        initial_state: `[N, H, K, V]`, N = B or the packed sequences; None is zero.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
+        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+
+    Returns:
+        `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
+    """
+    check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
+    return decay.chunk(
+        q, k, v, g_gamma=decay.retention_decay(q.shape[2], q.device), scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend, op="chunk_retention",
+    )  # fmt: skip
+
+
+def fused_chunk_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`chunk_retention`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend=backend)
+
+
+def fused_recurrent_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None, *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Retention token by token: for decoding and short inputs. Arguments as in `chunk_retention`, and
+
+    Args:
+        reverse: run from the last token to the first (within every packed sequence).
+        state_v_first: states are `[N, H, V, K]`.
+    """
+    shapes = SHAPES_V_FIRST if state_v_first else SHAPES
+    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
+    return decay.recurrent(
+        q, k, v, g_gamma=decay.retention_decay(q.shape[2], q.device), scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, reverse=reverse, state_v_first=state_v_first, cu_seqlens=cu_seqlens,
+        backend=backend, op="fused_recurrent_retention",
+    )  # fmt: skip
+
+
+def parallel_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, output_attentions: bool = False,
+    cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Retention without states: `(o, A)`, `A_ij = scale (q_i . k_j) gamma^(i - j)` `[B, H, T, T]` with `output_attentions`, else None.
+
+    `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
+    """
+    check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v)
+    return decay.parallel(
+        q, k, v, g_gamma=decay.retention_decay(q.shape[2], q.device), scale=scale, output_attentions=output_attentions,
+        cu_seqlens=cu_seqlens, backend=backend, op="parallel_retention",
+    )  # fmt: skip
+
+
+SPEC = register(
+    OpSpec(
+        name="retention",
+        family="decay",
+        shapes=SHAPES,
+        reference=naive_recurrent_retention,
+        forms={
+            "chunk": chunk_retention,
+            "fused_chunk": fused_chunk_retention,
+            "fused_recurrent": fused_recurrent_retention,
+            "parallel": parallel_retention,
+        },
+        paper="https://arxiv.org/abs/2307.08621",
+    )
+)
