@@ -2,9 +2,10 @@
 
     o_t = sum_{s <= t} softmax_s(scale * q_t^T k_s) v_s
 
-with optional grouped heads, a sliding window (a query sees the last `window_size` tokens, itself among them), packed sequences, padding
-and cached keys. Not a recurrence and no family of ours: PyTorch's `scaled_dot_product_attention` computes it, or flash-attn when that
-is installed and the tensors are half precision on a GPU. Paper: https://arxiv.org/abs/1706.03762
+with optional grouped heads, a sliding window (a query sees the last `window_size` tokens, itself among them), packed
+sequences, padding and cached keys. Not a recurrence and no family of ours: PyTorch's `scaled_dot_product_attention`
+computes it, or flash-attn when that is installed and the tensors are half precision on a GPU. Paper:
+https://arxiv.org/abs/1706.03762
 """
 
 import functools
@@ -37,11 +38,13 @@ def attention(
     """Causal softmax attention `[B, T, H, V]` of the last `T` of `S` tokens. Differentiable in q, k and v.
 
     Args:
-        q, k, v: `[B, T, H, K]`, `[B, S, G, K]`, `[B, S, G, V]`; `S > T` when keys of earlier calls come first; `H % G == 0`.
+        q, k, v: `[B, T, H, K]`, `[B, S, G, K]`, `[B, S, G, V]`; `S > T` when keys of earlier calls come first; `H % G
+            == 0`.
         scale: factor of the scores, `K ** -0.5` by default.
         window_size: how many tokens a query sees, counted without padding; None: all.
         mask: `[B, S]`, 0 at padding, which nothing attends to; outputs at padded queries are 0.
-        cu_seqlens: `[N + 1]`, boundaries of the sequences packed into one row (`B = 1`, `S = T`); not together with `mask`.
+        cu_seqlens: `[N + 1]`, boundaries of the sequences packed into one row (`B = 1`, `S = T`); not together with
+            `mask`.
         max_seqlen: a bound on the length of a packed sequence, if known.
 
     Raises ValueError or TypeError, naming the argument, for what does not fit.
@@ -49,17 +52,16 @@ def attention(
     dims = check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v)
     _check(dims, window_size, mask, cu_seqlens)
     scale = dims["K"] ** -0.5 if scale is None else scale
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        check_cu_seqlens(cu_seqlens, dims["T"])
     flash = _flash_attn() if mask is None and _flash_runs(q, dims) else None
     if flash is not None:
         return _flash(flash, q, k, v, scale, window_size, cu_seqlens, max_seqlen)
     if cu_seqlens is not None and not q.is_cuda and not torch.compiler.is_compiling():
         # Sequence by sequence: no [T, T] mask, no work between sequences, and on a CPU nothing has to be waited for.
-        check_cu_seqlens(cu_seqlens, dims["T"])
         spans = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
         pieces = [_sdpa(q[:, s], k[:, s], v[:, s], scale, window_size) for s in spans]
         return torch.cat(pieces, 1) if pieces else q.new_zeros(1, 0, dims["H"], dims["V"])
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, dims["T"]) if not torch.compiler.is_compiling() else None
     return _sdpa(q, k, v, scale, window_size, mask, cu_seqlens)
 
 

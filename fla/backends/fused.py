@@ -1,0 +1,338 @@
+"""The family `fused`, for every backend: the operations without a state over time that surround a token mixer.
+
+| function | computes | axes |
+| --- | --- | --- |
+| `norm`, `norm_linear` | RMS, layer, group norm of `x + residual`, times a gate, and a linear map of it | `[..., D]` |
+| `l2norm` | `x / sqrt(sum(x^2) + eps)` | `[..., D]` |
+| `glu`, `glu_linear` | `activation(x) * y`, and a linear map of it | `[..., D]` |
+| `rotary` | channel pairs turned by an angle per token | `[B, T, H, D]` |
+| `conv`, `conv_step`, `token_shift` | a look at the last tokens, with state `[N, D, W]` and packing | `[B, T, D]` |
+| `cross_entropy`, `linear_cross_entropy` | losses, the second without ever holding all logits | `[N, V]`, `[N, D]` |
+
+Each function here checks its arguments, picks the backend and calls the function of the same name in
+`fla.backends.<backend>.fused`, which computes it, is differentiable and can be captured by
+`torch.compile(fullgraph=True)`. Arithmetic is float32 (float64 for float64), results and gradients have the dtype of
+what they belong to.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.backends import family, resolve
+from fla.ops._spec import check_shapes
+from fla.varlen import check_cu_seqlens
+
+FAMILY = "fused"
+ACTIVATIONS = ("swish", "silu", "sigmoid")
+CONV_ACTIVATIONS = (None, "swish", "silu")
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """`z = softcap(logit_scale * logits)`, `loss = lse - (1 - s) z[y] - s mean(z) + lse_square_scale * lse^2`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0  # s
+    logit_scale: float = 1.0
+    lse_square_scale: float = 0.0
+    logit_softcapping: float | None = None
+    inplace_backward: bool = False  # the gradient may overwrite the logits
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
+        if self.logit_softcapping is not None and not self.logit_softcapping > 0:
+            raise ValueError(f"logit_softcapping must be None or positive, got {self.logit_softcapping}")
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    eps: float,
+    is_rms: bool,
+    group_size: int | None = None,
+    activation: str = "swish",
+    gate_first: bool = False,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Any:
+    """`norm(x + residual) * weight + bias`, times `activation(gate)`; over groups of `group_size` channels if given.
+
+    `gate_first`: the gate multiplies what is normalised instead. `prenorm`: return `(y, x + residual)`, the second in
+    the residual's dtype; without a residual it is `x`, in float32 if `residual_in_fp32`. `x` [..., D], `weight`, `bias`
+    [D].
+    """
+    _check_norm(x, weight, bias, residual, gate, group_size, activation)
+    options = {
+        "eps": eps,
+        "is_rms": is_rms,
+        "group_size": group_size,
+        "activation": activation,
+        "gate_first": gate_first,
+    }
+    y = _backend("norm", x).norm(x, weight, bias, residual, gate, **options)
+    return (y, _carried(x, residual, residual_in_fp32)) if prenorm else y
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    eps: float,
+    is_rms: bool,
+    group_size: int | None = None,
+    activation: str = "swish",
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Any:
+    """`norm(...) @ linear_weight.T + linear_bias`, the normalised activation recomputed in the backward pass.
+
+    Arguments of `norm`; `linear_weight` [O, D]. Under autocast the product runs in the autocast dtype.
+    """
+    _check_norm(x, weight, bias, residual, gate, group_size, activation)
+    _check_linear(linear_weight, linear_bias, x.shape[-1])
+    y = _backend("norm_linear", x).norm_linear(
+        x,
+        weight,
+        bias,
+        residual,
+        gate,
+        linear_weight,
+        linear_bias,
+        eps=eps,
+        is_rms=is_rms,
+        group_size=group_size,
+        activation=activation,
+        gate_first=False,
+    )
+    return (y, _carried(x, residual, residual_in_fp32)) if prenorm else y
+
+
+def l2norm(x: Tensor, eps: float, output_dtype: torch.dtype | None = None) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last axis, in `output_dtype` (default: that of `x`)."""
+    _check_float("x", x)
+    return _backend("l2norm", x).l2norm(x, eps, output_dtype)
+
+
+def glu(x: Tensor, y: Tensor, activation: str) -> Tensor:
+    """`activation(x) * y`."""
+    _check_float("x", x)
+    _check_like("y", y, x)
+    _check_choice("activation", activation, ACTIVATIONS)
+    return _backend("glu", x).glu(x, y, activation)
+
+
+def glu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`(activation(x) * y) @ weight.T + bias`, the product recomputed in the backward pass. `weight` [O, D]."""
+    _check_float("x", x)
+    _check_like("y", y, x)
+    _check_linear(weight, bias, x.shape[-1])
+    _check_choice("activation", activation, ACTIVATIONS)
+    return _backend("glu_linear", x).glu_linear(x, y, weight, bias, activation)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first `2 R` channels of `x` [B, T, H, D] by the angles of `cos`, `sin` [T, R] or [B, T, R].
+
+    `y1 = x1 cos - x2 sin`, `y2 = x1 sin + x2 cos`; pairs `(x[i], x[i + R])`, interleaved `(x[2i], x[2i + 1])`.
+    """
+    _check_float("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape [B, T, H, D], got {list(x.shape)}")
+    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in ((x.shape[1],), (x.shape[0], x.shape[1])):
+        raise ValueError(
+            f"cos and sin must have one row per token of x {list(x.shape)}, got {list(cos.shape)} and {list(sin.shape)}"
+        )
+    if 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"cos turns {2 * cos.shape[-1]} channels, but x has {x.shape[-1]}: {list(x.shape)}")
+    return _backend("rotary", x).rotary(x, cos, sin, interleaved)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`y[t] = activation(sum_j weight[:, j] x[t - (W - 1) + j] + bias) + residual`, for x [B, T, D], weight [D, W].
+
+    What lies before a sequence is `initial_state` [N, D, W] (its last W inputs, oldest first), or zeros. The second
+    result is the final state or None. Packed sequences do not see each other. Inputs are not written to.
+    """
+    check_shapes(
+        {
+            "x": "B T D",
+            "weight": "D W",
+            "bias": "D",
+            "residual": "B T D",
+            "initial_state": "N D W",
+        },
+        same_dtype=(),
+        cu_seqlens=cu_seqlens,
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        initial_state=initial_state,
+    )
+    _check_choice("activation", activation, CONV_ACTIVATIONS)
+    check_packing_values(cu_seqlens, x.shape[1])
+    return _backend("causal_conv1d", x, backend).conv(
+        x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens
+    )
+
+
+def conv_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One token of `conv` for x [N, D]; `state` [N, D, W] is shifted and appended to IN PLACE."""
+    shapes = {"x": "B D", "state": "B D W", "weight": "D W", "bias": "D", "residual": "B D"}
+    check_shapes(shapes, same_dtype=(), x=x, state=state, weight=weight, bias=bias, residual=residual)
+    _check_choice("activation", activation, CONV_ACTIVATIONS)
+    return _backend("causal_conv1d_update", x, backend).conv_step(x, state, weight, bias, residual, activation)
+
+
+def token_shift(x: Tensor, cu_seqlens: Tensor | None = None, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x[t - 1] - x[t]` of every sequence of x [B, T, D], and its last x [N, D]; at first `cache` [N, D] or zeros."""
+    shapes = {"x": "B T D", "cache": "N D"}
+    check_shapes(shapes, same_dtype=(), cu_seqlens=cu_seqlens, x=x, cache=cache)
+    check_packing_values(cu_seqlens, x.shape[1])
+    return _backend("token_shift", x).token_shift(x, cu_seqlens, cache)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor]:
+    """Loss of every row, and its z-loss part (no gradient): logits [N, V], integer target [N] -> two [N], float32."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have shape [N, V], got {list(logits.shape)}")
+    _check_float("logits", logits)
+    _check_target(target, logits.shape[:1], logits.shape[1], options.ignore_index)
+    return _backend("cross_entropy", logits).cross_entropy(logits, target.long(), options)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    num_chunks: int,
+    wide_weight_grad: bool,
+    mean: bool,
+    options: CrossEntropy,
+) -> Tensor:
+    """Sum, or `mean` over the targets that count, of the losses of `x @ weight.T + bias`: a float32 scalar.
+
+    x [N, D], target [N], weight [V, D]. The logits of one of `num_chunks` token chunks exist at a time; the gradients
+    are formed with them (only when gradients are recorded). No targets that count: 0. `wide_weight_grad`: the chunks'
+    contributions to the weight's gradient are summed in float32 instead of the weight's dtype.
+    """
+    _check_float("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [N, D], got {list(x.shape)}")
+    _check_linear(weight, bias, x.shape[1])
+    _check_target(target, x.shape[:1], weight.shape[0], options.ignore_index)
+    if num_chunks < 1:
+        raise ValueError(f"num_chunks must be at least 1, got {num_chunks}")
+    return _backend("linear_cross_entropy", x).linear_cross_entropy(
+        x, target.long(), weight, bias, num_chunks, wide_weight_grad, mean, options
+    )
+
+
+def _backend(op: str, x: Tensor, backend: str | None = None) -> Any:
+    return family(FAMILY, resolve(FAMILY, x, backend), op)
+
+
+def _carried(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> Tensor:
+    """What goes on along the residual path."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        return (x.to(wide) + residual).to(residual.dtype)
+    return x.to(wide) if residual_in_fp32 else x
+
+
+def _check_float(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def _check_like(name: str, y: Any, x: Tensor) -> None:
+    _check_float(name, y)
+    if y.shape != x.shape or y.device != x.device:
+        raise ValueError(
+            f"{name} must have the shape and device of x ({list(x.shape)}, {x.device}), got {list(y.shape)}, {y.device}"
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_norm(x, weight, bias, residual, gate, group_size, activation) -> None:
+    _check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one axis, got a number")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (p.dim() != 1 or p.shape[0] != x.shape[-1]):
+            raise ValueError(f"{name} must have shape [{x.shape[-1]}] like the last axis of x, got {list(p.shape)}")
+    if residual is not None:
+        _check_like("residual", residual, x)
+    if gate is not None:
+        _check_like("the gate", gate, x)
+    if group_size is not None and (group_size < 1 or x.shape[-1] % group_size):
+        raise ValueError(f"the group size must divide the last axis of x ({x.shape[-1]}), got {group_size}")
+    _check_choice("activation", activation, ACTIVATIONS)
+
+
+def _check_linear(weight: Any, bias: Tensor | None, width: int) -> None:
+    _check_float("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight must have shape [out, {width}], got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _check_target(target: Any, shape: torch.Size, num_classes: int, ignore_index: int) -> None:
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"target must be an integer tensor, got {getattr(target, 'dtype', type(target).__name__)}")
+    if target.shape != shape:
+        raise ValueError(f"target must have shape {list(shape)}, one class per row, got {list(target.shape)}")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU the check would wait for it
+        wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+        if wrong.any():
+            raise ValueError(
+                f"target must lie in [0, {num_classes}) or be ignore_index={ignore_index}, got {int(target[wrong][0])}"
+            )
+
+
+def check_packing_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    if cu_seqlens is not None and not torch.compiler.is_compiling():  # a graph cannot branch on values
+        check_cu_seqlens(cu_seqlens, num_tokens)
+
+
+family(FAMILY, "torch")  # found here once, so that a graph capture need not import

@@ -1,0 +1,25 @@
+"""The family `fused` in PyTorch: any device, any float dtype, `torch.compile`, gradients by autograd.
+
+The contract is `fla/backends/fused.py`. Arithmetic is float32 (float64 for float64); what a gradient needs is kept in
+the dtype it came in, and recomputed where keeping it would cost an activation more.
+"""
+
+from fla.backends.torch.fused.conv import conv, conv_step, token_shift
+from fla.backends.torch.fused.glu import glu, glu_linear
+from fla.backends.torch.fused.loss import cross_entropy, linear_cross_entropy
+from fla.backends.torch.fused.norm import l2norm, norm, norm_linear
+from fla.backends.torch.fused.rotary import rotary
+
+__all__ = [
+    "conv",
+    "conv_step",
+    "cross_entropy",
+    "glu",
+    "glu_linear",
+    "l2norm",
+    "linear_cross_entropy",
+    "norm",
+    "norm_linear",
+    "rotary",
+    "token_shift",
+]

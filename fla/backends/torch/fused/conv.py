@@ -1,0 +1,144 @@
+"""Depthwise causal convolution and token shift, with state and packing.
+
+Both read a few tokens back. Sequences with context, packed or not, become ordinary rows by putting every sequence's
+context (its state, or zeros) in front of it: `_Extended`. That needs no value of `cu_seqlens`, so it never waits for a
+GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fla.backends.torch.fused._dtypes import wide_dtype
+from fla.varlen import prepare_sequence_ids
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """`y[t] = sum_j weight[:, j] x[t - (W - 1) + j]`, zeros before the start; x [B, T, D], weight [D, W], y wide.
+
+    Explicit because shifted multiply-adds are several times faster than a grouped convolution on a CPU, and autograd
+    would keep every shifted copy.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        u, taps = x.to(wide_dtype(x)), weight.to(wide_dtype(x)).t().contiguous()
+        T, y = x.shape[1], u * taps[-1]
+        for back in range(1, min(len(taps), T)):
+            y[:, back:].addcmul_(u[:, : T - back], taps[-1 - back])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        u, taps = x.to(dy.dtype), weight.to(dy.dtype).t().contiguous()
+        T, dx, dweight = x.shape[1], None, None
+        reach = range(min(len(taps), T))
+        if ctx.needs_input_grad[0]:
+            dx = dy * taps[-1]
+            for back in reach[1:]:
+                dx[:, : T - back].addcmul_(dy[:, back:], taps[-1 - back])
+            dx = dx.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(taps)
+            for back in reach:
+                dweight[-1 - back] = (u[:, : T - back] * dy[:, back:]).sum((0, 1))
+            dweight = dweight.t().to(weight.dtype)
+        return dx, dweight
+
+
+class _Extended(NamedTuple):
+    """Rows in which every sequence stands behind its context of `width` tokens."""
+
+    rows: Tensor  # [B, width + T, D], packed [1, N width + T, D]
+    tokens: Tensor | None  # packed: where the tokens of the input are now, [T]
+    width: int
+    cu_seqlens: Tensor | None
+
+    def take(self, y: Tensor) -> Tensor:
+        """The part of `y` (laid out like `rows`) that belongs to the input's tokens."""
+        return y[:, self.width :] if self.tokens is None else y.index_select(1, self.tokens)
+
+    def last(self) -> Tensor:
+        """The last `width` tokens of every sequence, context included, `[N, width, D]`."""
+        if self.cu_seqlens is None:
+            return self.rows[:, self.rows.shape[1] - self.width :]
+        ends = self.cu_seqlens[1:].long() + self.width * _count(self.cu_seqlens, first=1)
+        return self.rows[0][_span(ends - self.width, self.width)]
+
+
+def _count(cu_seqlens: Tensor, first: int = 0) -> Tensor:
+    return torch.arange(first, first + cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+
+
+def _span(starts: Tensor, width: int) -> Tensor:
+    return starts[:, None] + torch.arange(width, device=starts.device)
+
+
+def _extend(x: Tensor, context: Tensor | None, width: int, cu_seqlens: Tensor | None) -> _Extended:
+    """Put `context` [N, width, D], or zeros, in front of the sequences of `x`."""
+    dtype = x.dtype if context is None else torch.promote_types(x.dtype, context.dtype)
+    if cu_seqlens is None:
+        context = x.new_zeros(x.shape[0], width, x.shape[2]) if context is None else context
+        return _Extended(torch.cat((context.to(dtype), x.to(dtype)), 1), None, width, None)
+    N, T = cu_seqlens.shape[0] - 1, x.shape[1]
+    tokens = torch.arange(T, device=x.device) + width * (prepare_sequence_ids(cu_seqlens, T).long() + 1)
+    row = x.new_zeros(T + N * width, x.shape[2], dtype=dtype).index_copy(0, tokens, x[0].to(dtype))
+    if context is not None:
+        slots = _span(cu_seqlens[:-1].long() + width * _count(cu_seqlens), width)
+        row = row.index_copy(0, slots.flatten(), context.flatten(0, 1).to(dtype))
+    return _Extended(row[None], tokens, width, cu_seqlens)
+
+
+def _finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None, like: Tensor) -> Tensor:
+    y = y if bias is None else y + bias
+    y = y if activation is None else F.silu(y)
+    return (y if residual is None else y + residual).to(like.dtype)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    W, state = weight.shape[1], None
+    if initial_state is None and cu_seqlens is None:
+        y = _DepthwiseConv.apply(x, weight)
+        if output_final_state:
+            state = F.pad(x[:, -W:], (0, 0, max(W - x.shape[1], 0), 0))
+    else:
+        context = None if initial_state is None else initial_state.transpose(1, 2)
+        extended = _extend(x, context, W, cu_seqlens)
+        y = extended.take(_DepthwiseConv.apply(extended.rows, weight))
+        state = extended.last() if output_final_state else None
+    if state is not None:
+        state = state.transpose(1, 2).to(x.dtype if initial_state is None else initial_state.dtype)
+        state = state.clone(memory_format=torch.contiguous_format)  # never a view of the input
+    return _finish(y, bias, residual, activation, x), state
+
+
+def conv_step(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    wide = wide_dtype(x)
+    window = torch.cat((state[..., 1:].to(wide), x.unsqueeze(-1).to(wide)), -1)
+    state.copy_(window)
+    return _finish((window * weight.to(wide)).sum(-1), bias, residual, activation, x)
+
+
+def token_shift(x: Tensor, cu_seqlens: Tensor | None, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+    extended = _extend(x, None if cache is None else cache.unsqueeze(1), 1, cu_seqlens)
+    rows = extended.rows
+    before = rows[:, :-1] if extended.tokens is None else rows.index_select(1, extended.tokens - 1)
+    last = extended.last().squeeze(1).to(x.dtype if cache is None else cache.dtype)
+    return (before - x).to(x.dtype), last.clone()

@@ -1,0 +1,154 @@
+"""Cross entropy over logits, and over the output of a linear map whose logits never exist all at once."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fla.backends.fused import CrossEntropy
+from fla.backends.torch.fused._dtypes import autocast, wide_dtype
+
+_CHUNK = 2**24  # elements of a wide temporary in `cross_entropy`: 64 MiB in float32
+
+
+def _scores(logits: Tensor, options: CrossEntropy) -> Tensor:
+    z = logits.to(wide_dtype(logits))
+    if options.logit_scale != 1.0:
+        z = z * options.logit_scale
+    if options.logit_softcapping is not None:
+        z = torch.tanh(z / options.logit_softcapping) * options.logit_softcapping
+    return z
+
+
+def _losses(z: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, z-loss (its part that comes from `lse_square_scale`) and log-sum-exp of every row of scores."""
+    lse, ignored = torch.logsumexp(z, -1), target == options.ignore_index
+    chosen = z.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    penalty = options.lse_square_scale * lse.square()
+    loss = lse - (1 - options.label_smoothing) * chosen + penalty
+    if options.label_smoothing:
+        loss = loss - options.label_smoothing * z.mean(-1)
+    return loss.masked_fill(ignored, 0), penalty.masked_fill(ignored, 0), lse
+
+
+def _gradient(z: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, options: CrossEntropy) -> Tensor:
+    """Gradient with respect to the logits of `sum(dloss * loss)`, one row per target."""
+    ignored = target == options.ignore_index
+    dz = (z - lse.unsqueeze(-1)).exp_().mul_((1 + 2 * options.lse_square_scale * lse).unsqueeze(-1))
+    if options.label_smoothing:
+        dz.sub_(options.label_smoothing / z.shape[-1])
+    at = target.masked_fill(ignored, 0).unsqueeze(-1)
+    dz.scatter_add_(-1, at, torch.full_like(at, options.label_smoothing - 1, dtype=dz.dtype))
+    dz.mul_((dloss.masked_fill(ignored, 0) * options.logit_scale).unsqueeze(-1))
+    if options.logit_softcapping is not None:
+        dz.mul_(1 - (z / options.logit_softcapping).square_())
+    return dz
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Rows are worked off in chunks, so that no wide copy of all logits is made."""
+
+    @staticmethod
+    def forward(ctx, logits, target, options):
+        step = max(1, _CHUNK // max(logits.shape[1], 1))
+        parts = [
+            _losses(_scores(logits[i : i + step], options), target[i : i + step], options)
+            for i in range(0, max(len(logits), 1), step)
+        ]
+        losses, penalties, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(logits, target, lse)
+        ctx.options, ctx.step = options, step
+        ctx.mark_non_differentiable(penalties)
+        return losses, penalties
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _):
+        logits, target, lse = ctx.saved_tensors
+        # a compiled graph plans its own memory and may not write to what another part of it reads
+        inplace = ctx.options.inplace_backward and not torch.compiler.is_compiling()
+        dlogits = logits if inplace else torch.empty_like(logits)
+        for i in range(0, len(logits), ctx.step):
+            rows = slice(i, i + ctx.step)
+            z = _scores(logits[rows], ctx.options)
+            dlogits[rows] = _gradient(z, target[rows], lse[rows], dloss[rows], ctx.options).to(logits.dtype)
+        return dlogits, None, None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor]:
+    return _CrossEntropy.apply(logits, target, options)
+
+
+def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """`a @ b` with a wide result: rounding logits to bfloat16 would cost more than all else together."""
+    if a.dtype == wide:
+        return a @ b
+    if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are formed with the loss, chunk by chunk, while the chunk's logits are there; backward scales them.
+
+    They are kept before the division by the number of targets, which float16 could not hold.
+    """
+
+    @staticmethod
+    def forward(ctx, x, target, weight, bias, num_chunks, wide_weight_grad, need_grad, mean, options):
+        wide = wide_dtype(x)
+        dtype = x.dtype if x.is_cuda else wide  # no tensor cores: one cast instead of one per chunk
+        u, w = x.to(dtype), weight.to(dtype)
+        needs = [need_grad and need for need in ctx.needs_input_grad]
+        dx = torch.empty_like(x) if needs[0] else None
+        dweight = torch.zeros_like(weight, dtype=wide if wide_weight_grad else None) if needs[2] else None
+        dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[3] else None
+        total, step = x.new_zeros((), dtype=wide), max(1, -(-len(x) // num_chunks))
+        with torch.autocast(x.device.type, enabled=False):  # its casts would undo the choice made here
+            for i in range(0, len(x), step):
+                rows = slice(i, i + step)
+                logits = _matmul(u[rows], w.t(), wide)
+                z = _scores(logits if bias is None else logits + bias, options)
+                losses, _, lse = _losses(z, target[rows], options)
+                total = total + losses.sum()
+                if any(needs):
+                    dlogits = _gradient(z, target[rows], lse, torch.ones_like(lse), options)
+                    if dbias is not None:
+                        dbias += dlogits.sum(0)
+                    dlogits = dlogits.to(dtype)
+                    if dx is not None:
+                        dx[rows] = (dlogits @ w).to(x.dtype)
+                    if dweight is not None:
+                        dweight += _matmul(dlogits.t(), u[rows], wide)
+        count = (target != options.ignore_index).sum().clamp(min=1).to(wide) if mean else torch.ones_like(total)
+        ctx.save_for_backward(dx, dweight, dbias, count)
+        ctx.dtypes = tuple(p if p is None else p.dtype for p in (x, weight, bias))
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        *gradients, count = ctx.saved_tensors
+        factor = dloss / count
+        scaled = (
+            None if d is None else (d.to(factor.dtype) * factor).to(dtype)
+            for d, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        dx, dweight, dbias = scaled
+        return dx, None, dweight, dbias, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_chunks: int,
+    wide_weight_grad: bool,
+    mean: bool,
+    options: CrossEntropy,
+) -> Tensor:
+    tensors = autocast(x, weight, bias)
+    need_grad = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        tensors[0], target, *tensors[1:], num_chunks, wide_weight_grad, need_grad, mean, options
+    )

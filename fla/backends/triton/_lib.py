@@ -1,0 +1,73 @@
+"""Device helpers that every family shares, and the constants of the hardware's number formats.
+
+All logs are base 2 inside kernels (`exp2` is one instruction); gates come in natural logs.
+"""
+
+import triton
+import triton.language as tl
+
+from fla.backends import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())  # bf16 dots are wrong in Triton's interpreter
+LOG2E = tl.constexpr(1.4426950408889634)
+MIN_LOG_DECAY = tl.constexpr(-20.0)  # nats a step: sums of stronger ones lose the digits of weaker ones (kernels in 16 bits)
+DEAD_LOG_DECAY = tl.constexpr(-16.0)  # below it a gate's gradient is rounding noise, and is 0
+
+
+@triton.jit
+def sequence(cu_seqlens, i_n, T):
+    """First token (64 bits) and number of tokens of sequence `i_n`."""
+    if cu_seqlens is None:
+        start = i_n.to(tl.int64) * T
+        length = T
+    else:
+        start = tl.load(cu_seqlens + i_n).to(tl.int64)
+        length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def load_tile(p, row, m_row, o_d, D: tl.constexpr):
+    """Rows `row` (64 bits) and columns `o_d` of a `[., D]` matrix, zeros outside."""
+    if D // o_d.shape[0] * o_d.shape[0] == D:
+        mask = m_row[:, None]
+    else:
+        mask = m_row[:, None] & (o_d < D)[None, :]
+    return tl.load(p + row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(p, row, m_row, o_d, D: tl.constexpr, x):
+    """The inverse of `load_tile`, in the matrix's dtype."""
+    if D // o_d.shape[0] * o_d.shape[0] == D:
+        mask = m_row[:, None]
+    else:
+        mask = m_row[:, None] & (o_d < D)[None, :]
+    tl.store(p + row[:, None] * D + o_d[None, :], x.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_state(p, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """The tile of state `i_state` (64 bits) of `[., K, V]` at any two broadcastable index tensors, float32, zeros outside."""
+    return tl.load(p + i_state * K * V + o_k * V + o_v, mask=(o_k < K) & (o_v < V), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(p, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr, x):
+    tl.store(p + i_state * K * V + o_k * V + o_v, x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
+
+
+@triton.jit
+def log2_decay(x):
+    """A loaded natural-log decay as float32 log2, each step clamped so that sums of it keep their digits."""
+    return tl.maximum(x.to(tl.float32), MIN_LOG_DECAY) * LOG2E
+
+
+@triton.jit
+def dot_split(a, b, dtype: tl.constexpr):
+    """`a @ b` for a float32 `b` as high and low halves in `dtype`: both halves together carry twice the digits."""
+    high = b.to(dtype)
+    out = tl.dot(a, high)
+    if dtype != tl.float32:
+        out = tl.dot(a, (b - high.to(tl.float32)).to(dtype), acc=out)
+    return out

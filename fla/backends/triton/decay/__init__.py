@@ -1,0 +1,67 @@
+"""The family `decay` on Triton: the one-pass forward, the backward by roles, the recurrent kernel for decoding.
+
+Files: `_decay.py` (decays inside a chunk), `chunk_forward.py`, `chunk_backward.py` (scalar kinds), `vector_backward.py`, `gate_gradient.py`, `recurrent.py`.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fla.backends import interpreting
+from fla.backends.decay import Gradients, Problem
+from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent, vector_backward
+from fla.backends.triton.decay._decay import VECTOR, kind_of
+
+MAX_HEAD_DIM = 128
+
+
+def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    """Outputs in v's dtype, and the final state in float32 or None. Raises ValueError for what the kernels do not cover."""
+    _check(problem)
+    with _device(problem.q):
+        if problem.form == "recurrent":
+            return recurrent.forward(problem, output_final_state)
+        return chunk_forward.forward(problem, *kind_of(problem), output_final_state)
+
+
+def backward(
+    problem: Problem, final_state: Tensor | None, do: Tensor, dht: Tensor | None, needs_gates: bool
+) -> Gradients:
+    """Gradients in their inputs' dtypes. A recurrent form runs the chunk form's backward where the maths is the same."""
+    if problem.scale == 0.0:  # the kernels carry state gradients in units of scale; without outputs any unit will do
+        problem, do = replace(problem, scale=1.0), torch.zeros_like(do)
+    with _device(problem.q):
+        if problem.gv is not None or (problem.g is not None and problem.gk is not None):
+            return recurrent.backward(problem, final_state, do, dht, needs_gates)
+        kind, gate = kind_of(problem)
+        change = _change(problem, final_state, dht, kind) if needs_gates else None
+        compute = vector_backward if kind == VECTOR.value else chunk_backward
+        dq, dk, dv, dg, dh0 = compute.backward(problem, kind, gate, do, dht, change)
+    return Gradients(
+        dq, dk, dv, dg if problem.gk is None else None, dg if problem.gk is not None else None, None, dh0
+    )
+
+
+def _change(problem: Problem, final_state: Tensor | None, dht: Tensor | None, kind: int) -> Tensor:
+    """`<S_T, dS_T>` per head, or per key channel for the vector kind."""
+    over_key = kind == VECTOR.value
+    if dht is None or final_state is None:
+        shape = problem.state_shape[: 3 if over_key else 2]
+        return problem.q.new_zeros(shape, dtype=torch.float32)
+    return (final_state * dht).sum(-1 if over_key else (-2, -1))
+
+
+def _check(problem: Problem) -> None:
+    K, V = problem.q.shape[-1], problem.v.shape[-1]
+    if max(K, V) > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the Triton backend takes head dimensions up to {MAX_HEAD_DIM}, got K = {K} (of q) and V = {V} (of v); use backend='torch'"
+        )
+    dtype = problem.q.dtype
+    if dtype not in (torch.float16, torch.bfloat16) and not (dtype == torch.float32 and interpreting()):
+        raise ValueError(f"the Triton backend takes float16 and bfloat16, got q of {dtype}; use backend='torch'")
+
+
+def _device(tensor: Tensor):
+    return torch.cuda.device_of(tensor)

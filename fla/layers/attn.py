@@ -1,0 +1,116 @@
+"""Softmax attention with rotary positions, the layer that hybrid models and the Transformer use.
+
+    o_t = sum_{s <= t} softmax_s(d^-1/2 rope(q_t)^T rope(k_s)) v_s
+
+Paper: https://arxiv.org/abs/1706.03762; rotary positions: https://arxiv.org/abs/2104.09864
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fla.layers._mixer import Call, TokenMixer, check_positive
+from fla.modules import RMSNorm, RotaryEmbedding
+from fla.ops.attention import attention
+
+
+class Attention(TokenMixer):
+    """Causal softmax attention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
+
+    Args:
+        num_kv_heads: heads of keys and values, each shared by `num_heads / num_kv_heads` query heads; None:
+            `num_heads`.
+        qkv_bias: biases in the projections of q, k and v.
+        qk_norm: RMSNorm of every head's q and k before rotation.
+        window_size: how many tokens a token sees, itself among them; None: all.
+        rope_theta: base of the rotary frequencies.
+        max_position_embeddings: a length to prepare rotary tables for; longer inputs are fine.
+        layer_idx: the layer's place in a model's cache.
+
+    Raises ValueError or TypeError, naming the argument. Cache: `attn_state = (k, v)`, `[B, T, H_kv d]` each, k
+    rotated, zeros at padding; with a window no more than the columns that some row still sees.
+    """
+
+    uses_positions = True
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 32,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        window_size: int | None = None,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int | None = None,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx)
+        if window_size is not None:
+            check_positive(window_size=window_size)
+        if hidden_size % (2 * num_heads):
+            raise ValueError(f"hidden_size must be a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}")
+        self.head_dim = hidden_size // num_heads
+        self.kv_dim = self.num_kv_heads * self.head_dim
+        self.window_size = window_size
+        self.max_position_embeddings = max_position_embeddings
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, self.kv_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, self.kv_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, dtype=torch.float32)
+            self.k_norm = RMSNorm(self.head_dim, dtype=torch.float32)
+        self.rotary = RotaryEmbedding(dim=self.head_dim, base=rope_theta)
+
+    def mix(self, x: Tensor, call: Call) -> Tensor:
+        q, k, v = (self.split_heads(p(x), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        longest = max(call.seen + call.seq_len, self.max_position_embeddings or 0)
+        q, k = self.rotary(q, k, seqlen_offset=call.start, cu_seqlens=call.cu_seqlens, max_seqlen=longest)
+        if call.padding is None and not call.keep:
+            self.remember(call)
+            return attention(q, k, v, window_size=self.window_size, cu_seqlens=call.cu_seqlens, max_seqlen=call.seq_len)
+        return self._attend(q, k, v, call)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Attention in the columns of the padded batch, where a row's cached keys and its new ones line up."""
+        if call.padding is not None:
+            q, k, v = (call.padding.repad(y) for y in (q, k, v))
+        if call.keep:
+            kept = self.remember(call, attn_state=(k.flatten(2), v.flatten(2)), cache_kwargs=self._window(call))
+            k, v = (self.split_heads(y, self.head_dim) for y in kept["attn_state"])
+        mask = call.attention_mask
+        if mask is None and call.padding is not None:
+            mask = call.padding.mask()
+        if call.padding is None and k.shape[1] == call.seq_len:
+            mask = None  # every key is a token of this call, and this call has no padding
+        mask = None if mask is None else mask[:, mask.shape[1] - k.shape[1] :]
+        o = attention(q, k, v, window_size=self.window_size, mask=mask)
+        return o if call.padding is None else call.padding.unpad(o)
+
+    def _window(self, call: Call) -> dict[str, int] | None:
+        """How many columns the cache must keep so that every row keeps its last `window_size` tokens.
+
+        With a mask that is a count to wait for: columns are no tokens where padding follows tokens (right padding,
+        gaps).
+        """
+        if self.window_size is None:
+            return None
+        if call.attention_mask is None:
+            return {"window_size": self.window_size}
+        mask = call.attention_mask
+        real = mask[:, mask.shape[1] - (call.seen + call.seq_len) :] != 0
+        last = real.flip(-1).cumsum(-1)  # [:, j]: tokens in the last j + 1 columns
+        wanted = last[:, -1:].clamp(max=self.window_size)
+        return {"window_size": int((last < wanted).sum(-1).max()) + 1}
+
+    def state_size(self, sequence_length: int | None = None, **kwargs: Any) -> int:
+        """Elements of keys and values per sequence: all of them, or the window's."""
+        sizes = [size for size in (self.window_size, sequence_length) if size is not None]
+        if not sizes:
+            raise ValueError("sequence_length must be given: without a window the cache grows with it, got None")
+        return 2 * self.kv_dim * min(sizes)

@@ -1,0 +1,152 @@
+"""What layers do with padding and caches. The index arithmetic is in `fla.varlen`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fla import varlen
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the tokens of a padded batch `[batch_size, seq_len]` are.
+
+    Computed once per forward pass and handed to every layer: each runs on the one packed row of real tokens, so that
+    padding (left, right or in between) takes part in nothing.
+    """
+
+    indices: Tensor  # [T_total] int64: flat positions of the tokens
+    cu_seqlens: Tensor  # [batch_size + 1] int32: boundaries of the rows once packed
+    batch_size: int
+    seq_len: int
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor, seq_len: int) -> Padding | None:
+        """From the last `seq_len` columns of `[B, T_total]` (0 = padding); None when there is no padding.
+
+        Waits for a GPU: how many tokens there are is the size of what follows.
+        """
+        check_mask(attention_mask, seq_len)
+        mask = attention_mask[:, attention_mask.shape[1] - seq_len :] != 0
+        if bool(mask.all()):
+            return None
+        return cls(*varlen.mask_indices(mask), batch_size=mask.shape[0], seq_len=seq_len)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """`[batch_size, seq_len, ...]` -> `[1, T_total, ...]`."""
+        return varlen.unpad(x, self.indices)
+
+    def repad(self, x: Tensor) -> Tensor:
+        """`[1, T_total, ...]` -> `[batch_size, seq_len, ...]`, zeros at padding."""
+        return varlen.repad(x, self.indices, self.batch_size, self.seq_len)
+
+    def mask(self) -> Tensor:
+        """The mask `[batch_size, seq_len]` again, bool."""
+        flat = torch.zeros(self.batch_size * self.seq_len, dtype=torch.bool, device=self.indices.device)
+        return flat.index_fill(0, self.indices, True).unflatten(0, (self.batch_size, self.seq_len))
+
+
+def check_mask(attention_mask: Tensor, seq_len: int, batch_size: int | None = None) -> None:
+    """Raise unless `attention_mask` is `[B, at least seq_len]`."""
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor [B, T_total], got {type(attention_mask).__name__}")
+    shape = list(attention_mask.shape)
+    rows = shape[:1] if batch_size is None else [batch_size]
+    if len(shape) != 2 or shape[1] < seq_len or shape[:1] != rows:
+        expected = f"[{'B' if batch_size is None else batch_size}, at least {seq_len}]"
+        raise ValueError(f"attention_mask must have shape {expected}, 1 = token and 0 = padding, got {shape}")
+
+
+def get_layer_cache(module: nn.Module, cache: Any) -> Mapping[str, Any] | None:
+    """What `cache` holds for this layer, slot name -> tensor or tuple of tensors; None if nothing or no cache.
+
+    Raises ValueError when a cache is given to a layer that was built without `layer_idx`.
+    """
+    if cache is None:
+        return None
+    try:
+        return cache[_slot(module)]
+    except KeyError:
+        return None
+
+
+def update_layer_cache(module: nn.Module, cache: Any, *, offset: int, **slots: Any) -> Any:
+    """Store `slots` for this layer, which saw `offset` more tokens; returns what the cache returns, or None."""
+    return None if cache is None else cache.update(layer_idx=_slot(module), offset=offset, **slots)
+
+
+def _slot(module: nn.Module) -> int:
+    layer_idx = getattr(module, "layer_idx", None)
+    if layer_idx is None:
+        raise ValueError(
+            f"layer_idx must be given when {type(module).__name__} is built, to be used with past_key_values, got None"
+        )
+    return layer_idx
+
+
+def get_unpad_data(mask: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Flat positions of the tokens of a mask `[B, T]`, int32 `cu_seqlens`, and the longest row (waits for a GPU)."""
+    check_mask(mask, 0)
+    indices, cu_seqlens = varlen.mask_indices(mask != 0)
+    return indices, cu_seqlens, int(varlen.prepare_lens(cu_seqlens).max())
+
+
+def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` of `x` `[N, ...]`; the gradient goes back to those rows."""
+    return x.index_select(0, indices)
+
+
+def index_put_first_axis(x: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """`x` `[T_total, ...]` at rows `indices` of zeros `[first_axis_dim, ...]`."""
+    return x.new_zeros(first_axis_dim, *x.shape[1:]).index_copy(0, indices, x)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch_size: int, seq_len: int) -> Tensor:
+    """`[T_total, ...]` -> `[batch_size, seq_len, ...]`, zeros at padding."""
+    return varlen.repad(hidden_states.unsqueeze(0), indices, batch_size, seq_len)
+
+
+def unpad_input(
+    q: Tensor, states: tuple[Tensor, ...], attention_mask: Tensor, q_len: int, keepdim: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor], tuple[int, int]]:
+    """Drop the padding of queries `[B, q_len, ...]` and of keys and values `[B, S, ...]` by their mask `[B, S]`.
+
+    Returns `(q, states, indices_q, (cu_seqlens_q, cu_seqlens_k), (max_q, max_k))`, packed as `[T_total, ...]`, or
+    `[1, T_total, ...]` with `keepdim`. `q_len` is `S`, or 1 for a decoding step, in which every row has its one query.
+    """
+    indices_k, cu_k, max_k = get_unpad_data(attention_mask)
+    if q_len == attention_mask.shape[1]:
+        indices_q, cu_q, max_q = indices_k, cu_k, max_k
+    elif q_len == 1:
+        cu_q = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        indices_q, max_q = cu_q[:-1].long(), 1
+    else:
+        raise ValueError(f"q_len must be 1 or the length {attention_mask.shape[1]} of attention_mask, got {q_len}")
+    q, *rest = (index_first_axis(x.flatten(0, 1), at) for x, at in ((q, indices_q), *((s, indices_k) for s in states)))
+    if keepdim:
+        q, rest = q.unsqueeze(0), [x.unsqueeze(0) for x in rest]
+    return q, tuple(rest), indices_q, (cu_q, cu_k), (max_q, max_k)
+
+
+def unpad_hidden_states(
+    hidden_states: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None, q_len: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`[B, q_len, ...]` -> `([1, T_total, ...], indices, cu_seqlens)` by the last `q_len` columns of the mask.
+
+    Explicit `cu_seqlens`, or no mask: unchanged, with indices None.
+    """
+    if cu_seqlens is not None or attention_mask is None:
+        return hidden_states, None, cu_seqlens
+    check_mask(attention_mask, q_len, hidden_states.shape[0])
+    indices, cu_seqlens = varlen.mask_indices(attention_mask[:, attention_mask.shape[1] - q_len :] != 0)
+    return varlen.unpad(hidden_states, indices), indices, cu_seqlens
+
+
+def repad_hidden_states(hidden_states: Tensor, indices: Tensor | None, batch_size: int, q_len: int) -> Tensor:
+    """Inverse of `unpad_hidden_states`, zeros at padding; `indices` None: unchanged."""
+    return hidden_states if indices is None else varlen.repad(hidden_states, indices, batch_size, q_len)

@@ -1,0 +1,8 @@
+"""Language models for Hugging Face transformers. One line per model; a module's name is its model type."""
+
+# ruff: noqa: I001 - one line per model, in the order in which they came
+from fla.models.utils import Cache as Cache
+from fla.models.linear_attn import LinearAttentionConfig, LinearAttentionForCausalLM, LinearAttentionModel
+from fla.models.retnet import RetNetConfig, RetNetForCausalLM, RetNetModel
+from fla.models.gla import GLAConfig, GLAForCausalLM, GLAModel
+from fla.models.transformer import TransformerConfig, TransformerForCausalLM, TransformerModel

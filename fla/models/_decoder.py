@@ -1,0 +1,403 @@
+"""The one decoder that all models are: embeddings, blocks of a token mixer and an MLP with pre-norms, a norm, a head.
+
+    h <- x + mixer(norm(x));  x <- h + mlp(norm(h))
+
+A model file declares config fields and class names (`gla.py` shows how). What may differ: `mixer_cls` or `build_mixer`,
+`mlp_cls`, and `ModuleNames`, from which key prefixes and tied weights follow.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+from fla.layers._mixer import TokenMixer
+from fla.layers.attn import Attention
+from fla.layers.utils import Padding, check_mask
+from fla.models._config import DecoderConfig
+from fla.models._generation import DecoderGenerationMixin
+from fla.models._loading import StrictLoading, register_causal_lm
+from fla.models.cache import Cache
+from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, RMSNorm
+from fla.modules.mlp import GatedMLP
+from fla.ops._spec import merge_cu_seqlens
+from fla.varlen import check_cu_seqlens
+
+__all__ = [
+    "DecoderBlock",
+    "DecoderConfig",
+    "DecoderForCausalLM",
+    "DecoderModel",
+    "GatedMLP",
+    "ModuleNames",
+    "register_causal_lm",
+]
+
+logger = logging.get_logger(__name__)
+IGNORE_INDEX = -100
+# Keywords that callers send along whatever the model; what they say is also in the mask and in cu_seqlens.
+_REDUNDANT = {"position_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "cache_position"}
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """Attribute names, and with them the state-dict keys, of a model."""
+
+    model: str = "model"
+    embeddings: str = "embeddings"
+    mixer_norm: str = "attn_norm"
+    mixer: str = "attn"
+    mlp_norm: str = "mlp_norm"
+    mlp: str = "mlp"
+    norm: str = "norm"
+
+
+def build_norm(config: DecoderConfig) -> nn.Module:
+    """The RMSNorm of blocks and model; with `fuse_norm=False` PyTorch's own, under the same key."""
+    norm_cls = RMSNorm if config.fuse_norm else nn.RMSNorm
+    return norm_cls(config.hidden_size, eps=config.norm_eps)
+
+
+def _shared_parameters(module: nn.Module) -> dict[str, str]:
+    """Further name -> first name of every parameter that a module has under several names."""
+    first: dict[int, str] = {}
+    names = [(name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    return {name: owner for name, owner in names if name != owner}
+
+
+class DecoderBlock(GradientCheckpointingLayer):
+    """One layer: token mixer and MLP, each behind a norm, each added to the stream."""
+
+    mixer_cls: ClassVar[type[TokenMixer]]
+    mlp_cls: ClassVar[type[GatedMLP]] = GatedMLP
+    names: ClassVar[ModuleNames] = ModuleNames()
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.add_module(self.names.mixer_norm, build_norm(config))
+        mixer: Any = self.build_mixer(config, layer_idx)
+        mixer._tied_weights_keys = _shared_parameters(mixer)  # saved once; transformers looks for this in every module
+        self.add_module(self.names.mixer, mixer)
+        self.add_module(self.names.mlp_norm, build_norm(config))
+        self.add_module(
+            self.names.mlp,
+            self.mlp_cls(
+                hidden_size=config.hidden_size,
+                hidden_ratio=config.hidden_ratio,
+                intermediate_size=config.intermediate_size,
+                hidden_act=config.hidden_act,
+                fuse_swiglu=config.fuse_swiglu,
+            ),
+        )
+
+    @classmethod
+    def build_mixer(cls, config: DecoderConfig, layer_idx: int) -> nn.Module:
+        """`mixer_cls`, or softmax attention where the config's `attn` says so."""
+        spec = config.attention_spec(layer_idx)
+        if spec is None:
+            return cls.mixer_cls.from_config(config, layer_idx)
+        names = ("num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
+        return Attention(
+            hidden_size=config.hidden_size,
+            max_position_embeddings=config.max_position_embeddings,
+            layer_idx=layer_idx,
+            **{name: spec[name] for name in names},
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None, Cache | None]:
+        """`[B, T, D]` -> (`[B, T, D]`, None, cache)."""
+        names = self.names
+        mixed, _, past_key_values = getattr(self, names.mixer)(
+            getattr(self, names.mixer_norm)(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        mlp_norm = getattr(self, names.mlp_norm)
+        if isinstance(mlp_norm, RMSNorm):
+            normed, stream = mlp_norm(mixed, residual=hidden_states, prenorm=True)
+        else:
+            stream = hidden_states + mixed
+            normed = mlp_norm(stream)
+        return stream + getattr(self, names.mlp)(normed), None, past_key_values
+
+
+class DecoderPreTrainedModel(StrictLoading):
+    """Initialisation, and what transformers wants to know of every model; it follows from `block_cls`."""
+
+    config_class = DecoderConfig
+    block_cls: ClassVar[type[DecoderBlock]]
+    supports_gradient_checkpointing = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "model_cls" in vars(cls):
+            cls.block_cls = vars(cls)["model_cls"].block_cls
+        if hasattr(cls, "block_cls"):
+            names = cls.block_cls.names
+            cls.base_model_prefix = names.model
+            cls._no_split_modules = [cls.block_cls.__name__]
+            if hasattr(cls, "model_cls"):
+                cls._tied_weights_keys = {"lm_head.weight": f"{names.model}.{names.embeddings}.weight"}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights normal(0, initializer_range), biases 0; a module with its own rule (norms 1) has `reset_parameters`.
+
+        transformers calls this for children before parents, and makes `init` leave loaded parameters alone.
+        """
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            bias: Any = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Embeddings, blocks and a final norm: `input_ids` `[B, T]` -> hidden states `[B, T, D]`."""
+
+    # AutoModel may load the body out of a causal LM's checkpoint.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - transformers reads a list
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        config.check()
+        names = self.block_cls.names
+        self.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id))
+        self.layers = nn.ModuleList(self.block_cls(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.add_module(names.norm, build_norm(config))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return getattr(self, self.block_cls.names.embeddings)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        setattr(self, self.block_cls.names.embeddings, value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the blocks.
+
+        Shapes: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`; `attention_mask` `[B, seen + T]`, 1 = token, 0 =
+        padding, which may be left, right or in between; `cu_seqlens` `[N + 1]` packs N sequences into a batch of 1
+        (and wins over a mask); `past_key_values` continues where an earlier call ended. Hidden states, when asked
+        for: the input of every block, then the final normed output. Raises ValueError or TypeError naming the
+        argument that does not fit.
+        """
+        cu_seqlens = merge_cu_seqlens(cu_seqlens, cu_seq_lens_q)
+        _check_extra(kwargs, positions_known=cu_seqlens is not None or attention_mask is not None)
+        x = self._embed(input_ids, inputs_embeds, cu_seqlens)
+        if output_attentions:
+            logger.warning_once("output_attentions=True has no effect: linear attention forms no attention matrix")
+        past_key_values, use_cache = self._cache(past_key_values, use_cache)
+        attention_mask, padding = _padding(None if cu_seqlens is not None else attention_mask, x, past_key_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states: Any = ()
+        for block in self.layers:
+            hidden_states += (x,) if output_hidden_states else ()
+            x, _, past_key_values = block(
+                x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cu_seqlens=cu_seqlens,
+                padding=padding,
+            )
+        x = getattr(self, self.block_cls.names.norm)(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The embedded input `[B, T, D]`, checked."""
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {got}")
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        name, shape = ("inputs_embeds", "[B, T, D]") if input_ids is None else ("input_ids", "[B, T]")
+        if given.dim() != len(shape.split()):
+            raise ValueError(f"{name} must have shape {shape}, got {list(given.shape)}")
+        if cu_seqlens is not None:
+            if given.shape[0] != 1:
+                raise ValueError(
+                    f"cu_seqlens packs all sequences into one row: {name} must have 1 row, got {given.shape[0]}"
+                )
+            check_cu_seqlens(cu_seqlens, given.shape[1])
+        return given if input_ids is None else self.get_input_embeddings()(given)
+
+    def _cache(self, past_key_values: Any, use_cache: bool | None) -> tuple[Cache | None, bool]:
+        """The cache to use, ours; and whether to fill it: as asked, else by the config outside training."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and self.gradient_checkpointing:
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values must be None in training with gradient checkpointing: it runs each block twice"
+                )
+            use_cache = False
+        if past_key_values is None and not use_cache:
+            return None, False
+        return Cache.wrap(past_key_values), True
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):
+    """A `DecoderModel` and a head `[vocab, D]`: logits, the loss of next-token prediction, and `generate`."""
+
+    model_cls: ClassVar[type[DecoderModel]]
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.add_module(self.base_model_prefix, self.model_cls(config))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.criterion: nn.Module | None = None  # set it to replace the loss that the config chooses
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor | None = 0,
+        cu_seqlens: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As `DecoderModel.forward`, and logits `[B, T, vocab]` (the last `logits_to_keep` positions; 0 = all).
+
+        `labels` `[B, T]` (pass `input_ids`; -100 = no target) are shifted inside: position t predicts token t + 1.
+        The loss is their mean cross entropy, or their sum over `num_items_in_batch`. Logits are None only with labels
+        and `fuse_linear_cross_entropy`, which never holds them all.
+        """
+        if "num_logits_to_keep" in kwargs:  # its name before transformers 4.50
+            logits_to_keep = kwargs.pop("num_logits_to_keep")
+        output = getattr(self, self.base_model_prefix)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
+        x = output.last_hidden_state
+        loss: Any = None
+        logits: Any = None
+        if labels is None:
+            logits = self.lm_head(_select(x, logits_to_keep))
+        else:
+            if labels.shape != x.shape[:2]:
+                raise ValueError(f"labels must have shape {list(x.shape[:2])} like the input, got {list(labels.shape)}")
+            loss, logits = self._loss(
+                x, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(x.device), num_items_in_batch
+            )
+            logits = None if logits is None else _select(logits, logits_to_keep)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result if _wants_dict(return_dict, self.config) else result.to_tuple()
+
+    def _loss(self, x: Tensor, targets: Tensor, num_items: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Loss of hidden states `[B, T, D]` against targets `[B, T]`, and the logits unless they were never formed."""
+        config, logits = self.config, None
+        if config.fuse_linear_cross_entropy:
+            loss = (self.criterion or FusedLinearCrossEntropyLoss())(x, targets, self.lm_head.weight, self.lm_head.bias)
+        else:
+            default = FusedCrossEntropyLoss if config.fuse_cross_entropy else nn.CrossEntropyLoss
+            logits = self.lm_head(x)
+            loss = (self.criterion or default())(logits.flatten(0, 1), targets.flatten())
+        if num_items is not None:
+            loss = loss * (targets != IGNORE_INDEX).sum() / num_items
+        return loss, logits
+
+
+def _padding(
+    attention_mask: Tensor | None, x: Tensor, past_key_values: Cache | None
+) -> tuple[Tensor | None, Padding | None]:
+    """The mask that blocks still need, and where the tokens of this call are; computed once for all of them."""
+    if attention_mask is None:
+        return None, None
+    rows, new = x.shape[:2]
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    check_mask(attention_mask, new, rows)
+    if attention_mask.shape[1] != seen + new:
+        raise ValueError(
+            f"attention_mask must cover the {seen} cached and the {new} new tokens, got {attention_mask.shape[1]} "
+            "columns"
+        )
+    padding = Padding.from_mask(attention_mask, new)
+    return (None if padding is None and not seen else attention_mask), padding
+
+
+def _check_extra(extra: dict[str, Any], positions_known: bool) -> None:
+    """Refuse keywords that mean nothing here, and a packing that only `position_ids` would tell of."""
+    unknown = sorted(set(extra) - _REDUNDANT)
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments of forward(): {', '.join(unknown)}")
+    position_ids = extra.get("position_ids")
+    if position_ids is not None and not positions_known and bool((position_ids.diff(dim=-1) < 0).any()):
+        raise ValueError("position_ids must not start anew inside a row: pass cu_seqlens to pack sequences")
+
+
+def _select(x: Tensor, positions: int | Tensor | None) -> Tensor:
+    if isinstance(positions, Tensor):
+        return x[:, positions]
+    return x[:, -positions:] if positions else x
+
+
+def _wants_dict(return_dict: bool | None, config: Any) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)

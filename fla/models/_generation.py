@@ -1,0 +1,89 @@
+"""`generate` for models whose past is a state.
+
+Which tokens are new is read from what the cache has seen, and decoding that would rewind the past is refused.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMixin
+
+from fla.models.cache import Cache
+
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+
+
+class DecoderGenerationMixin(GenerationMixin):
+    """transformers' generation over our cache: greedy, sampling, beam search; left-padded batches, chunked prefill."""
+
+    _is_stateful = True  # a recurrent state cannot be rewound
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """As `GenerationMixin.generate`; contrastive, assisted and other decoding that rewinds raises ValueError."""
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        for name, value in kwargs.items():
+            if hasattr(settings, name):
+                setattr(settings, name, value)
+        mode = settings.get_generation_mode(kwargs.get("assistant_model"))
+        if str(mode.value) not in _MODES:
+            raise ValueError(
+                f"generate() must use {', '.join(_MODES)} with {type(self).__name__}, got {mode.value}: a recurrent "
+                "state cannot be rewound, which other decoding needs"
+            )
+        for name in ("cu_seqlens", "cu_seq_lens_q"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} must be None in generate(): give a left-padded batch and its attention_mask")
+        return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any = None,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Any = None,
+        use_cache: bool | None = True,
+        logits_to_keep: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of the next forward: the tokens that the cache has not seen, however the caller splits them.
+
+        `attention_mask` covers seen and new tokens, `input_ids` may hold all tokens or only the new ones.
+        """
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None:
+            new = attention_mask.shape[1] - seen
+        elif next_sequence_length is not None:
+            new = next_sequence_length
+        else:
+            size = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            new = size - seen if size > seen else size
+        inputs: dict[str, Any]
+        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
+            given, inputs = inputs_embeds.shape[1], {"inputs_embeds": inputs_embeds[:, -new:]}
+        else:
+            given, inputs = input_ids.shape[1], {"input_ids": input_ids[:, -new:].contiguous()}
+        if not 0 < new <= given:
+            raise ValueError(
+                f"input_ids must hold every token that the cache has not seen ({new} of {seen + new} by the "
+                f"attention_mask), got {given}: pass the whole sequence, or a mask that covers the cached tokens too"
+            )
+        # What the caller adds for itself (position_ids, cache_position, labels, flags of the loop) stays here.
+        extra = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}
+        inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        return inputs | extra | ({} if logits_to_keep is None else {"logits_to_keep": logits_to_keep})
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation must be None: these models have one cache, got {implementation!r}")
+        past = model_kwargs.get("past_key_values")
+        if past is not None or generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = Cache.wrap(past)
+            model_kwargs["past_key_values"]._is_user_defined = past is not None

@@ -1,0 +1,240 @@
+"""The cache of every model: one layer class with named slots, on transformers' `Cache`.
+
+A layer stores what its mixer needs to go on: `recurrent_state` `[N, H, K, V]`, `conv_state` (a tuple of `[N, D, W]`),
+`attn_state` (keys and values, `[N, T, ...]`, a growing time axis) and `ffn_state`. Every tensor is batch-first, so
+beam search and batch selection are written once. Each layer counts the tokens that it has seen itself: nothing
+depends on the order of updates.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin
+
+SLOTS = ("recurrent_state", "conv_state", "attn_state", "ffn_state")
+Slot = Tensor | tuple[Tensor, ...]
+
+_NO_CROP = (
+    "This cache cannot be cropped: a recurrent state holds the whole past in one matrix and cannot be rewound. Keep a "
+    "copy (`copy.deepcopy(cache)`) at the point to return to; decoding that rewinds (assisted, "
+    "contrastive) is not possible."
+)
+
+
+class StateLayer(CacheLayerMixin):
+    """What one layer of a model has stored, by slot name, and how many tokens it has seen."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, seen_tokens: int = 0) -> None:
+        super().__init__()
+        self.slots: dict[str, Slot] = {}
+        self.seen_tokens = seen_tokens
+        self._home: torch.device | None = None  # where an offloaded layer came from
+
+    def __repr__(self) -> str:
+        return f"StateLayer({', '.join(self.slots) or 'empty'}; seen_tokens={self.seen_tokens})"
+
+    def update(
+        self, offset: int = 1, cache_kwargs: Mapping[str, Any] | None = None, **slots: Slot | None
+    ) -> dict[str, Slot]:
+        """Store `slots` and count `offset` tokens. Returns all slots; `attn_state` in it is old + new before any
+        trimming.
+        """
+        result = dict(self.slots)
+        for name, value in slots.items():
+            if name not in SLOTS:
+                raise TypeError(f"a cache slot must be one of {', '.join(SLOTS)}, got {name!r}")
+            if value is None:
+                continue
+            result[name] = value
+            if name == "attn_state":
+                result[name] = self._append(value)
+                self.slots[name] = _tail(result[name], (cache_kwargs or {}).get("window_size"))
+            else:
+                self.slots[name] = value
+        self.seen_tokens += offset
+        self.is_initialized = True
+        return result
+
+    def _append(self, new: Slot) -> Slot:
+        old = self.slots.get("attn_state")
+        if old is None:
+            return new
+        if old[0].shape[0] != new[0].shape[0]:
+            raise ValueError(f"attn_state must have the cache's batch size {old[0].shape[0]}, got {new[0].shape[0]}")
+        return tuple(torch.cat((a, b), 1) for a, b in zip(old, new, strict=True))
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: slots come into being with the first update."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask for `query_length` new tokens covers, and the position of the first."""
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the stored states. AttributeError while there are none, as transformers expects."""
+        for value in self.slots.values():
+            return (value if isinstance(value, Tensor) else value[0]).shape[0]
+        raise AttributeError("an empty cache layer has no batch_size")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StateLayer":
+        """A snapshot to return to. PyTorch refuses to deep-copy results of a graph; a clone stays part of it."""
+        copy = StateLayer(self.seen_tokens)
+        copy.slots, copy.is_initialized, copy._home = dict(self.slots), self.is_initialized, self._home
+        copy.map_(torch.clone)
+        return copy
+
+    def map_(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every stored tensor by `function(tensor)`."""
+        for name, value in self.slots.items():
+            self.slots[name] = function(value) if isinstance(value, Tensor) else tuple(function(x) for x in value)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.slots.clear()
+        self.seen_tokens = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `n` becomes what row `beam_idx[n]` was."""
+        self.map_(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies next to each other."""
+        self.map_(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (positions, or a boolean per row)."""
+        self.map_(lambda x: x[indices.to(x.device)])
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Not possible, and said so."""
+        raise NotImplementedError(_NO_CROP)
+
+    def offload(self) -> None:
+        """Move the states to the CPU."""
+        for value in self.slots.values():
+            self._home = (value if isinstance(value, Tensor) else value[0]).device
+        self.map_(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the states back to where `offload` took them from."""
+        home = self._home
+        if home is not None:
+            self.map_(lambda x: x.to(home, non_blocking=True))
+
+
+class Cache(TransformersCache):
+    """The states of all layers: `cache[layer_idx]` is a mapping of slot name to tensor or tuple of tensors.
+
+    `Cache(seen_tokens=n)` starts every layer's count at `n`. A layer that has stored nothing raises KeyError.
+    """
+
+    layers: list[StateLayer]  # type: ignore[assignment]
+
+    def __init__(self, seen_tokens: int = 0) -> None:
+        super().__init__(layers=[])
+        self._first_token = seen_tokens
+
+    def __getitem__(self, layer_idx: int) -> dict[str, Slot]:
+        if not 0 <= layer_idx < len(self.layers) or not self.layers[layer_idx].slots:
+            raise KeyError(f"layer {layer_idx} has stored nothing in this cache")
+        return self.layers[layer_idx].slots
+
+    def __iter__(self) -> Iterator[dict[str, Slot]]:
+        return iter([layer.slots for layer in self.layers])
+
+    def update(
+        self,
+        recurrent_state: Slot | None = None,
+        attn_state: tuple[Tensor, Tensor] | None = None,
+        conv_state: Slot | None = None,
+        ffn_state: Slot | None = None,
+        layer_idx: int = 0,
+        offset: int = 1,
+        cache_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Slot]:
+        """Store what a layer computed from `offset` new tokens; slots that are None stay as they are.
+
+        `attn_state` (keys, values) is appended on axis 1. With `cache_kwargs={"window_size": w}` only the last `w`
+        are kept for the next call, but the returned mapping holds all of them: a prefill longer than the window
+        attends correctly.
+        """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(StateLayer(self._first_token))
+        return self.layers[layer_idx].update(
+            offset=offset,
+            cache_kwargs=cache_kwargs,
+            recurrent_state=recurrent_state,
+            attn_state=attn_state,
+            conv_state=conv_state,
+            ffn_state=ffn_state,
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that layer `layer_idx` has seen."""
+        return self.layers[layer_idx].seen_tokens if layer_idx < len(self.layers) else self._first_token
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything; the next token is the first."""
+        super().reset()
+        self._first_token = 0
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Not possible, and said so."""
+        raise NotImplementedError(_NO_CROP)
+
+    def to_legacy_cache(self) -> tuple[dict[str, Slot], ...]:
+        """The states as one dict per layer."""
+        return tuple(dict(slots) for slots in self)
+
+    @classmethod
+    def from_legacy_cache(cls, past: Any = None, seen_tokens: int = 0) -> "Cache":
+        """A cache from `past`: one mapping of slots per layer, each of which has seen `seen_tokens` tokens."""
+        cache = cls(seen_tokens)
+        for layer_idx, slots in enumerate(past or ()):
+            cache.update(layer_idx=layer_idx, offset=0, **slots)
+        return cache
+
+    @classmethod
+    def wrap(cls, past: Any) -> "Cache":
+        """`past` as our cache: ours as it is, an empty one of transformers as a new one; ValueError for anything
+        else.
+        """
+        if isinstance(past, cls):
+            return past
+        if past is None or (isinstance(past, TransformersCache) and past.get_seq_length() == 0):
+            return cls()
+        raise ValueError(
+            f"past_key_values must be a fla.models.utils.Cache or an empty cache, got {type(past).__name__}; states "
+            "without a token count need `Cache.from_legacy_cache(states, seen_tokens=...)`"
+        )
+
+
+def _tail(state: Slot, window_size: int | None) -> Slot:
+    if window_size is None or state[0].shape[1] <= window_size:
+        return state
+    return tuple(x[:, -window_size:].clone() for x in state)  # a slice would keep the whole prefill alive

@@ -1,0 +1,59 @@
+"""The softmax transformer with rotary embeddings and gated MLPs, to compare with (https://arxiv.org/abs/2302.13971)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fla.layers.attn import Attention
+from fla.models._decoder import (
+    DecoderBlock,
+    DecoderConfig,
+    DecoderForCausalLM,
+    DecoderModel,
+    GatedMLP,
+    register_causal_lm,
+)
+
+
+class TransformerConfig(DecoderConfig):
+    """Fields of `DecoderConfig`, and the transformer's own. `norm_first` and `attention_bias` must keep their
+    defaults.
+    """
+
+    model_type = "transformer"
+    fixed_fields: ClassVar[Mapping[str, Any]] = {
+        "elementwise_affine": True,
+        "norm_first": False,
+        "attention_bias": False,
+    }
+
+    num_heads: int = 32
+    num_kv_heads: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window_size: int | None = None
+    rope_theta: float = 10000.0
+    norm_first: bool = False
+    attention_bias: bool = False
+
+
+class TransformerMLP(GatedMLP):
+    """The gated MLP of a `TransformerBlock`."""
+
+
+class TransformerBlock(DecoderBlock):
+    """`Attention` and `TransformerMLP`."""
+
+    mixer_cls, mlp_cls = Attention, TransformerMLP
+
+
+class TransformerModel(DecoderModel):
+    """The transformer without a head."""
+
+    config_class, block_cls = TransformerConfig, TransformerBlock
+
+
+@register_causal_lm
+class TransformerForCausalLM(DecoderForCausalLM):
+    """Transformer language model."""
+
+    config_class, model_cls = TransformerConfig, TransformerModel

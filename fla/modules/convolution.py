@@ -1,0 +1,203 @@
+"""Short convolution: every channel looks at its last `W` inputs.
+
+    y[t] = activation(sum_{j < W} weight[:, j] x[t - (W - 1) + j] + bias) + residual
+
+`x` [B, T, D], `weight` [D, W] (of the module [D, 1, W]). The state [N, D, W] holds the last `W` inputs of every
+sequence, oldest first; it starts as zeros. Packed sequences (`cu_seqlens`, batch 1) do not see each other. Family
+`fused`. Paper: https://arxiv.org/abs/2312.00752
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fla.backends import fused
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Depthwise causal convolution of `x` [B, T, D] with `weight` [D, W]: `(y, final_state or None)`.
+
+    `initial_state` [N, D, W] is what came before (not written to). `activation`: None, "silu" or "swish".
+    `cu_seqlens_cpu` stands in for a missing `cu_seqlens`; `chunk_indices` is a hint that is not needed. Raises
+    ValueError or TypeError for what does not fit together, and for a `cp_context`.
+    """
+    if cp_context is not None:
+        raise ValueError("cp_context must be None: context parallelism is not supported yet")
+    if cu_seqlens is None and cu_seqlens_cpu is not None:
+        cu_seqlens = cu_seqlens_cpu.to(x.device)
+    return fused.conv(
+        x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens, backend=backend
+    )
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    cache: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token of `causal_conv1d`: `(y, cache)`, with `cache` [N, D, W] shifted and appended to IN PLACE.
+
+    `x` [N, D], [N, 1, D] or [1, N, D], also with D split into heads; `y` and `residual` have its shape. `weight` [D,
+    W].
+    """
+    if weight is None:
+        raise TypeError("weight must be a tensor of shape [D, W], got None")
+    if cache.dim() != 3 or x.numel() != cache.shape[0] * cache.shape[1]:
+        raise ValueError(
+            f"x must hold one token of {list(cache.shape[1:-1])} channels for each row of cache {list(cache.shape)}, "
+            f"got {list(x.shape)}"
+        )
+    rows = [None if z is None else z.reshape(cache.shape[:2]) for z in (x, residual)]
+    y = fused.conv_step(rows[0], cache, weight, bias, rows[1], activation, backend=backend)  # type: ignore[arg-type]
+    return y.view(x.shape), cache
+
+
+def proj_then_conv1d(
+    x: Tensor,
+    proj_weight: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None = None,
+    cache: Tensor | None = None,
+) -> Tensor:
+    """`silu(conv(x @ proj_weight.T))`, `x` [B, T, C], `proj_weight` [D, C]; `cache` [B, D, W] is updated."""
+    y, state = causal_conv1d(
+        nn.functional.linear(x, proj_weight), conv1d_weight, conv1d_bias, None, cache, cache is not None, "silu"
+    )
+    if cache is not None and state is not None:
+        cache.copy_(state)
+    return y
+
+
+class ShortConvolution(nn.Conv1d):
+    """The short convolution of a token mixer, with state for decoding. Keys `weight` [D, 1, W], `bias` [D].
+
+    A call with a cache and one token per sequence updates the cache in place when no gradient is recorded; every other
+    call leaves it alone and returns a new one. `backend`: None, "triton" or "torch".
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        kernel_size: int,
+        bias: bool = False,
+        activation: str | None = "silu",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        use_fast_conv1d: bool | None = None,
+    ) -> None:
+        if activation not in fused.CONV_ACTIVATIONS:
+            raise ValueError(f"activation must be one of {fused.CONV_ACTIVATIONS}, got {activation!r}")
+        if use_fast_conv1d is not None:
+            warnings.warn(
+                "use_fast_conv1d has no effect any more: use backend= instead", DeprecationWarning, stacklevel=2
+            )
+        super().__init__(
+            hidden_size,
+            hidden_size,
+            kernel_size,
+            padding=kernel_size - 1,
+            groups=hidden_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.hidden_size, self.activation, self.backend = hidden_size, activation, backend
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in one sequence's state."""
+        return self.hidden_size * self.kernel_size[0]
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Tensor | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(y, cache)` for `x`, `residual` [B, T, D], `cache` [N, D, W]; no cache without `output_final_state`.
+
+        `mask` [B, T] (1 = token) multiplies `x` first; together with `cu_seqlens` it is a ValueError. With `cache` the
+        call continues where the last one ended, whatever the number of tokens.
+        """
+        if mask is not None:
+            x = self._masked(x, mask, cu_seqlens)
+        if cache is not None and self._is_step(x, cache, cu_seqlens):
+            return self.step(x, residual, cache, output_final_state, cu_seqlens)
+        return causal_conv1d(
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            residual,
+            cache,
+            output_final_state,
+            self.activation,
+            self.backend,
+            cu_seqlens,
+            chunk_indices=chunk_indices,
+        )
+
+    def step(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cache: Tensor,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token of every sequence, `x` [N, 1, D] or packed [1, N, D]; `cache` [N, D, W] is updated in place."""
+        weight = self.weight.squeeze(1)
+        if cu_seqlens is None:
+            y, _ = causal_conv1d_update(x, cache, residual, weight, self.bias, self.activation, backend=self.backend)
+        else:
+            # as many tokens as sequences need not mean one each, (0, 2, 1), and looking would wait for the GPU
+            y, state = causal_conv1d(
+                x, weight, self.bias, residual, cache, True, self.activation, self.backend, cu_seqlens
+            )
+            assert state is not None
+            cache.copy_(state)
+        return y, cache if output_final_state else None
+
+    def _is_step(self, x: Tensor, cache: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """As many tokens as sequences, and no gradient that writing to the cache would disturb."""
+        recorded = torch.is_grad_enabled() and (x.requires_grad or cache.requires_grad or self.weight.requires_grad)
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return not recorded and x.dim() == 3 and x.shape[0] * x.shape[1] == sequences
+
+    @staticmethod
+    def _masked(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is not None:
+            raise ValueError("mask and cu_seqlens cannot both be given: packed sequences have no padding")
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"mask must have shape {list(x.shape[:2])} like the first axes of x, got {list(mask.shape)}"
+            )
+        return x * mask.to(x.dtype).unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"

@@ -1,0 +1,289 @@
+"""Norm times gate, as token mixers use it on their output.
+
+    y = norm(x + residual) * weight * activation(g)          activation: swish (silu) or sigmoid
+
+`x`, `g` [..., D], the last axis is normalised; arithmetic in float32, `y` in the dtype of `x`. The gate is called `g`,
+and also `o` in the older names (`*SwishGate`). Family `fused`. Papers: https://arxiv.org/abs/2307.08621,
+https://arxiv.org/abs/2312.06635
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.backends import fused
+from fla.modules.layernorm import Norm
+
+
+def rms_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`rms_norm(x + residual) * weight * activation(g)`; with `prenorm` also returns `x + residual`.
+
+    Raises ValueError for sizes that do not fit or an unknown activation.
+    """
+    return _gated(True, x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps)
+
+
+def layer_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`layer_norm(x + residual) * activation(g)`; see `rms_norm_gated`."""
+    return _gated(False, x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps)
+
+
+def rms_norm_swish_gate_fn(
+    x: Tensor,
+    o: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`rms_norm_gated` with swish, in the older argument order."""
+    return _gated(True, x, o, weight, bias, "swish", residual, prenorm, residual_in_fp32, eps)
+
+
+def layer_norm_swish_gate_fn(
+    x: Tensor,
+    o: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`layer_norm_gated` with swish, in the older argument order."""
+    return _gated(False, x, o, weight, bias, "swish", residual, prenorm, residual_in_fp32, eps)
+
+
+def rms_norm_swish_gate_linear(
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`rms_norm_gated(...) @ linear_weight.T + linear_bias`; the gated activation is recomputed in the backward."""
+    linear = (linear_weight, linear_bias)
+    return _gated(True, x, g, norm_weight, norm_bias, "swish", residual, prenorm, residual_in_fp32, eps, linear)
+
+
+def layer_norm_swish_gate_linear(
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`layer_norm_gated(...) @ linear_weight.T + linear_bias`; see `rms_norm_swish_gate_linear`."""
+    linear = (linear_weight, linear_bias)
+    return _gated(False, x, g, norm_weight, norm_bias, "swish", residual, prenorm, residual_in_fp32, eps, linear)
+
+
+def rms_norm_swish_gate_linear_fn(
+    x: Tensor,
+    o: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`rms_norm_swish_gate_linear` under its older name."""
+    tensors = (x, o, norm_weight, norm_bias, linear_weight, linear_bias, residual)
+    return rms_norm_swish_gate_linear(*tensors, prenorm, residual_in_fp32, eps)
+
+
+def layer_norm_swish_gate_linear_fn(
+    x: Tensor,
+    o: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Any:
+    """`layer_norm_swish_gate_linear` under its older name."""
+    tensors = (x, o, norm_weight, norm_bias, linear_weight, linear_bias, residual)
+    return layer_norm_swish_gate_linear(*tensors, prenorm, residual_in_fp32, eps)
+
+
+def _gated(is_rms, x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps, linear=None) -> Any:
+    settings = {
+        "eps": eps,
+        "is_rms": is_rms,
+        "activation": activation,
+        "prenorm": prenorm,
+        "residual_in_fp32": residual_in_fp32,
+    }
+    if linear is None:
+        return fused.norm(x, weight, bias, residual, g, **settings)
+    linear_weight, linear_bias = linear
+    return fused.norm_linear(x, weight, bias, linear_weight, linear_bias, residual, g, **settings)
+
+
+def _one_gate(g: Tensor | None, o: Tensor | None) -> Tensor:
+    if (g is None) == (o is None):
+        raise TypeError(f"exactly one gate must be given, as g or as o, got {'both' if g is not None else 'none'}")
+    return g if o is None else o  # type: ignore[return-value]
+
+
+class FusedLayerNormGated(Norm):
+    """`layer_norm(x) * weight * activation(g)`; `activation`: "swish", "silu" or "sigmoid"."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        activation: str = "swish",
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if activation not in fused.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {fused.ACTIVATIONS}, got {activation!r}")
+        super().__init__(hidden_size, elementwise_affine, bias, eps, device, dtype)
+        self.activation = activation
+
+    def forward(
+        self,
+        x: Tensor,
+        g: Tensor | None = None,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        *,
+        o: Tensor | None = None,
+    ) -> Any:
+        """`y`, or `(y, x + residual)` with `prenorm`. The gate is `g` (or, in the older spelling, `o`)."""
+        gate, parameters = _one_gate(g, o), (self.weight, self.bias, self.activation)
+        return _gated(self.is_rms, x, gate, *parameters, residual, prenorm, residual_in_fp32, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FusedRMSNormGated(FusedLayerNormGated):
+    """`rms_norm(x) * weight * activation(g)`; `activation`: "swish", "silu" or "sigmoid"."""
+
+    is_rms = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        activation: str = "swish",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, elementwise_affine, False, activation, eps, device, dtype)
+
+
+class FusedLayerNormGatedLinear(FusedLayerNormGated):
+    """`FusedLayerNormGated` and a linear map whose parameters come with the call."""
+
+    def forward(
+        self,
+        x: Tensor,
+        g: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        *,
+        o: Tensor | None = None,
+    ) -> Any:
+        """`(norm(x + residual) * activation(g)) @ weight.T + bias`, `weight` [O, D]."""
+        gate, parameters = _one_gate(g, o), (self.weight, self.bias, self.activation)
+        options = (residual, prenorm, residual_in_fp32, self.eps)
+        return _gated(self.is_rms, x, gate, *parameters, *options, (weight, bias))
+
+
+class FusedRMSNormGatedLinear(FusedRMSNormGated):
+    """`FusedRMSNormGated` and a linear map whose parameters come with the call."""
+
+    forward = FusedLayerNormGatedLinear.forward  # type: ignore[assignment]
+
+
+class FusedRMSNormSwishGate(FusedRMSNormGated):
+    """`FusedRMSNormGated` with swish under its older name and printed form."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, elementwise_affine, eps, "swish", device, dtype)
+
+    extra_repr = Norm.extra_repr
+
+
+class FusedLayerNormSwishGate(FusedLayerNormGated):
+    """`FusedLayerNormGated` with swish and without bias under its older name and printed form."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, elementwise_affine, False, "swish", eps, device, dtype)
+
+    extra_repr = Norm.extra_repr
+
+
+class FusedRMSNormSwishGateLinear(FusedRMSNormSwishGate):
+    """`FusedRMSNormGatedLinear` with swish under its older name."""
+
+    forward = FusedLayerNormGatedLinear.forward  # type: ignore[assignment]
+
+
+class FusedLayerNormSwishGateLinear(FusedLayerNormSwishGate):
+    """`FusedLayerNormGatedLinear` with swish under its older name."""
+
+    forward = FusedLayerNormGatedLinear.forward  # type: ignore[assignment]

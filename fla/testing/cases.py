@@ -1,0 +1,148 @@
+"""Which cases a suite runs: one `Suite` of levels per machine, combined so that every pair of levels meets."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fla.ops._spec import OpSpec, Variant
+from fla.testing.contract import Case, accepts
+
+PACKED = ((65, 0, 1, 62), (0, 1, 130), (1, 1, 1, 1, 1))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a machine runs: `tokens` (a tuple is a pack), `heads` as (H, K, V), dtypes of q, k, v."""
+
+    backend: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    tokens: tuple[int | tuple[int, ...], ...]
+    heads: tuple[tuple[int, int, int], ...]
+    long: int = 130  # tokens of the checks that are about something else: more than two chunks of 64
+
+
+TORCH = Suite(
+    backend="torch",
+    device="cpu",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    tokens=(1, 63, 64, 65, 130, *PACKED),
+    heads=((2, 16, 16), (3, 33, 64), (2, 64, 33), (1, 100, 16), (3, 16, 100), (1, 64, 64)),
+)
+INTERPRETER = Suite(  # `tl.dot` of bfloat16 is wrong in the interpreter of Triton 3.6
+    backend="triton",
+    device="cpu",
+    dtypes=(torch.float32, torch.float16),
+    tokens=(1, 64, 65, 130, (65, 0, 1, 62)),
+    heads=((2, 16, 16), (1, 33, 20), (1, 20, 65)),
+)
+GPU = Suite(
+    backend="triton",
+    device="cuda",
+    dtypes=(torch.bfloat16, torch.float16),
+    tokens=(1, 63, 64, 65, 130, 300, *PACKED, (257, 0, 64, 100)),
+    heads=(
+        *((4, size, size) for size in (16, 33, 64, 96, 100, 128)),
+        (3, 128, 64),
+        (3, 33, 128),
+        (2, 100, 33),
+    ),
+)
+
+
+def forms(spec: OpSpec) -> Iterator[tuple[str, Variant]]:
+    """Every form with every variant it has."""
+    for form, variant in itertools.product(spec.forms, spec.variants):
+        if variant.forms is None or form in variant.forms:
+            yield form, variant
+
+
+def calling_variants(spec: OpSpec, form: str, variant: Variant) -> list[Variant]:
+    """`variant`, and it with `reverse` and `state_v_first` switched on where the form has them."""
+    found = [variant]
+    for keyword in ("reverse", "state_v_first"):
+        if accepts(Case(spec, form, variant), keyword) and keyword not in variant.settings:
+            found += [
+                replace(v, name=f"{v.name} {keyword}", settings={**v.settings, keyword: True}) for v in tuple(found)
+            ]
+    return found
+
+
+def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
+    """Cases in which every pair of levels (form and variant, tokens, heads, dtype, gates, scale, states, ...) meets."""
+    factors: dict[str, Sequence[Any]] = {
+        "form": list(forms(spec)),
+        "heads": suite.heads,
+        "tokens": suite.tokens,
+        "dtype": suite.dtypes,
+        "gates": ("ordinary", "weak") if spec.gates else ("ordinary",),
+        "gate_dtype": (None, torch.float32) if spec.gates else (None,),
+        "calling": (0, 1, 2, 3),
+        "state": ("both", "in", "out", "none"),
+        "scale": (None, 0.3),
+        "index_dtype": (torch.int32, torch.int64),
+        "state_dtype": (None, torch.bfloat16),
+    }
+    cases = []
+    for seed, row in enumerate(pairwise(factors)):
+        form, variant = row.pop("form")
+        variants = calling_variants(spec, form, variant)
+        variant = variants[row.pop("calling") % len(variants)]
+        if row["gate_dtype"] == row["dtype"] or not any(name not in variant.without for name in spec.gates):
+            row["gate_dtype"] = None
+        if row["state"] not in ("both", "in") or form in spec.stateless or row["dtype"] == torch.float64:
+            row["state_dtype"] = None
+        cases.append(Case(spec, form, variant, **row, device=suite.device, backend=suite.backend, seed=seed))
+    return cases
+
+
+def plain_cases(spec: OpSpec, suite: Suite, *, all_callings: bool = False, **changes: Any) -> list[Case]:
+    """One case of every form and variant, over more than two chunks; heads and dtypes in turn.
+
+    `changes`: fields of `Case` that all get; `all_callings`: with `reverse` and `state_v_first` too.
+    """
+    cases: list[Case] = []
+    for form, variant in forms(spec):
+        for way in calling_variants(spec, form, variant) if all_callings else [variant]:
+            i = len(cases)
+            turns: dict[str, Any] = {
+                "heads": suite.heads[i % len(suite.heads)],
+                "dtype": suite.dtypes[i % len(suite.dtypes)],
+                "tokens": suite.long,
+                "seed": i,
+            }
+            cases.append(Case(spec, form, way, **(turns | changes), device=suite.device, backend=suite.backend))
+    return cases
+
+
+def pairwise(factors: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Rows, one value of every factor each, such that any two values of two factors meet in some row (greedy)."""
+    names = sorted(factors, key=lambda name: -len(factors[name]))
+    sizes = [len(factors[name]) for name in names]
+    open_pairs = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i, j in itertools.product(range(sizes[a]), range(sizes[b]))
+    }
+    turn = 0
+    while open_pairs:
+        a, i, b, j = min(open_pairs)
+        row = {a: i, b: j}
+        for c in range(len(names)):
+            if c in row:
+                continue
+            turn += 1  # ties go round, so that levels without open pairs still vary
+            gains = [
+                (sum(_pair(c, level, d, row[d]) in open_pairs for d in row), -((level + turn) % sizes[c]), level)
+                for level in range(sizes[c])
+            ]
+            row[c] = max(gains)[2]
+        open_pairs -= {_pair(c, row[c], d, row[d]) for c, d in itertools.combinations(row, 2)}
+        yield {names[c]: factors[names[c]][level] for c, level in row.items()}
+
+
+def _pair(a: int, i: int, b: int, j: int) -> tuple[int, int, int, int]:
+    return (a, i, b, j) if a < b else (b, j, a, i)

@@ -1,0 +1,332 @@
+"""The contract of an op as checks over one `Case`: what every form must do on every backend.
+
+All checks hold a result to the op's float64 reference by `assert_within_budget`; they differ in how the op is called
+(`whole`, `in_pieces`, `by_rows`, `compiled`) and in what they do to its inputs (strides, strong gates).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.ops._spec import OpSpec, Variant
+from fla.testing.budget import assert_within_budget
+from fla.testing.inputs import STRONG_GATE, make_inputs, pack, state_names
+from fla.testing.runs import Result, call, call_reference, parameters, run, seeded_cotangent, slice_axis
+
+Inputs = dict[str, Tensor]
+Evaluate = Callable[[Inputs], tuple[Tensor, tuple[Tensor, ...]]]
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one form, as data. `tokens`: T, or the lengths of packed sequences; `heads`: (H, K, V).
+
+    `state`: "both" (initial state in, final state out), "in", "out" or "none". `gate_dtype`: None is `dtype`.
+    """
+
+    spec: OpSpec
+    form: str
+    variant: Variant
+    tokens: int | tuple[int, ...] = 65
+    heads: tuple[int, int, int] = (2, 16, 16)
+    dtype: torch.dtype = torch.float32
+    gates: str | float = "ordinary"
+    gate_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
+    index_dtype: torch.dtype = torch.int32
+    scale: float | None = None
+    state: str = "both"
+    batch: int = 2
+    device: str = "cpu"
+    backend: str = "torch"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        packed = isinstance(self.tokens, tuple)
+        tokens = "pack" + ".".join(map(str, self.tokens)) if isinstance(self.tokens, tuple) else f"T{self.tokens}"
+        words = [
+            self.spec.name,
+            self.form,
+            self.variant.name.replace(" ", "_"),
+            tokens,
+            "H{}K{}V{}".format(*self.heads),
+        ]
+        words += [_SHORT[self.dtype]]
+        words += ["i64"] if packed and self.index_dtype == torch.int64 else []
+        words += [f"g={self.gates}"] if self.gated and self.gates != "ordinary" else []
+        words += [f"g{_SHORT[self.gate_dtype]}"] if self.gated and self.gate_dtype else []
+        words += [f"S{_SHORT[self.state_dtype]}"] if self.state_dtype else []
+        words += ["scaled"] if self.scale is not None else []
+        words += [] if self.state == "both" or not self.stateful else [f"state={self.state}"]
+        return "-".join(words)
+
+    @property
+    def function(self) -> Callable:
+        return self.spec.forms[self.form]
+
+    @property
+    def gated(self) -> bool:
+        return any(name not in self.variant.without for name in self.spec.gates)
+
+    @property
+    def stateful(self) -> bool:
+        return self.form not in self.spec.stateless
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        return pack(self.tokens, self.index_dtype, self.device) if isinstance(self.tokens, tuple) else None
+
+    def inputs(self) -> Inputs:
+        packed = isinstance(self.tokens, tuple)
+        tokens = sum(self.tokens) if isinstance(self.tokens, tuple) else self.tokens
+        heads = dict(zip(("H", "K", "V"), self.heads, strict=True)) | {"HV": self.heads[0]}
+        made = make_inputs(
+            self.spec,
+            {"B": 1 if packed else self.batch, "T": tokens, **heads},
+            self.dtype,
+            self.device,
+            self.seed,
+            self.variant,
+            self.cu_seqlens,
+            gate_dtype=self.gate_dtype,
+            state_dtype=self.state_dtype,
+            gates=self.gates,
+        )
+        keep = self.stateful and self.state in ("both", "in")
+        return {name: x for name, x in made.items() if keep or name not in state_names(self.spec, self.variant)}
+
+    @property
+    def returns_state(self) -> bool:
+        return self.stateful and self.state in ("both", "out")
+
+
+def whole(case: Case, function: Callable | None = None) -> Evaluate:
+    """The plain call: all tokens, all rows."""
+    packing: dict[str, Any] = {} if case.cu_seqlens is None else {"cu_seqlens": case.cu_seqlens}
+
+    def evaluate(inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, state = call(
+            case.spec,
+            function or case.function,
+            inputs,
+            case.variant,
+            output_final_state=case.returns_state,
+            scale=case.scale,
+            backend=case.backend,
+            **packing,
+        )
+        if not case.returns_state and state:
+            raise AssertionError(f"{case}: a second result without being asked for it")
+        return output, state
+
+    return evaluate
+
+
+def in_pieces(case: Case, cuts: tuple[int, ...]) -> Evaluate:
+    """The tokens up to each cut in a call of its own, the final state of one handed to the next."""
+    assert isinstance(case.tokens, int) and case.returns_state
+    bounds = list(zip((0, *cuts), (*cuts, case.tokens), strict=True))
+    if case.variant.settings.get("reverse", False):
+        bounds.reverse()
+
+    def evaluate(inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        outputs, state = {}, None
+        for start, end in bounds:
+            piece = slice_axis(case.spec, inputs, "T", start, end - start)
+            outputs[start], state = call(
+                case.spec, case.function, piece, case.variant, state=state, scale=case.scale, backend=case.backend
+            )
+        return torch.cat([outputs[start] for start in sorted(outputs)], 1), state or ()
+
+    return evaluate
+
+
+def by_rows(case: Case) -> Evaluate:
+    """Every row of the batch in a call of its own."""
+
+    def evaluate(inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        rows = []
+        for b in range(case.batch):
+            row = slice_axis(case.spec, slice_axis(case.spec, inputs, "B", b, 1), "N", b, 1)
+            rows.append(whole(case)(row))
+        outputs, parts = zip(*rows, strict=True)
+        return torch.cat(outputs), tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    return evaluate
+
+
+def compiled(case: Case) -> Evaluate:
+    """The public function under `torch.compile(fullgraph=True)`."""
+    torch._dynamo.reset()
+    return whole(case, torch.compile(case.function, fullgraph=True, backend="aot_eager"))
+
+
+def rounded_cotangent(case: Case) -> Callable[[int, Tensor], Tensor]:
+    """Incoming gradients that the reference gets too: rounded to the tested dtype for the output."""
+    return lambda i, x: seeded_cotangent(i, x, case.dtype if i == 0 else None)
+
+
+def check_values(
+    case: Case,
+    evaluate: Evaluate | None = None,
+    *,
+    inputs: Inputs | None = None,
+    needs: tuple[str, ...] | None = None,
+    use: tuple[str, ...] = ("output", "state"),
+    cotangents: Callable[[int, Tensor], Tensor] | None = None,
+    eps: float | None = None,
+) -> Result:
+    """Output, final state and all gradients of `evaluate` (default: the plain call) within the budget. Returns them."""
+    inputs = case.inputs() if inputs is None else inputs
+    cotangents = cotangents or rounded_cotangent(case)
+    use = use if case.returns_state else ("output",)
+    actual = run(evaluate or whole(case), inputs, needs=needs, use=use, cotangents=cotangents)
+
+    def reference(x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, state = call_reference(case.spec, x, case.variant, cu_seqlens=case.cu_seqlens, scale=case.scale)
+        return output, state if case.returns_state else ()
+
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run(reference, wide, needs=needs, use=use, cotangents=cotangents)
+    naive = run(reference, inputs, needs=needs, use=use, cotangents=cotangents, dtype=case.dtype)
+    compare(case, inputs, actual, exact, naive, eps)
+    return actual
+
+
+def compare(case: Case, inputs: Inputs, actual: Result, exact: Result, naive: Result, eps: float | None = None) -> None:
+    """Hold every tensor of `actual` to the budget that `exact` and `naive` give."""
+
+    def within(name: str, x: Tensor, x64: Tensor, rounded: Tensor, gate: bool = False) -> None:
+        assert_within_budget(
+            f"{case}: {name}", x, x64, rounded, dtype=case.dtype, backend=case.backend, gate=gate, eps=eps
+        )
+
+    within("o", actual.output, exact.output, naive.output)
+    if len(actual.state) != len(exact.state):
+        raise AssertionError(f"{case}: {len(actual.state)} parts of the final state, expected {len(exact.state)}")
+    for i, parts in enumerate(zip(actual.state, exact.state, naive.state, strict=True)):
+        within(f"final state {i}", *parts)
+    for name, expected in exact.grads.items():
+        got, rounded = actual.grads[name], naive.grads[name]
+        if expected is None or rounded is None:
+            if got is not None and got.count_nonzero():
+                raise AssertionError(f"{case}: d{name} is not zero, but nothing depends on {name}")
+            continue
+        if got is None:
+            raise AssertionError(f"{case}: {name} got no gradient")
+        if name in case.spec.gates:
+            # by definition no gradient there; the true one is below e^-16 of scale
+            strong = inputs[name] < STRONG_GATE
+            if got[strong].count_nonzero():
+                raise AssertionError(f"{case}: d{name} must be 0 where {name} < {STRONG_GATE}")
+            expected, rounded = expected.masked_fill(strong, 0.0), rounded.masked_fill(strong, 0.0)
+        within(f"d{name}", got, expected, rounded, name in case.spec.gates)
+
+
+def restride(x: Tensor, kind: str) -> Tensor:
+    """`x` with other strides: "transposed" memory, "sliced" out of a larger tensor full of NaN, or "expanded".
+
+    "expanded" repeats the first entry of axis -2 without copying it, so it alone changes the values.
+    """
+    if kind == "transposed" and x.dim() > 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "expanded" and x.dim() > 1:
+        return x.narrow(-2, 0, 1).expand(x.shape)
+    if kind == "sliced":
+        larger = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+        larger[..., 1::2] = x
+        return larger[..., 1::2]
+    return x
+
+
+def check_strides(case: Case, kind: str) -> None:
+    """Inputs and incoming gradients of any strides give what contiguous ones give."""
+    inputs = {name: restride(x, kind) for name, x in case.inputs().items()}
+    made = rounded_cotangent(case)
+    check_values(case, inputs=inputs, cotangents=lambda i, x: restride(made(i, x), kind))
+
+
+def check_repeats(case: Case) -> None:
+    """Two runs give the same bits: outputs, states and gradients."""
+    inputs = case.inputs()
+    first, second = (run(whole(case), inputs, cotangents=rounded_cotangent(case)) for _ in range(2))
+    _assert_same(case, "the second run", first, second)
+
+
+def check_index_dtypes(case: Case) -> None:
+    """int32 and int64 `cu_seqlens` give the same bits."""
+    inputs, cotangents = case.inputs(), rounded_cotangent(case)
+    results = [
+        run(whole(replace(case, index_dtype=dtype)), inputs, cotangents=cotangents)
+        for dtype in (torch.int32, torch.int64)
+    ]
+    _assert_same(case, "int64 cu_seqlens", *results)
+
+
+def _assert_same(case: Case, what: str, first: Result, second: Result) -> None:
+    pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {"o": (first.output, second.output)}
+    pairs |= {f"final state {i}": pair for i, pair in enumerate(zip(first.state, second.state, strict=True))}
+    pairs |= {f"d{name}": (first.grads[name], second.grads[name]) for name in first.grads}
+    for name, (a, b) in pairs.items():
+        if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(a, b)):
+            raise AssertionError(f"{case}: {name} of {what} differs")
+
+
+def check_inputs_unwritten(case: Case) -> None:
+    """Forward and backward write neither to the inputs nor to the incoming gradients."""
+    inputs, cotangents = case.inputs(), []
+
+    def keep(i: int, x: Tensor) -> Tensor:
+        cotangents.append(rounded_cotangent(case)(i, x))
+        return cotangents[-1]
+
+    before = {name: (x.clone(), x._version) for name, x in inputs.items()}
+    run(whole(case), inputs, cotangents=keep)
+    for name, (values, version) in before.items():
+        if inputs[name]._version != version or not torch.equal(inputs[name], values):
+            raise AssertionError(f"{case}: {name} was written to")
+    for i, x in enumerate(cotangents):
+        if x._version or not torch.equal(x, rounded_cotangent(case)(0 if i == 0 else i, x)):
+            raise AssertionError(f"{case}: incoming gradient {i} was written to")
+
+
+def check_attentions(case: Case) -> None:
+    """`output_attentions=True` returns the matrix `A` `[B, H, T, T]` of `o = A v`, and the same `o` as without.
+
+    The reference gives A column by column: it is the output for the values `v = I`.
+    """
+    inputs, options = case.inputs(), {"scale": case.scale, "backend": case.backend}
+    output, matrix = case.function(**inputs, **case.variant.settings, **options, output_attentions=True)
+    plain, nothing = case.function(**inputs, **case.variant.settings, **options)
+    if nothing is not None or not torch.equal(output, plain):
+        raise AssertionError(
+            f"{case}: output_attentions changes the output, or without it the second result is not None"
+        )
+    columns = torch.eye(case.tokens, device=case.device, dtype=case.dtype)[None, :, None]  # type: ignore[arg-type]
+    unit = inputs | {"v": columns.expand(case.batch, -1, case.heads[0], -1)}
+    wide = {name: x.double() for name, x in unit.items()}
+    exact, naive = (
+        call_reference(case.spec, x, case.variant, scale=case.scale)[0].transpose(1, 2) for x in (wide, unit)
+    )
+    assert_within_budget(f"{case}: A", matrix.double(), exact, naive.double(), dtype=case.dtype, backend=case.backend)
+
+
+def check_gradients_numerically(case: Case) -> None:
+    """`torch.autograd.gradcheck` in float64: the backward is the derivative of the forward."""
+    inputs = {name: x.requires_grad_() for name, x in replace(case, dtype=torch.float64).inputs().items()}
+    names = tuple(inputs)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        output, state = whole(case)(dict(zip(names, tensors, strict=True)))
+        return (output, *state)
+
+    torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+def accepts(case: Case, keyword: str) -> bool:
+    """Whether the case's form has this parameter."""
+    return keyword in parameters(case.function)
