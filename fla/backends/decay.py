@@ -160,7 +160,8 @@ def _forward(
     problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form)
     if q.numel() == 0 or v.numel() == 0:
         return torch.zeros_like(v, memory_format=torch.contiguous_format), _idle_state(problem, output_final_state)
-    o, state = family(FAMILY, backend).forward(problem, output_final_state)
+    with torch.autocast(q.device.type, enabled=False):  # the kernels choose their precision themselves
+        o, state = family(FAMILY, backend).forward(problem, output_final_state)
     return o, o.new_empty(0, dtype=problem.state_dtype) if state is None else state
 
 
@@ -185,7 +186,8 @@ def _backward(
         found = (*found, None if initial_state is None else torch.zeros_like(initial_state) if dht is None else dht)
     else:
         dht = None if dht is None else dht.contiguous()
-        found = family(FAMILY, backend).backward(problem, final_state, do.contiguous(), dht, needs_gates)
+        with torch.autocast(q.device.type, enabled=False):
+            found = family(FAMILY, backend).backward(problem, final_state, do.contiguous(), dht, needs_gates)
     return [q.new_empty(0) if d is None or x is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)]
 
 

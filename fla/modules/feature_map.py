@@ -118,10 +118,15 @@ class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d] -> [..., s (s + 1) / 2]`."""
-        x = F.layer_norm(x, (self.head_dim,), self.gamma, self.beta)
+        dtype, x = (
+            x.dtype,
+            x.to(torch.promote_types(x.dtype, torch.float32)),
+        )  # products of products: rounded once, at the end
+        x = F.layer_norm(x, (self.head_dim,), self.gamma.to(x.dtype), self.beta.to(x.dtype))
         for first, second in zip(self.sketches1, self.sketches2, strict=True):
-            x = first(x) * second(x) * self.head_dim**-0.5
-        return flatten_diag_outer_product(x, x)
+            u, v = (x @ layer.weight.to(x.dtype).mT for layer in (first, second))  # type: ignore[union-attr, operator]
+            x = u * v * self.head_dim**-0.5
+        return flatten_diag_outer_product(x, x).to(dtype)
 
 
 class TaylorFeatureMap(nn.Module):

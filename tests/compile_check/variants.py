@@ -48,7 +48,8 @@ def variants(dtype: str) -> Iterator[Variant]:
         yield Variant(f"recurrent-fwd-{K}", kernel, fwd | gates | {"g_gamma": "*fp64"}, constants, 1, False)
         grads = {"dq": STATES, "dk": STATES, "dv": STATES}
         kernel = recurrent.recurrent_backward_kernel
-        yield Variant(f"recurrent-bwd-{K}", kernel, bwd | gates | grads, size, 1, False)
+        types = bwd | {"gk": p, "gv": p} | grads
+        yield Variant(f"recurrent-bwd-{K}", kernel, types, size, 1, False)
     types = {"g": p, "rows": STATES, "change": STATES, "dg": p, "cu_seqlens": PACKING, "T": "i32", "H": "i32"}
     kernel = gate_gradient.gate_gradient_kernel
     yield Variant("gate-scalar", kernel, types, {"D": 1, "BD": 1, "TILES": 2}, 1, False)

@@ -10,10 +10,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fla.backends.torch.fused._dtypes import wide_dtype
+from fla.backends.torch.fused._common import creating_graph, gradients_with_graph, wide_dtype
 from fla.varlen import prepare_sequence_ids
+
+
+def _depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    wide = wide_dtype(x)
+    row = F.pad(x.to(wide), (0, 0, weight.shape[1] - 1, 0)).transpose(1, 2)
+    return F.conv1d(row, weight.to(wide).unsqueeze(1), groups=weight.shape[0]).transpose(1, 2)
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -33,9 +38,10 @@ class _DepthwiseConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
+        if creating_graph():
+            return gradients_with_graph(_depthwise_conv, (x, weight), ctx.needs_input_grad, dy)
         u, taps = x.to(dy.dtype), weight.to(dy.dtype).t().contiguous()
         T, dx, dweight = x.shape[1], None, None
         reach = range(min(len(taps), T))

@@ -1,15 +1,20 @@
 """Gated linear units: `z = activation(x) * y`, alone or in front of a linear map."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fla.backends.torch.fused._dtypes import autocast, wide_dtype
+from fla.backends.torch.fused._common import autocast, creating_graph, gradients_with_graph, wide_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def _plain(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
+    z = (ACTIVATIONS[activation](x.to(wide_dtype(x))) * y).to(x.dtype)
+    return z if weight is None else F.linear(z, weight, bias)
 
 
 def _product(x: Tensor, y: Tensor, activation: str) -> Tensor:
@@ -38,8 +43,10 @@ class _Glu(torch.autograd.Function):
         return _product(x, y, activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz):
+        if creating_graph():
+            plain = functools.partial(_plain, weight=None, bias=None, activation=ctx.activation)
+            return *gradients_with_graph(plain, ctx.saved_tensors, ctx.needs_input_grad[:2], dz), None
         return *_product_gradient(*ctx.saved_tensors, dz, ctx.activation), None
 
 
@@ -53,9 +60,11 @@ class _GluLinear(torch.autograd.Function):
         return F.linear(_product(x, y, activation), weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         x, y, weight, bias = ctx.saved_tensors
+        if creating_graph():
+            plain = functools.partial(_plain, activation=ctx.activation)
+            return *gradients_with_graph(plain, ctx.saved_tensors, ctx.needs_input_grad[:4], dout), None
         rows = dout.reshape(-1, dout.shape[-1])
         dx, dy, dweight, dbias = None, None, None, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:

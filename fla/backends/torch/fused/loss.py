@@ -1,11 +1,12 @@
 """Cross entropy over logits, and over the output of a linear map whose logits never exist all at once."""
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fla.backends.fused import CrossEntropy
-from fla.backends.torch.fused._dtypes import autocast, wide_dtype
+from fla.backends.torch.fused._common import autocast, creating_graph, gradients_with_graph, wide_dtype
 
 _CHUNK = 2**24  # elements of a wide temporary in `cross_entropy`: 64 MiB in float32
 
@@ -28,6 +29,10 @@ def _losses(z: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, T
     if options.label_smoothing:
         loss = loss - options.label_smoothing * z.mean(-1)
     return loss.masked_fill(ignored, 0), penalty.masked_fill(ignored, 0), lse
+
+
+def _loss(logits: Tensor, target: Tensor, options: CrossEntropy) -> Tensor:
+    return _losses(_scores(logits, options), target, options)[0]
 
 
 def _gradient(z: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, options: CrossEntropy) -> Tensor:
@@ -61,9 +66,11 @@ class _CrossEntropy(torch.autograd.Function):
         return losses, penalties
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
+        if creating_graph():
+            plain = functools.partial(_loss, target=target, options=ctx.options)
+            return *gradients_with_graph(plain, (logits,), ctx.needs_input_grad[:1], dloss), None, None
         # a compiled graph plans its own memory and may not write to what another part of it reads
         inplace = ctx.options.inplace_backward and not torch.compiler.is_compiling()
         dlogits = logits if inplace else torch.empty_like(logits)
@@ -125,8 +132,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
+        if creating_graph():
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivatives: its gradients are formed in the forward pass; "
+                "apply the linear map and FusedCrossEntropyLoss instead"
+            )
         *gradients, count = ctx.saved_tensors
         factor = dloss / count
         scaled = (

@@ -1,13 +1,20 @@
 """Norms, alone, with a residual, a gate or a linear map."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fla.backends.torch.fused._dtypes import autocast, wide_dtype
+from fla.backends.torch.fused._common import autocast, creating_graph, gradients_with_graph, wide_dtype
 from fla.backends.torch.fused.glu import ACTIVATIONS
+
+
+def _root_norm(x: Tensor, weight: Tensor | None, eps: float, share: float) -> Tensor:
+    u = x.to(wide_dtype(x))
+    y = u * torch.rsqrt(u.square().sum(-1, keepdim=True) * share + eps)
+    return y if weight is None else y * weight
 
 
 class _RootNorm(torch.autograd.Function):
@@ -21,14 +28,16 @@ class _RootNorm(torch.autograd.Function):
         u = x.to(wide_dtype(x))
         root = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().mul_(share).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, root)
-        ctx.share = share
+        ctx.eps, ctx.share = eps, share
         y = u * root
         return y if weight is None else y.mul_(weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, root = ctx.saved_tensors
+        if creating_graph():
+            plain = functools.partial(_root_norm, eps=ctx.eps, share=ctx.share)
+            return *gradients_with_graph(plain, (x, weight), ctx.needs_input_grad[:2], dy), None, None
         unit = x.to(root.dtype) * root
         product, dweight = dy * unit, None
         if weight is not None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fla.backends.torch.fused._dtypes import wide_dtype
+from fla.backends.torch.fused._common import wide_dtype
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

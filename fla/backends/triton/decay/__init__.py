@@ -32,7 +32,7 @@ def backward(
     if problem.scale == 0.0:  # the kernels carry state gradients in units of scale; without outputs any unit will do
         problem, do = replace(problem, scale=1.0), torch.zeros_like(do)
     with _device(problem.q):
-        if problem.gv is not None or (problem.g is not None and problem.gk is not None):
+        if problem.gv is not None:
             return recurrent.backward(problem, final_state, do, dht, needs_gates)
         kind, gate = kind_of(problem)
         change = _change(problem, final_state, dht, kind) if needs_gates else None

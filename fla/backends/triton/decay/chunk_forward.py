@@ -88,10 +88,11 @@ def vector_forward_kernel(
         else:
             b_P = tl.dot(b_qn, tl.trans(b_kn))
         b_P = tl.where(m_pair, b_P, 0.0).to(b_v.dtype)
-        b_o = tl.dot(b_qn, tl.trans((b_S * tl.exp2(b_pq)[None, :]).to(b_q.dtype)))
+        b_S *= tl.exp2(b_pq)[None, :]
+        b_o = tl.dot(b_qn, tl.trans(b_S.to(b_q.dtype)))
         b_o = tl.dot(b_P, b_v, acc=b_o)
         store_tile(o, row, m_t, o_v, V, b_o * scale)
-        b_S *= tl.exp2(b_pk)[None, :]
+        b_S *= tl.exp2(b_pk - b_pq)[None, :]
         b_S = tl.dot(tl.trans(b_v), b_kn, acc=b_S)
         b_S *= tl.exp2(b_total - b_pk)[None, :]
     if ht is not None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from fla.backends.decay import Gradients, Problem
 from fla.backends.triton._lib import LOG2E, load_state, sequence, store_state
 from fla.backends.triton.decay._decay import padded
+from fla.backends.triton.decay.gate_gradient import close_gate_gradient
 
 BV = tl.constexpr(16)  # value columns a program, forward
 TILE = tl.constexpr(16)  # channels of K or V a program, backward
@@ -59,20 +60,20 @@ def recurrent_forward_kernel(
 
 
 @triton.jit
-def _dq_role(k, v, g, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+def _dq_role(k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
     b_S = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
     if h0 is not None:
         b_S += load_state(h0, i_state, o_k[:, None], o_v[None, :], K, V)
     for t in range(0, length):
         row = (start + t) * H + i_h
-        b_S = _decay_state(b_S, g, gk, gv, None, row, i_h, o_k, o_v, K, V)
+        b_S = _decay_state(b_S, None, gk, gv, None, row, i_h, o_k, o_v, K, V)
         b_S += _vector(k, row, o_k, K)[:, None] * _vector(v, row, o_v, V)[None, :]
         b_dq = tl.sum(b_S * _vector(do, row, o_v, V)[None, :], 1) * scale
         tl.store(dq + row * K + o_k, b_dq, mask=o_k < K)
 
 
 @triton.jit
-def _dkv_role(q, x, g, gk, gv, do, dht, dx, dh0, start, length, scale, i_state, i_h, H, o_k, o_v,
+def _dkv_role(q, x, gk, gv, do, dht, dx, dh0, start, length, scale, i_state, i_h, H, o_k, o_v,
               K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr):  # fmt: skip
     """`dk = dS v` (KEY: x is v) or `dv = k dS` (x is k), from the last token to the first."""
     b_dS = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
@@ -87,7 +88,7 @@ def _dkv_role(q, x, g, gk, gv, do, dht, dx, dh0, start, length, scale, i_state, 
         else:
             b_dv = tl.sum(b_dS * _vector(x, row, o_k, K)[:, None], 0)
             tl.store(dx + row * V + o_v, b_dv, mask=o_v < V)
-        b_dS = _decay_state(b_dS, g, gk, gv, None, row, i_h, o_k, o_v, K, V)
+        b_dS = _decay_state(b_dS, None, gk, gv, None, row, i_h, o_k, o_v, K, V)
     if KEY:  # together these programs own every key channel once
         if dh0 is not None:
             store_state(dh0, i_state, o_k[:, None], o_v[None, :], K, V, b_dS)
@@ -95,7 +96,7 @@ def _dkv_role(q, x, g, gk, gv, do, dht, dx, dh0, start, length, scale, i_state, 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def recurrent_backward_kernel(
-    q, k, v, g, gk, gv, do, h0, dht, dq, dk, dv, dh0, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr
+    q, k, v, gk, gv, do, h0, dht, dq, dk, dv, dh0, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr
 ):  # fmt: skip
     NK: tl.constexpr = (K + TILE - 1) // TILE
     NV: tl.constexpr = (V + TILE - 1) // TILE
@@ -108,17 +109,17 @@ def recurrent_backward_kernel(
     o_tile, o_k, o_v = tl.arange(0, TILE), tl.arange(0, BK), tl.arange(0, BV_ALL)
     if i_role < NK:
         _dq_role(
-            k, v, g, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, i_role * TILE + o_tile, o_v, K, V
+            k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, i_role * TILE + o_tile, o_v, K, V
         )
     elif i_role < 2 * NK:
         o_part = (i_role - NK) * TILE + o_tile
         _dkv_role(
-            q, v, g, gk, gv, do, dht, dk, dh0, start, length, scale, i_state, i_h, H, o_part, o_v, K, V, True
+            q, v, gk, gv, do, dht, dk, dh0, start, length, scale, i_state, i_h, H, o_part, o_v, K, V, True
         )
     else:
         o_part = (i_role - 2 * NK) * TILE + o_tile
         _dkv_role(
-            q, k, g, gk, gv, do, dht, dv, dh0, start, length, scale, i_state, i_h, H, o_k, o_part, K, V, False
+            q, k, gk, gv, do, dht, dv, dh0, start, length, scale, i_state, i_h, H, o_k, o_part, K, V, False
         )
 
 
@@ -143,16 +144,23 @@ def backward(problem: Problem, final_state, do, dht, needs_gates: bool) -> Gradi
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
     grid = (N * H * (2 * triton.cdiv(K, TILE.value) + triton.cdiv(V, TILE.value)),)
     recurrent_backward_kernel[grid](
-        q, k, v, problem.g, problem.gk, problem.gv, do, problem.initial_state, dht, dq, dk, dv, dh0, problem.cu_seqlens,
+        q, k, v, problem.gk, problem.gv, do, problem.initial_state, dht, dq, dk, dv, dh0, problem.cu_seqlens,
         problem.scale, q.shape[1], H, K=K, V=V, num_warps=1,
     )  # fmt: skip
-    dg = dgk = dgv = None
+    dgk = dgv = None
     if needs_gates:
         o, _ = forward(problem, False, torch.float32)
         change = None if dht is None or final_state is None else final_state * dht
-        key = _suffix_sums(problem, q * dq - k * dk, None if change is None else change.sum(-1))
-        dgk = key if problem.gk is not None else None
-        dg = key.sum(-1) if problem.g is not None else None
+        if problem.gk is not None:
+            dgk = _suffix_sums(problem, problem.gk, q * dq, k * dk, None if change is None else change.sum(-1))
         if problem.gv is not None:
-            dgv = _suffix_sums(problem, o * do - v * dv, None if change is None else change.sum(-2))
-    return Gradients(dq, dk, dv, dg, dgk, dgv, dh0)
+            dgv = _suffix_sums(problem, problem.gv, o * do, v * dv, None if change is None else change.sum(-2))
+    return Gradients(dq, dk, dv, None, dgk, dgv, dh0)
+
+
+def _suffix_sums(problem: Problem, gate, plus, minus, change):
+    """`sum_{s >= t} (plus - minus)_s + change`, the gradient of the per-channel `gate`."""
+    if change is None:
+        N, H = problem.state_shape[:2]
+        change = plus.new_zeros(N, H, gate.shape[-1])
+    return close_gate_gradient(problem, gate, torch.stack((plus, minus), 3), change.contiguous())

@@ -40,7 +40,8 @@ def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H
         b_Gm, b_m, b_total, b_pq, b_pk, far = vector_decay(load_tile(g, row, m_t, o_k, K), RANGE)
         b_dP = tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0).to(b_k.dtype)
         b_kn = (b_k * tl.exp2((b_pk - b_m)[None, :] - b_Gm)).to(b_k.dtype)
-        b_dqn = dot_split(b_do, b_S * tl.exp2(b_pq)[None, :], b_do.dtype)
+        b_S *= tl.exp2(b_pq)[None, :]
+        b_dqn = dot_split(b_do, b_S, b_do.dtype)
         if far:
             b_direct = far_gradient(b_dP.to(tl.float32), k, g, row, m_t, m_pair, o_k, K, False)
         else:
@@ -52,7 +53,7 @@ def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H
             b_q = load_tile(q, row, m_t, o_k, K)
             b_row = (b_q * b_up).to(b_q.dtype) * b_dqn + b_q * b_direct
             store_tile(rows, 2 * row, m_t, o_k, K, b_row * scale)
-        b_S *= tl.exp2(b_pk)[None, :]
+        b_S *= tl.exp2(b_pk - b_pq)[None, :]
         b_S = tl.dot(tl.trans(b_v), b_kn, acc=b_S)
         b_S *= tl.exp2(b_total - b_pk)[None, :]
 
@@ -75,7 +76,8 @@ def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, 
         b_Gm, b_m, b_total, b_pq, b_pk, far = vector_decay(load_tile(g, row, m_t, o_k, K), RANGE)
         b_dP = tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0).to(b_q.dtype)
         b_qn = (b_q * tl.exp2(b_Gm + (b_m - b_pq)[None, :])).to(b_q.dtype)
-        b_dkn = dot_split(b_v, b_dS * tl.exp2(b_total - b_pk)[None, :], b_v.dtype)
+        b_dS *= tl.exp2(b_total - b_pk)[None, :]
+        b_dkn = dot_split(b_v, b_dS, b_v.dtype)
         if far:
             b_direct = far_gradient(b_dP.to(tl.float32), q, g, row, m_t, m_pair, o_k, K, True)
         else:
@@ -87,7 +89,7 @@ def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, 
             b_k = load_tile(k, row, m_t, o_k, K)
             b_row = (b_k * b_down).to(b_k.dtype) * b_dkn + b_k * b_direct
             store_tile(rows, 2 * row + 1, m_t, o_k, K, b_row * scale)
-        b_dS *= tl.exp2(b_total - b_pq)[None, :]
+        b_dS *= tl.exp2(b_pk - b_pq)[None, :]
         b_dS = tl.dot(tl.trans(b_do), b_qn, acc=b_dS)
         b_dS *= tl.exp2(b_pq)[None, :]
     if dh0 is not None:
@@ -117,10 +119,11 @@ def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile
         else:
             b_P = tl.dot(b_kn, tl.trans(b_qn))
         b_P = tl.where(m_pair, b_P, 0.0).to(b_do.dtype)
-        b_dv = tl.dot(b_kn, tl.trans((b_dS * tl.exp2(b_total - b_pk)[None, :]).to(b_k.dtype)))
+        b_dS *= tl.exp2(b_total - b_pk)[None, :]
+        b_dv = tl.dot(b_kn, tl.trans(b_dS.to(b_k.dtype)))
         b_dv = tl.dot(b_P, b_do, acc=b_dv)
         store_tile(dv, row, m_t, o_v, V, b_dv * scale)
-        b_dS *= tl.exp2(b_total - b_pq)[None, :]
+        b_dS *= tl.exp2(b_pk - b_pq)[None, :]
         b_dS = tl.dot(tl.trans(b_do), b_qn, acc=b_dS)
         b_dS *= tl.exp2(b_pq)[None, :]
 

@@ -1,0 +1,55 @@
+# Two commands tell the story: `make demo` and `make test`. Each sets up what it needs, once.
+
+PYTHON ?= python3
+# Another Triton than the pinned one, in an environment of its own: make test TRITON=3.9.0
+TRITON ?=
+VENV := .venv$(if $(TRITON),-triton-$(TRITON))
+RUN := $(VENV)/bin/python
+# Further arguments: make demo ARGS="--model retnet", make test-gpu ARGS="-k gla", make bench ARGS="--op gla"
+ARGS ?=
+
+INSTALL = $(PYTHON) tools/install.py --venv $(VENV) $(if $(TRITON),--triton $(TRITON))
+REQUIREMENTS := pyproject.toml constraints.txt tools/install.py
+PYTHON_FILES := fla tests benchmarks examples tools
+# Two processes of one thread each: what two cores can do
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+.PHONY: help demo test check test-gpu bench clean
+
+help:
+	@echo 'make demo      install, train a small language model on real text, save it, reload it, let it write'
+	@echo 'make test      the whole CPU suite'
+	@echo 'make check     format, lint, types, spelling'
+	@echo 'make test-gpu  the GPU suite, in the current Python'
+	@echo 'make bench     time the ops'
+
+$(VENV)/.installed-demo: $(REQUIREMENTS)
+	@$(INSTALL) demo
+	@touch $@
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	@$(INSTALL) test,check,bench
+	@touch $(VENV)/.installed-demo $@
+
+demo: $(VENV)/.installed-demo
+	$(RUN) examples/train_and_generate.py $(ARGS)
+
+# Triton decides at import whether it compiles or interprets, so each has a process of its own.
+test: $(VENV)/.installed
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not gpu' --ignore=tests/triton_interpreter tests
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter
+
+check: $(VENV)/.installed
+	$(RUN) -m ruff format --check $(PYTHON_FILES)
+	$(RUN) -m ruff check $(PYTHON_FILES)
+	$(RUN) -m mypy
+	$(RUN) -m codespell_lib $(PYTHON_FILES) docs .ci Makefile $(wildcard *.md)
+
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests $(ARGS)
+
+bench: $(VENV)/.installed
+	$(RUN) -m benchmarks.ops $(ARGS)
+
+clean:
+	rm -rf .venv .venv-triton-* runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

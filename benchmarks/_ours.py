@@ -1,0 +1,180 @@
+"""Our side's process: `python -m benchmarks._ours`. Checks a row against its reference, then times it.
+
+Correct first: the beginning of the row's own inputs is computed in float64 by the naive recurrence, and outputs and
+all gradients of the timed function must be within the error budget of `fla.testing`; then the output of the full size
+must begin the same and be finite throughout, and so must the full size's gradients. Only then is anything timed.
+"""
+
+import platform
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import _timing as timing
+from benchmarks._targets import Target, find, first_tokens, sizes
+from benchmarks._worker import one_line, serve
+from fla.backends import family, resolve
+from fla.testing import assert_within_budget
+
+
+def info(request: dict[str, Any]) -> dict[str, Any]:
+    """The machine, the versions, and the copy bandwidth that floors are counted with."""
+    device = request["device"]
+    try:
+        import triton
+    except ImportError:
+        version = None
+    else:
+        version = triton.__version__
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {
+        "status": "ok",
+        "gpu": gpu,
+        "machine": gpu if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": version,
+        "bandwidth": timing.copy_bandwidth(device),
+    }
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Check and time one op at one shape. Status `ok`, `unsupported` (a declared limit) or `failed`."""
+    target = find(request["op"], request["form"], request["backend"])
+    reply: dict[str, Any] = {"status": "ok", "why": "", "name": target.name, "settings": target.settings, "rows": {}}
+    try:
+        _run(target, request, reply)
+    except AssertionError as error:
+        reply |= {"status": "failed", "why": f"wrong result: {error}", "rows": {}}
+    except (ValueError, NotImplementedError) as error:
+        reply |= {"status": "unsupported", "why": " ".join(str(error).split())[:200]}
+    except Exception as error:
+        traceback.print_exc()
+        status = "failed" if target.family else "unsupported"
+        reply |= {"status": status, "why": one_line(error), "fatal": True}
+    if request["device"] == "cuda":
+        torch.cuda.empty_cache()  # the peer's turn: leave it the memory
+    return reply
+
+
+def _run(target: Target, request: dict[str, Any], reply: dict[str, Any]) -> None:
+    """Fill the reply step by step, so that a step that raises leaves what came before it."""
+    shapes = sizes(target.shapes, request["dims"])
+    tensors, replaced = _inputs(target, shapes, getattr(torch, request["dtype"]), request)
+    backend = _backend(target, tensors, request["backend"])
+    reply |= {"shapes": shapes, "backend": backend or "torch"}
+    if request["peer"]:
+        reply |= _handed_to_peer(target, tensors, replaced, Path(request["scratch"]))
+    output = _check(target, tensors, backend, request) if target.checked else None
+    for mode in request["modes"]:
+        call = timing.make_call(target.call, tensors, mode, request["seed"])
+        row = timing.measure(call, request["device"], timing.Budget(*request["budget"]))
+        if target.linear and output is not None:
+            row["floor_s"] = timing.floor_bytes(tensors, output, mode) / request["bandwidth"]
+        reply["rows"][mode] = row
+
+
+def _inputs(target: Target, shapes: dict[str, list[int]], dtype: torch.dtype, request: dict[str, Any]):
+    """Legal inputs, and those of them that are not plain seeded noise (the gates)."""
+    noise = timing.noise(shapes, dtype, request["device"], request["seed"])
+    legal = target.inputs(dict(noise))
+    tensors = {name: legal[name].to(dtype).contiguous() for name in shapes}
+    return tensors, {name: x for name, x in tensors.items() if x is not noise[name]}
+
+
+def _backend(target: Target, tensors: dict[str, Tensor], backend: str | None) -> str | None:
+    if target.family is None:
+        return None
+    try:
+        return resolve(target.family, next(iter(tensors.values())), backend)
+    except ValueError:
+        return backend  # the call itself says why it cannot run
+
+
+def _handed_to_peer(target: Target, tensors: dict[str, Tensor], replaced: dict[str, Tensor], scratch: Path):
+    """What the peer's process needs to draw the same inputs and to be compared with the same reference."""
+    begin = first_tokens(target.shapes, tensors)
+    reference = target.reference(**{name: x.double() for name, x in begin.items()})
+    torch.save(replaced, scratch / "replaced.pt")
+    torch.save(reference, scratch / "reference.pt")
+    return {
+        "replaced": str(scratch / "replaced.pt") if replaced else None,
+        "reference": str(scratch / "reference.pt"),
+        "checksums": timing.checksums(tensors),
+    }
+
+
+def _check(target: Target, tensors: dict[str, Tensor], backend: str | None, request: dict[str, Any]) -> Tensor:
+    """Raise AssertionError unless the row is right; returns its full-size output."""
+    begin = first_tokens(target.shapes, tensors)
+    with_gradients = "fwdbwd" in request["modes"]
+    dtype = next(iter(begin.values())).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    reference = _results(target.reference, begin, torch.float64, with_gradients, request["seed"])
+    naive = _results(target.reference, begin, wide, with_gradients, request["seed"])
+    actual = _results(target.call, begin, dtype, with_gradients, request["seed"])
+    for name, value in actual.items():
+        gate = name.removeprefix("d") in target.gates
+        assert_within_budget(name, value, reference[name], naive[name].to(dtype), backend=backend or "torch", gate=gate)
+    with torch.no_grad():
+        output = timing.first_output(target.call(**tensors))
+    start = timing.beginning(output, list(reference["o"].shape))
+    assert_within_budget("o at full size", start, reference["o"], naive["o"].to(dtype), backend=backend or "torch")
+    _assert_finite("o at full size", output)
+    if with_gradients:
+        gradients = timing.make_call(target.call, tensors, "fwdbwd", request["seed"])()
+        for name, gradient in zip(tensors, gradients, strict=True):
+            _assert_finite(f"d{name} at full size", gradient)
+    return output
+
+
+def _results(function, tensors: dict[str, Tensor], dtype: torch.dtype, with_gradients: bool, seed: int):
+    """`o`, and the gradient of every tensor for a seeded incoming gradient, computed in `dtype`."""
+    leaves = {name: x.to(dtype).detach().clone().requires_grad_(with_gradients) for name, x in tensors.items()}
+    o = timing.first_output(function(**leaves))
+    results = {"o": o.detach()}
+    if with_gradients:
+        given = next(iter(tensors.values())).dtype  # the same values in every precision
+        do = timing.noise({"do": list(o.shape)}, given, o.device.type, seed)["do"].to(o.dtype)
+        gradients = torch.autograd.grad(o, tuple(leaves.values()), do)
+        results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def _assert_finite(name: str, x: Tensor | None) -> None:
+    if x is None:
+        raise AssertionError(f"{name} is missing")
+    if not torch.isfinite(x).all():
+        raise AssertionError(f"{name} has NaN or infinite values")
+
+
+def first_call(request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the first forward and backward in this process. Imports, inputs and the CUDA context come before."""
+    target = find(request["op"], request["form"], request["backend"])
+    dtype = getattr(torch, request["dtype"])
+    tensors, _ = _inputs(target, sizes(target.shapes, request["dims"]), dtype, request)
+    backend = _backend(target, tensors, request["backend"])
+    if target.family and backend:
+        family(target.family, backend)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    _wait(request["device"])
+    start = time.perf_counter()
+    try:
+        o = timing.first_output(target.call(**leaves))
+        o.backward(torch.ones_like(o))
+    except (ValueError, NotImplementedError) as error:
+        return {"status": "unsupported", "why": " ".join(str(error).split())[:200]}
+    _wait(request["device"])
+    return {"status": "ok", "seconds": time.perf_counter() - start}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    serve({"info": info, "run": run, "first_call": first_call})

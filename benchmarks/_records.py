@@ -1,0 +1,113 @@
+"""Records: `benchmarks/results/<gpu>.jsonl`, one object a line, only appended to. Claims are read from here."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FIELDS = (
+    *("date", "commit", "gpu", "torch", "triton", "op", "shape", "dtype", "mode"),
+    *("ms", "floor_x", "peak_mb", "first_call_s", "peer", "peer_ms", "ratio", "note"),
+)
+KEY = ("gpu", "op", "shape", "dtype", "mode")
+_NUMBERS = ("ms", "floor_x", "peak_mb", "first_call_s", "peer_ms", "ratio")
+COLUMNS = {
+    "op": "op",
+    "shape": "shape",
+    "dtype": "dtype",
+    "mode": "mode",
+    "ms": "ms",
+    "floor_x": "x floor",
+    "peak_mb": "peak MiB",
+    "first_call_s": "first s",
+    "peer_ms": "peer ms",
+    "ratio": "peer/ours",
+    "note": "note",
+}
+
+
+def record(**fields: Any) -> dict[str, Any]:
+    """A record with every field (absent ones None), numbers to four digits. `ms` is None where a row got no number."""
+    unknown = fields.keys() - set(FIELDS)
+    if unknown:
+        raise ValueError(f"a record has the fields {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
+    full = {name: fields.get(name) for name in FIELDS}
+    for name in _NUMBERS:
+        full[name] = None if full[name] is None else float(f"{full[name]:.4g}")
+    return full
+
+
+def slug(gpu: str) -> str:
+    """The file's name for a GPU: "NVIDIA H200" -> "h200"; all CPUs share "cpu"."""
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
+    return "cpu" if name.startswith("cpu") else name
+
+
+def append(path: Path, fields: dict[str, Any]) -> None:
+    """Write one record at the end of a file, made if need be; on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(fields) + "\n")
+
+
+def read(path: Path, **where: Any) -> list[dict[str, Any]]:
+    """The records of a file in order whose fields equal `where`. Raises ValueError naming a line that is no record."""
+    unknown = where.keys() - set(FIELDS)
+    if unknown:
+        raise ValueError(f"a record has the fields {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name} line {number} is no JSON object: {error}") from None
+        if not isinstance(fields, dict) or set(fields) != set(FIELDS):
+            raise ValueError(f"{path.name} line {number} must have exactly the fields {', '.join(FIELDS)}")
+        if all(fields[name] == value for name, value in where.items()):
+            found.append(fields)
+    return found
+
+
+def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last record with a number of every (gpu, op, shape, dtype, mode)."""
+    last = {tuple(r[name] for name in KEY): r for r in records if r["ms"] is not None}
+    return list(last.values())
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A plain-text table of records; columns that are empty throughout are left out."""
+    names = [name for name in COLUMNS if any(r[name] not in (None, "") for r in records)]
+    rows = [[COLUMNS[name] for name in names]] + [[_cell(name, r[name]) for name in names] for r in records]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            for name, cell, width in zip(names, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def line(fields: dict[str, Any]) -> str:
+    """A record as one line of progress."""
+    what = f"{fields['op']:<28} {fields['shape']:<24} {fields['dtype']:<9} {fields['mode']:<7}"
+    parts = [f"{_cell('ms', fields['ms']):>9} ms" if fields["ms"] is not None else "no number"]
+    parts += [f"{_cell('floor_x', fields['floor_x'])} x floor"] if fields["floor_x"] is not None else []
+    parts += [f"peer {_cell('peer_ms', fields['peer_ms'])} ms"] if fields["peer_ms"] is not None else []
+    parts += [f"peer/ours {_cell('ratio', fields['ratio'])}"] if fields["ratio"] is not None else []
+    parts += [fields["note"]] if fields["note"] else []
+    return f"{what} " + "; ".join(parts)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name in ("ms", "peer_ms"):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+    if name in ("floor_x", "first_call_s"):
+        return f"{value:.1f}"
+    if name == "ratio":
+        return f"{value:.2f}"
+    return f"{value:.0f}" if name == "peak_mb" else str(value)

@@ -1,0 +1,152 @@
+"""How a call is timed: seeded inputs, CUDA events with a cold L2, medians, peak memory, copy bandwidth.
+
+Imports torch and nothing of ours: the peer is also called `fla`, and its process times with this same file.
+"""
+
+import gc
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+FLUSH_BYTES = 128 * MIB  # more than any L2: every run starts with its inputs in device memory
+BANDWIDTH_BYTES = {"cuda": 2**30, "cpu": 2**26}
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one row may be timed: at most `runs` runs, and about `seconds` (but always a few runs)."""
+
+    seconds: float = 0.3
+    runs: int = 100
+
+
+def noise(shapes: dict[str, list[int]], dtype: torch.dtype, device: str, seed: int) -> dict[str, Tensor]:
+    """Standard normal tensors. Each depends on name and seed alone: two processes on one device draw the same."""
+    tensors = {}
+    for name, shape in shapes.items():
+        generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
+        tensors[name] = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    return tensors
+
+
+def checksums(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """One number per tensor that shows whether another process holds the same values."""
+    return {name: x.sum(dtype=torch.float64).item() for name, x in tensors.items()}
+
+
+def first_output(result: Any) -> Tensor:
+    """`o` of an operation that returns `o` or `(o, state)`."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def beginning(o: Tensor, shape: list[int]) -> Tensor:
+    """The part of an output `[B, T, H, V]` that belongs to the reference of the first tokens of the last batch row."""
+    return o[-shape[0] :, : shape[1], : shape[2]]
+
+
+def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: str, seed: int = 0) -> Call:
+    """The call that a mode times: `fwd` without autograd, `fwdbwd` with the gradient of every tensor.
+
+    Gradients are returned, not accumulated. The incoming gradient is drawn here, outside of what is timed.
+    """
+    if mode == "fwd":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return first_output(function(**tensors))
+
+        return forward
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    with torch.no_grad():
+        o = first_output(function(**tensors))
+    do = noise({"do": list(o.shape)}, o.dtype, o.device.type, seed)["do"]
+    del o
+
+    def forward_backward() -> tuple[Tensor | None, ...]:
+        output = first_output(function(**leaves))
+        return torch.autograd.grad(output, tuple(leaves.values()), do, allow_unused=True)
+
+    return forward_backward
+
+
+def measure(call: Call, device: str, budget: Budget) -> dict[str, Any]:
+    """Median milliseconds, number of runs, and peak memory in MiB beyond what was allocated before (None on CPU)."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        if device == "cpu":
+            times, peak = _cpu_times(call, budget), None
+        else:
+            times, peak = _gpu_times(call, budget)
+    finally:
+        if collecting:
+            gc.enable()
+    return {"ms": statistics.median(times), "runs": len(times), "peak_mb": peak}
+
+
+def _cpu_times(call: Call, budget: Budget) -> list[float]:
+    first = _seconds(call)  # warms caches and thread pools, and does not count
+    least = 3 if first < 30 * budget.seconds else 1
+    times: list[float] = []
+    end = time.perf_counter() + budget.seconds
+    while len(times) < least or (len(times) < budget.runs and time.perf_counter() < end):
+        times.append(_seconds(call) * 1e3)
+    return times
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_times(call: Call, budget: Budget) -> tuple[list[float], float]:
+    call()  # compiles, loads, fills the allocator's cache
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / MIB
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    estimate = sum(_event_times(call, flush, 5)) / 5e3
+    runs = max(5, min(budget.runs, int(budget.seconds / max(estimate, 1e-6))))
+    return _event_times(call, flush, runs), peak
+
+
+def _event_times(call: Call, flush: Tensor, runs: int) -> list[float]:
+    starts = [torch.cuda.Event(enable_timing=True) for _ in range(runs)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(runs)]
+    for start, end in zip(starts, ends, strict=True):
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, counting bytes read plus bytes written: what the memory floor divides by."""
+    source = torch.ones(BANDWIDTH_BYTES[device], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    median = measure(lambda: target.copy_(source), device, Budget(0.1, 30))["ms"]
+    return 2 * source.numel() / (median * 1e-3)
+
+
+def floor_bytes(tensors: dict[str, Tensor], output: Tensor, mode: str) -> int:
+    """Fewest bytes the call can move: every input read once, every output written once.
+
+    Forward reads the tensors and writes `o`. Backward reads the tensors and `do`, and writes every tensor's gradient.
+    """
+    size = sum(x.numel() * x.element_size() for x in tensors.values())
+    o = output.numel() * output.element_size()
+    return size + o if mode == "fwd" else (size + o) + (size + o + size)

@@ -1,0 +1,114 @@
+"""Time the ops: `python -m benchmarks.ops`, one command for CPU and GPU.
+
+Every row is checked for correctness on its own inputs, timed, and with `--peer FOLDER` (into which the peer was
+installed) the peer is timed right after it on the same inputs with the same code. Rows are printed and appended to
+`<out>/<gpu>.jsonl` as they end; a table comes last. Exit code 1: a row was wrong or broke, or no row got a number;
+2: bad arguments.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks._plan import SHAPES, expand, jobs
+from benchmarks._run import Run, Settings
+from benchmarks._targets import SOFTMAX, find, sizes
+from fla.backends import BACKENDS
+from fla.ops._spec import REGISTRY
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+MODES = ("fwd", "fwdbwd")
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops", description="Check and time the ops, beside softmax attention and a peer."
+    )
+    p.add_argument("--op", nargs="+", help=f"of {', '.join(REGISTRY)}; default all")
+    p.add_argument("--form", nargs="+", default=["chunk"], help="forms of an op; default chunk")
+    p.add_argument(
+        "--shapes", nargs="+", help=f"{', '.join(SHAPES)}, or 'B1 T512 H4 D64'; default peer on a GPU, cpu otherwise"
+    )
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default bfloat16 on a GPU, float32 otherwise")
+    p.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    p.add_argument("--backend", choices=BACKENDS, help="default: Triton for GPU tensors, PyTorch otherwise")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
+    p.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True, help="softmax and naive rows")
+    p.add_argument("--peer", type=Path, help="folder into which the peer was installed; it runs in its own process")
+    p.add_argument("--peer-jobs", type=int, help="processes that warm the peer at once; default one per CPU, to 12")
+    p.add_argument("--peer-warm-limit", type=float, default=300.0, metavar="SECONDS", help="default 300")
+    p.add_argument(
+        "--first-call",
+        action=argparse.BooleanOptionalAction,
+        help="seconds of the first call with an empty compile cache; default on a GPU without --quick",
+    )
+    p.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop cleanly by then")
+    p.add_argument("--quick", action="store_true", help="a first look: 10 runs and 0.05 s a row at most")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--commit", help="what the record names; default git's, or unknown")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the records; default benchmarks/results")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    p = parser()
+    a = p.parse_args(arguments)
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        p.error("--device cuda needs a CUDA GPU")
+    if a.peer is not None and not (a.peer / "fla").is_dir():
+        p.error(f"--peer must be a folder that holds the package fla, got {a.peer}")
+    try:
+        shapes = expand(a.shapes or ["peer" if gpu else "cpu"])
+        ops = _ops(a.op, a.form)
+        for op, forms in ops.items():
+            for form in forms:
+                for dims in shapes:
+                    sizes(find(op, form, a.backend).shapes, dims)
+    except ValueError as error:
+        p.error(str(error))
+    baselines = [name for name in SOFTMAX if (name == "sdpa") != gpu] if a.baselines else []
+    plan = jobs(ops, baselines, shapes, a.dtype or ["bfloat16" if gpu else "float32"], naive=a.baselines and not gpu)
+    settings = Settings(
+        device=device,
+        modes=tuple(mode for mode in MODES if mode in a.mode),
+        backend=a.backend,
+        seed=a.seed,
+        budget=(0.05, 10) if a.quick else (0.3, 100),
+        quick=a.quick,
+        out=a.out,
+        commit=a.commit,
+        time_limit=a.time_limit,
+        first_call=(gpu and not a.quick) if a.first_call is None else a.first_call,
+        peer=None if a.peer is None else a.peer.resolve(),
+        peer_jobs=a.peer_jobs,
+        peer_warm_limit=a.peer_warm_limit,
+    )
+    return Run(settings, plan).run()
+
+
+def _ops(names: list[str] | None, forms: list[str]) -> dict[str, list[str]]:
+    """Op -> forms. A form that only some of the ops have is left out of the others, unless the op was named."""
+    unknown = [name for name in names or [] if name not in REGISTRY]
+    if unknown:
+        raise ValueError(f"--op must be among {', '.join(REGISTRY)}, got {', '.join(unknown)}")
+    chosen = {}
+    for name in names or REGISTRY:
+        known = REGISTRY[name].forms
+        missing = [form for form in forms if form not in known]
+        if missing and names:
+            raise ValueError(f"--form of {name} must be among {', '.join(known)}, got {', '.join(missing)}")
+        chosen[name] = [form for form in forms if form in known]
+    if not any(chosen.values()):
+        raise ValueError(f"--form names none of any op's forms, got {', '.join(forms)}")
+    return {name: found for name, found in chosen.items() if found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""Train a byte-level language model on real text, save it, load it again and let it write.
+
+The text is the source of Python's own standard library, which every machine has, or what `--text` names; every tenth
+file is held out for validation. The model is one of `fla.models`: GLA unless `--model` says otherwise. Into `--out` go
+`checkpoint/` (a Hugging Face checkpoint, and the trainer's state), `loss.png`, `metrics.json` and `report.txt`.
+
+    python examples/train_and_generate.py                                  # under four minutes on two CPU cores
+    python examples/train_and_generate.py --model retnet --text book.txt   # another model, your own text
+    python examples/train_and_generate.py --resume                         # after Ctrl-C
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from _text import UserError, baselines, read_files, split
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
+
+import fla
+from fla.backends import resolve
+from fla.models import GLAConfig, LinearAttentionConfig, RetNetConfig, TransformerConfig
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+CONFIGS = {
+    "gla": GLAConfig,
+    "retnet": RetNetConfig,
+    "linear_attn": LinearAttentionConfig,
+    "transformer": TransformerConfig,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULTS = {
+    "model": "gla", "text": [], "steps": 800, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 4, "seq_len": 256,
+    "batch_size": 8, "lr": 3e-3, "dtype": "float32",
+    "device": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None, "new_bytes": 400,
+}  # fmt: skip
+FREE_ON_RESUME = {"device", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def as_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def batch(data: Tensor, args: argparse.Namespace, step: int) -> Tensor:
+    """Batch number `step`, `[batch_size, seq_len]`. Only seed and step decide it, so a resumed run keeps the order."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    starts = torch.randint(len(data) - args.seq_len + 1, (args.batch_size,), generator=generator)
+    return torch.stack([data[s : s + args.seq_len] for s in starts.tolist()]).long().to(args.device)
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, data: Tensor, args: argparse.Namespace) -> float:
+    """Mean code length of `data` under the model: of every byte but the first, given those before it in its window."""
+    model.eval()
+    nats = 0.0
+    windows = zip(data[:-1].view(-1, args.seq_len).split(16), data[1:].view(-1, args.seq_len).split(16), strict=True)
+    for x, y in windows:
+        logits = model(input_ids=x.long().to(args.device), use_cache=False).logits.float()
+        nats += F.cross_entropy(logits.flatten(0, 1), y.long().to(args.device).flatten(), reduction="sum").item()
+    model.train()
+    return nats / math.log(2) / (len(data) - 1)
+
+
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
+    config_class = CONFIGS[args.model]
+    fields = {
+        "vocab_size": 256,
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_heads": args.heads,
+    }
+    fields |= {"bos_token_id": None, "eos_token_id": None}  # bytes have no such tokens
+    if hasattr(config_class, "use_short_conv"):
+        fields["use_short_conv"] = True  # a few bytes of exact context: over half a bit at this size
+    torch.manual_seed(args.seed)
+    try:
+        return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+class Run:
+    """A model in training, with everything that has to be kept for going on exactly as if nothing had happened."""
+
+    def __init__(self, model: PreTrainedModel, args: argparse.Namespace) -> None:
+        self.model = model
+        self.weights = list(model.parameters())
+        # a bf16 weight has too few bits for small updates to arrive: the optimizer works on float32 copies
+        self.masters = [w if w.dtype == torch.float32 else nn.Parameter(w.detach().float()) for w in self.weights]
+        groups = [  # matrices decay; biases and norms do not
+            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": 0.1},
+            {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, args.steps // 20), args.steps)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def update(self, ids: Tensor) -> float:
+        """One optimizer step on `ids`; returns the loss, in nats per byte."""
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        pairs = [(w, m) for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
+        for weight, master in pairs:
+            master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+        nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for weight, master in pairs:
+                weight.copy_(master)
+        return loss.item()
+
+    def save(self, folder: Path, args: argparse.Namespace, fingerprint: str) -> None:
+        """Write the checkpoint beside the old one, then put it in its place: there is a whole one at any moment."""
+        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        shutil.rmtree(new, ignore_errors=True)
+        self.model.save_pretrained(new)
+        state = {
+            "args": {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME},
+            "text": fingerprint, "losses": self.losses, "seconds": self.seconds, "validation": self.validation,
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "masters": None if DTYPES[args.dtype] == torch.float32 else self.masters,
+            "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
+        }  # fmt: skip
+        torch.save(state, new / "trainer.pt")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, state: dict) -> None:
+        """Take up the state that `save` wrote; the weights are those of `model` already."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        with torch.no_grad():
+            for master, kept in zip(self.masters, state["masters"] or [], strict=False):
+                master.copy_(kept)
+        self.losses, self.seconds, self.validation = state["losses"], state["seconds"], state["validation"]
+        cpu, *gpus = state["rng"]
+        torch.set_rng_state(cpu)
+        if len(gpus) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(gpus)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """A list that fills on Ctrl-C (or SIGTERM), so that the step in hand can end well. A second one stops at once."""
+    caught: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> bool:
+    """Train until the last step (True) or Ctrl-C (False)."""
+    every = max(1, args.steps // 10)
+    glance = held_out[: max(1, len(held_out) // 16 // args.seq_len) * args.seq_len + 1]  # the curve needs no more
+    shape = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
+    bar = tqdm(total=args.steps, initial=run.step, bar_format=shape, dynamic_ncols=True)
+    with interruptible() as caught, bar:
+        while run.step < args.steps and not caught:
+            start = time.perf_counter()
+            loss = run.update(batch(training, args, run.step))
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss is {loss} at step {run.step}: try a smaller --lr")
+            run.losses.append(loss)
+            run.seconds.append(time.perf_counter() - start)
+            if run.step % every == 0 or run.step == args.steps:
+                run.validation.append((run.step, bits_per_byte(run.model, glance, args)))
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second(run, args):,.0f} tokens/s", refresh=False)
+            bar.update()
+    return run.step == args.steps
+
+
+def tokens_per_second(run: Run, args: argparse.Namespace) -> float:
+    """The median over the last hundred steps: neither the first call's compiling nor a validation is in it."""
+    return args.batch_size * args.seq_len / statistics.median(run.seconds[-100:])
+
+
+# --- what the user gets -----------------------------------------------------------------------------------------------
+
+
+def table(bits: dict[str, float], model: str, held_out: bytes) -> str:
+    """The model beside the baselines, worst first, and an honest line about who wins."""
+    lines = [f"bits per byte of {len(held_out):,} held-out bytes"]
+    lines += [f"  {name:<20} {value:5.2f}" for name, value in sorted(bits.items(), key=lambda row: -row[1])]
+    winners = [name.split()[0] for name in ("gzip -9", "xz -9e") if bits[name] < bits[model]]
+    if winners:
+        lines.append(
+            f"{' and '.join(winners)} still win{'s' * (len(winners) == 1)}: the model is small and has seen little."
+        )
+    return "\n".join(lines)
+
+
+def plot(run: Run, bits: dict[str, float], title: str, file: Path) -> None:
+    """Training and validation curve in bits per byte, with gzip and xz as landmarks."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    steps, losses = range(1, run.step + 1), [loss / math.log(2) for loss in run.losses]
+    window = max(1, run.step // 40)
+    smooth = [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth, color="tab:blue", label=f"training (mean of {window + 1} steps)")
+    axes.plot(*zip(*run.validation, strict=True), "o-", color="tab:orange", markersize=3.5, label="validation")
+    for name in ("byte frequencies", "gzip -9", "xz -9e"):
+        axes.axhline(bits[name], color="gray", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            name,
+            (run.step, bits[name]),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            color="gray",
+            fontsize=8,
+        )
+    axes.set(xlabel="training step", ylabel="bits per byte", title=title, xlim=(0, run.step), ylim=(0, 8.5))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def choose_prompt(args: argparse.Namespace, held_out: bytes) -> bytes:
+    if args.prompt:
+        return args.prompt.encode(errors="surrogateescape")
+    return held_out[:64] if args.text else b"def main(args):\n    "
+
+
+def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
+    """What the reloaded checkpoint writes after `prompt`."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device).eval()
+    torch.manual_seed(args.seed)
+    ids = torch.tensor([list(prompt)], device=args.device)
+    written = model.generate(
+        ids, max_new_tokens=args.new_bytes, do_sample=True, temperature=0.7, top_k=0, pad_token_id=0
+    )
+    return bytes(written[0].tolist()).decode("utf-8", errors="replace")
+
+
+def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
+    """The record of a run, for `metrics.json`."""
+    gpu = args.device.startswith("cuda")
+    return {
+        "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "prompt", "new_bytes")},
+        "parameters": sum(w.numel() for w in run.weights),
+        "device": torch.cuda.get_device_name(args.device) if gpu else "cpu",
+        "backend": args.backend, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "tokens_per_second": round(tokens_per_second(run, args), 1),
+        "peak_memory_mb": round(torch.cuda.max_memory_allocated(args.device) / 2**20) if gpu else None,
+        "training_seconds": round(sum(run.seconds), 2), "bits_per_byte": bits,
+        "loss": run.losses, "seconds": run.seconds, "validation_bits_per_byte": run.validation,
+    }  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The settings: defaults, then those of the run to resume, then the command line. And that run's state, if any."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], argument_default=argparse.SUPPRESS)
+
+    def option(name: str, text: str, **keywords) -> None:
+        default = DEFAULTS[name.replace("-", "_")]
+        parser.add_argument(
+            f"--{name}", help=text if default in (None, [], False) else f"{text} (default: {default})", **keywords
+        )
+
+    def positive(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise ValueError
+        return value
+
+    option("model", "which model", choices=CONFIGS)
+    option(
+        "text",
+        "files or folders to train on (default: Python's standard library)",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+    )
+    for name in ("steps", "hidden-size", "layers", "heads", "seq-len", "batch-size", "new-bytes"):
+        option(name, name.replace("-", " "), type=positive, metavar="N")
+    option("lr", "peak learning rate", type=float)
+    option("dtype", "dtype of the weights; the optimizer's copies are float32", choices=DTYPES)
+    option("device", "cpu or cuda (default: cuda if there is a GPU)")
+    option("backend", "compute the ops with this backend (default: fla's choice)", choices=("triton", "torch"))
+    option("seed", "of weights, data order and sampling", type=int)
+    option("prompt", "what the model goes on writing from (default: a line of Python, or how the held-out text begins)")
+    option("out", "folder for the results", metavar="FOLDER")
+    option("resume", "go on with the run in --out", action="store_true")
+    given = vars(parser.parse_args(argv))
+    state, saved = None, {}
+    if given.get("resume"):
+        file = Path(given.get("out", DEFAULTS["out"])) / "checkpoint" / "trainer.pt"
+        if not file.is_file():
+            raise UserError(f"nothing to resume: there is no {file}")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        saved = state["args"]
+        if changed := [name for name in given if name in saved and given[name] != saved[name]]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise UserError(f"--resume goes on with the run as it was begun: leave out {flags}")
+    args = argparse.Namespace(**{**DEFAULTS, **saved, **given})
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    try:
+        args.backend = resolve("decay", probe, args.backend)
+    except ValueError as error:
+        raise UserError(f"--backend {args.backend}: {error}") from None
+    return args, state
+
+
+def how_to_resume(args: argparse.Namespace) -> str:
+    flags = ["--resume"] + ([] if args.out == DEFAULTS["out"] else ["--out", args.out])
+    command = shlex.join([os.path.relpath(sys.executable), sys.argv[0], *flags])
+    return f"To go on:\n  {command}\n  make demo ARGS={shlex.quote(shlex.join(flags))}"
+
+
+def demo(args: argparse.Namespace, state: dict | None) -> int:
+    """The whole story; 0 when it was told to its end, 130 after Ctrl-C."""
+    disable_progress_bar()  # of saving and loading: one bar is enough
+    out = Path(args.out)
+    checkpoint = out / "checkpoint"
+    texts = read_files(args.text)
+    training, held_out = split(texts, args.seq_len)
+    fingerprint = hashlib.sha256(training + held_out).hexdigest()
+    if state is not None and state["text"] != fingerprint:
+        raise UserError("--resume goes on with the run as it was begun, but the text has changed since")
+    out.mkdir(parents=True, exist_ok=True)
+    if state is None:
+        model = build_model(args)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+    run = Run(model.train(), args)
+    if state is not None:
+        run.load(state)
+    title = f"{args.model}, {sum(w.numel() for w in run.weights) / 1e6:.1f} million parameters"
+    print(f"text:  {len(training):,} bytes to train on, from {len(texts):,} files; {len(held_out):,} held-out bytes")
+    where = f"{args.dtype} on {args.device} ({args.backend} backend)"
+    print(f"model: {title}, {where}, {args.batch_size * args.seq_len:,} tokens a step", flush=True)
+
+    done = train(run, as_tensor(training), as_tensor(held_out), args)
+    run.save(checkpoint, args, fingerprint)
+    if not done:
+        print(
+            f"stopped after step {run.step} of {args.steps}; the checkpoint is in {checkpoint}. {how_to_resume(args)}"
+        )
+        return 130
+
+    bits = baselines(training, held_out)
+    bits[args.model] = bits_per_byte(model, as_tensor(held_out), args)
+    plot(run, bits, title, out / "loss.png")
+    (out / "metrics.json").write_text(json.dumps(metrics(run, bits, args), indent=1) + "\n")
+    prompt = choose_prompt(args, held_out)
+    text = generate(checkpoint, prompt, args)
+    speed = f"{run.step} steps in {sum(run.seconds):.0f} s, {tokens_per_second(run, args):,.0f} tokens/s"
+    report = f"{title}: {speed}\n\n{table(bits, args.model, held_out)}\n\n"
+    report += f"what the reloaded checkpoint writes after {prompt.decode(errors='replace')!r}:\n\n{text}\n"
+    (out / "report.txt").write_text(report, encoding="utf-8")
+    print(f"\n{report}\ncheckpoint: {checkpoint}\npicture:    {out / 'loss.png'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code."""
+    try:
+        args, state = parse(argv)
+        with fla.use_backend(args.backend):
+            return demo(args, state)
+    except UserError as error:
+        print(f"train_and_generate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""What every test gets: seeds, one thread, and allocation by `fla` that is NaN until written."""
+
+import pytest
+import torch
+
+from fla.testing import poisoned_allocation
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # the suite runs as one process per core
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocation():
+    with poisoned_allocation():
+        yield

@@ -1,0 +1,25 @@
+"""The GPU suite: `make test-gpu`. Every test under this folder carries the marker `gpu`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.exit("tests/gpu needs a CUDA GPU; make test runs everything else", returncode=2)
+
+
+@pytest.fixture(autouse=True)
+def _synchronize():
+    """A kernel that fails does so in its own test."""
+    yield
+    torch.cuda.synchronize()

@@ -1,0 +1,161 @@
+"""The contract of every op on the compiled Triton kernels: real head dims, bf16 and fp16. And what only a GPU shows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fla import check_packing
+from fla.ops import chunk_gla, chunk_simple_gla, fused_recurrent_gla
+from fla.ops._spec import REGISTRY
+from fla.testing import GPU, check_values, make_inputs, plain_cases
+from fla.testing.contract import accepts, rounded_cotangent, run, whole
+from fla.testing.errors import good_call
+from tests.ops.suite import contract, every_op
+
+
+class TestContract(contract(GPU)):
+    """All of `suite.contract`."""
+
+
+LONG = {"tokens": 2048, "heads": (4, 128, 128), "dtype": torch.bfloat16}
+
+
+def chunk_cases(**changes):
+    return [case for case in every_op(lambda spec: plain_cases(spec, GPU, **changes)) if case.form == "chunk"]
+
+
+@pytest.mark.parametrize("gates", ("ordinary", "weak"))
+@pytest.mark.parametrize("case", chunk_cases(tokens=1024, heads=(4, 128, 128), dtype=torch.bfloat16), ids=str)
+def test_many_chunks(case, gates):
+    """Errors that grow with the number of chunks show here: the gate gradient's, and the state's."""
+    check_values(replace(case, gates=gates))
+
+
+@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, **LONG)), ids=str)
+def test_many_repeats_are_bitwise_equal(case):
+    """Races show in some runs only: twenty of them, forward and backward."""
+    inputs, cotangents = case.inputs(), rounded_cotangent(case)
+    first = run(whole(case), inputs, cotangents=cotangents)
+    for _ in range(20):
+        again = run(whole(case), inputs, cotangents=cotangents)
+        assert torch.equal(first.output, again.output)
+        assert all(torch.equal(a, b) for a, b in zip(first.state, again.state, strict=True))
+        for name, grad in first.grads.items():
+            assert (grad is None) == (again.grads[name] is None), name
+            assert grad is None or torch.equal(grad, again.grads[name]), name
+
+
+@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, tokens=(65, 0, 1, 62))), ids=str)
+def test_no_host_sync_on_the_packed_path(case):
+    """Forward and backward of a pack never wait for the GPU."""
+    inputs, cotangents = case.inputs(), rounded_cotangent(case)
+    evaluate = whole(case)
+    run(evaluate, inputs, cotangents=cotangents)  # compiles
+    bounds, leaves = case.cu_seqlens, {name: x.requires_grad_() for name, x in inputs.items()}
+    keywords = good_call(case) | {"cu_seqlens": bounds}
+    keywords |= {name: x for name, x in leaves.items() if name in keywords and name != "initial_state"}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, _ = case.function(**keywords)
+        output.backward(torch.ones_like(output))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, tokens=130)), ids=str)
+def test_cuda_graph_capture(case):
+    """A captured forward replays on new values: nothing in it was decided on the host."""
+    keywords = good_call(case)
+    tensors = {name: x for name, x in keywords.items() if isinstance(x, torch.Tensor)}
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):
+            case.function(**keywords)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured, _ = case.function(**keywords)
+    other = good_call(replace(case, seed=case.seed + 100))
+    for name, x in tensors.items():
+        x.copy_(other[name])
+    graph.replay()
+    with torch.no_grad():
+        expected, _ = case.function(**other)
+    assert torch.equal(captured, expected)
+
+
+def test_default_backend_is_triton():
+    x = make_inputs(REGISTRY["gla"], {"T": 65}, torch.bfloat16, "cuda")
+    x = {name: x[name] for name in ("q", "k", "v", "g")}
+    default, _ = chunk_gla(**x)
+    triton, _ = chunk_gla(**x, backend="triton")
+    assert torch.equal(default, triton)
+
+
+@pytest.mark.parametrize("case", chunk_cases(tokens=65, dtype=torch.float32), ids=str)
+def test_torch_backend_on_the_gpu(case):
+    check_values(replace(case, backend="torch"))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_what_the_kernels_do_not_cover_yet_names_the_torch_backend(dtype):
+    x = make_inputs(REGISTRY["gla"], {"T": 65}, dtype, "cuda")
+    with pytest.raises(ValueError, match=r"torch\.float(32|64).*backend='torch'"):
+        chunk_gla(*(x[name] for name in ("q", "k", "v", "g")))
+
+
+@pytest.mark.parametrize("dims", ({"K": 256}, {"V": 256}, {"K": 513}), ids=str)
+def test_heads_over_the_limit_name_the_torch_backend(dims):
+    x = make_inputs(REGISTRY["gla"], {"T": 65, **dims}, torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match=r"\d{3}.*backend='torch'"):
+        chunk_gla(*(x[name] for name in ("q", "k", "v", "g")))
+
+
+def test_other_gpu_tensors_are_refused():
+    x = make_inputs(REGISTRY["simple_gla"], {"T": 65}, torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match="k must be on cuda"):
+        chunk_simple_gla(x["q"], x["k"].cpu(), x["v"], x["g"])
+
+
+def test_packing_checked_on_the_device_is_off_by_default_and_passes_when_right():
+    x = make_inputs(REGISTRY["gla"], {"B": 1, "T": 65}, torch.bfloat16, "cuda")
+    bounds = torch.tensor([0, 1, 65], dtype=torch.int32, device="cuda")
+    with check_packing():
+        chunk_gla(*(x[name] for name in ("q", "k", "v", "g")), cu_seqlens=bounds)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("function, gate", ((chunk_gla, "g"), (fused_recurrent_gla, "gk")), ids=("chunk", "recurrent"))
+def test_more_than_two_to_the_31_elements(function, gate):
+    """Offsets are 64-bit: a row far behind 2^31 elements is what it is alone."""
+    B, T, H, D = 9, 32768, 64, 128
+    assert (B - 1) * T * H * D >= 2**31
+    q = torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16)
+    g = torch.full((1, T, H, D), -0.1, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        alone, _ = function(q, q, q, **{gate: g})
+        many = torch.cat([torch.zeros_like(q).expand(B - 1, -1, -1, -1), q])
+        output, _ = function(many, many, many, **{gate: g.expand(B, -1, -1, -1)})
+    assert torch.equal(output[-1], alone[0])
+    assert not output[:-1].any()
+
+
+@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, tokens=65)), ids=str)
+def test_another_stream(case):
+    """Kernels run on the current stream."""
+    inputs = case.inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    here = run(whole(case), inputs, cotangents=rounded_cotangent(case))
+    with torch.cuda.stream(stream):
+        there = run(whole(case), inputs, cotangents=rounded_cotangent(case))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(here.output, there.output)
+
+
+def test_every_form_is_here():
+    """The suite runs every registered form on Triton."""
+    seen = {(case.spec.name, case.form) for case in every_op(lambda spec: plain_cases(spec, GPU))}
+    assert seen == {(spec.name, form) for spec in REGISTRY.values() for form in spec.forms}
+    assert all(accepts(case, "backend") for case in every_op(lambda spec: plain_cases(spec, GPU)))

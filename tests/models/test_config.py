@@ -1,0 +1,170 @@
+"""Configs: every field is read or refused, hybrids are checked and copied, sizes that do not divide are named."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import PreTrainedConfig
+
+from .tiny import HYBRID, REGISTRY, TINY, build, every_type, tokens
+
+# Read by transformers from the config's dict when it makes the generation config; see the test below.
+TOKENS = {"bos_token_id", "eos_token_id"}
+
+
+def own_fields(config_class):
+    """The fields that we declare."""
+    theirs = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name for field in dataclasses.fields(config_class)} - theirs
+
+
+@every_type
+def test_every_field_is_read_or_refused(model_type):
+    causal_lm = REGISTRY[model_type]
+    reads, recording = set(), []
+
+    class Recording(causal_lm.config_class):
+        def __getattribute__(self, name):
+            if recording:
+                reads.add(name)
+            return super().__getattribute__(name)
+
+    for extra in ({}, {"use_short_conv": True, "attn": HYBRID}):
+        known = {k: v for k, v in extra.items() if k in own_fields(causal_lm.config_class)}
+        config = Recording(**{**TINY, **known})
+        recording.append(True)
+        model = causal_lm(config)
+        model(tokens(1, 4), labels=tokens(1, 4))
+        recording.clear()
+    fixed = causal_lm.config_class.fixed_fields
+    assert own_fields(causal_lm.config_class) - reads - TOKENS - set(fixed) == set()
+    for name, only in fixed.items():
+        with pytest.raises(ValueError, match=f"{name} must be {only}"):
+            causal_lm.config_class(**{name: not only})
+
+
+@every_type
+def test_special_tokens_reach_generation(model_type):
+    model = build(model_type, {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": 5})
+    settings = model.generation_config
+    assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (3, 4, 5)
+    assert model.get_input_embeddings().padding_idx == 5
+
+
+BAD_FIELDS = {
+    "both_losses": ({"fuse_linear_cross_entropy": True}, ValueError, "cannot both be True"),
+    "heads_type": ({"num_heads": "4"}, TypeError, "num_heads must be an int"),
+    "layers": ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be at least 1"),
+    "hidden_size": ({"hidden_size": 2.0}, TypeError, "hidden_size must be an int"),
+    "l2warp": ({"use_l2warp": True}, ValueError, "use_l2warp is not supported"),
+    "attnres": ({"attnres_block_size": 4}, ValueError, "attnres_block_size is not supported"),
+}
+
+
+@every_type
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_bad_fields_are_named(model_type, case):
+    fields, error, message = BAD_FIELDS[case]
+    with pytest.raises(error, match=message):
+        REGISTRY[model_type].config_class(**fields)
+
+
+@every_type
+def test_sizes_that_do_not_divide_are_named(model_type):
+    with pytest.raises(ValueError, match="num_heads"):
+        build(model_type, {"hidden_size": 30, "num_heads": 4})
+    with pytest.raises(ValueError, match="num_kv_heads"):
+        build(model_type, {"num_heads": 4, "num_kv_heads": 3})
+    if "attn_mode" in own_fields(REGISTRY[model_type].config_class):
+        with pytest.raises(ValueError, match="mode must be one of"):
+            build(model_type, {"attn_mode": "nonsense"})
+
+
+@every_type
+def test_absent_fields_of_other_releases_are_dropped(model_type):
+    config = REGISTRY[model_type].config_class(use_l2warp=False, attnres_block_size=None)
+    assert not hasattr(config, "use_l2warp")
+    assert not hasattr(config, "attnres_block_size")
+
+
+BAD_HYBRIDS = {
+    "no_dict": (3, TypeError, "attn must be a dict"),
+    "no_dict_inside": ([3], TypeError, r"attn\[0\] must be a dict"),
+    "no_layers": ({"num_heads": 2}, ValueError, "attn must have 'layers'"),
+    "no_heads": ({"layers": [0]}, ValueError, "attn must have 'num_heads'"),
+    "layer_type": ({"layers": ["0"], "num_heads": 2}, TypeError, r"attn\['layers'\] must be a list of ints"),
+    "layers_int": ({"layers": 1, "num_heads": 2}, TypeError, r"attn\['layers'\] must be a list of ints"),
+    "twice": ({"layers": [1, 1], "num_heads": 2}, ValueError, "must not name a layer twice"),
+    "beyond": ({"layers": [3], "num_heads": 2}, ValueError, r"attn\['layers'\] must name layers from 0 to 2.*got 3"),
+    "negative": ({"layers": [-1], "num_heads": 2}, ValueError, r"must name layers from 0 to 2.*got -1"),
+    "heads": ({"layers": [0], "num_heads": 0}, ValueError, r"attn\['num_heads'\] must be a positive int, got 0"),
+    "window": (
+        {"layers": [0], "num_heads": 2, "window_size": -1},
+        ValueError,
+        r"attn\['window_size'\] must be a positive int",
+    ),
+    "groups": ({"layers": [0], "num_heads": 4, "num_kv_heads": 3}, ValueError, "must be a multiple of num_kv_heads 3"),
+    "overlap": (
+        [{"layers": [0, 1], "num_heads": 2}, {"layers": [1], "num_heads": 2}],
+        ValueError,
+        r"attn\[1\]\['layers'\] must not overlap with attn\[0\], got layer 1",
+    ),
+}
+
+
+@every_type
+@pytest.mark.parametrize("case", BAD_HYBRIDS)
+def test_bad_hybrids_are_named(model_type, case):
+    attn, error, message = BAD_HYBRIDS[case]
+    config_class = REGISTRY[model_type].config_class
+    with pytest.raises(error, match=message):
+        config_class(num_hidden_layers=3, attn=attn)
+    config = config_class(num_hidden_layers=3)
+    with pytest.raises(error, match=message):
+        config.attn = attn
+
+
+@every_type
+def test_hybrid_configs_are_checked_copies(model_type, tmp_path):
+    config_class = REGISTRY[model_type].config_class
+    given = {"layers": (0, 2), "num_heads": 4, "note": "kept"}
+    before = copy.deepcopy(given)
+    filled = {"num_kv_heads": 4, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
+    expected = {**given, **filled, "layers": [0, 2]}
+    config = config_class(num_hidden_layers=3, attn=given)
+    assert (config.attn, given) == (expected, before)
+    config = config_class(num_hidden_layers=3)
+    config.attn = given
+    assert (config.attn, given) == (expected, before)
+    config.attn = [given, {"layers": [1], "num_heads": 2, "window_size": 5}]
+    config.save_pretrained(tmp_path)
+    again = config_class.from_pretrained(tmp_path)
+    assert again.attn == config.attn
+    assert [again.attention_spec(i)["num_heads"] for i in range(3)] == [4, 2, 4]
+    assert config_class.from_pretrained(tmp_path, attn=None).attn is None
+    again.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"attn\[0\]\['layers'\] must name layers from 0 to 1"):
+        REGISTRY[model_type](again)
+
+
+@every_type
+def test_hybrid_layers_are_attention_with_those_settings(model_type):
+    attn = [{"layers": [2], "num_heads": 4, "num_kv_heads": 2, "window_size": 7, "rope_theta": 5e5, "qkv_bias": True}]
+    layers = build(model_type, {"attn": attn}).base_model.layers
+    names = layers[0].names
+    mixers = [getattr(layer, names.mixer) for layer in layers]
+    assert type(mixers[2]).__name__ == "Attention"
+    assert (mixers[2].num_heads, mixers[2].num_kv_heads, mixers[2].window_size) == (4, 2, 7)
+    assert mixers[2].rotary.base == 5e5
+    assert mixers[2].q_proj.bias is not None
+    assert type(mixers[0]) is type(mixers[1]) is layers[0].mixer_cls
+
+
+@pytest.mark.parametrize(("ratio", "size", "width"), [(4, 2048, 5632), (2, 2048, 2816), (None, 1024, 2816)])
+@every_type
+def test_mlp_width(model_type, ratio, size, width):
+    config = REGISTRY[model_type].config_class(hidden_size=size, hidden_ratio=ratio, num_hidden_layers=1, vocab_size=8)
+    with torch.device("meta"):
+        block = REGISTRY[model_type](config).base_model.layers[0]
+    assert getattr(block, block.names.mlp).down_proj.weight.shape == (size, width)

@@ -1,0 +1,243 @@
+"""The contract of every registered model: shapes, losses, padding, packing, checkpointing, bad input."""
+
+import pytest
+import torch
+from torch import nn
+
+from fla.models.utils import Cache
+
+from .tiny import REGISTRY, TINY, assert_same, build, every_case, every_type, tokens
+
+
+@every_case
+def test_forward_and_backward(model_type, overrides):
+    model, ids = build(model_type, overrides).train(), tokens(2, 70)
+    output = model(ids, labels=ids)
+    assert output.logits.shape == (2, 70, TINY["vocab_size"])
+    assert output.past_key_values is None  # training keeps no cache
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@every_type
+def test_outputs(model_type):
+    model, ids = build(model_type), tokens(2, 7)
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == TINY["num_hidden_layers"] + 1
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert output.attentions is None
+    assert output.past_key_values.get_seq_length() == 7
+    assert model(ids, use_cache=False).past_key_values is None
+    logits, cache = model(ids, return_dict=False)
+    assert torch.equal(logits, output.logits)
+    assert cache.get_seq_length() == 7
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, output.logits)
+
+
+@every_type
+def test_logits_to_keep(model_type):
+    model, ids = build(model_type), tokens(2, 9)
+    full = model(ids).logits
+    for keep in (None, 0):
+        assert torch.equal(model(ids, logits_to_keep=keep).logits, full)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full[:, -2:])
+    torch.testing.assert_close(model(ids, num_logits_to_keep=2).logits, full[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, full[:, [1, 4]])
+    kept = model(ids, labels=ids, logits_to_keep=1)
+    torch.testing.assert_close(kept.logits, full[:, -1:])
+    torch.testing.assert_close(kept.loss, model(ids, labels=ids).loss)
+
+
+@every_type
+def test_loss_paths_agree(model_type):
+    ids = tokens(2, 33)
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    losses, gradients = [], []
+    for flags in ((False, False), (True, False), (False, True)):
+        names = ("fuse_cross_entropy", "fuse_linear_cross_entropy")
+        model = build(model_type, dict(zip(names, flags, strict=True)))
+        output = model(ids, labels=labels)
+        assert (output.logits is None) == flags[1]
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    # position t predicts token t + 1; the last has nothing to predict
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits.double(), labels[:, 1:].flatten())
+    for loss, gradient in zip(losses, gradients, strict=True):
+        torch.testing.assert_close(loss, expected.float())
+        torch.testing.assert_close(gradient, gradients[0])
+    assert model(ids).logits is not None  # without labels there is nothing to fuse
+
+
+@every_type
+def test_loss_is_normalised_by_the_items_of_the_whole_batch(model_type):
+    """Accumulating two halves with `num_items_in_batch` is the loss of the whole, though they differ in length."""
+    model, ids = build(model_type), tokens(2, 12)
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    whole = model(ids, labels=labels).loss
+    items = (labels[:, 1:] != -100).sum()
+    halves = sum(model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items).loss for i in range(2))
+    torch.testing.assert_close(halves, whole)
+
+
+@every_type
+def test_own_criterion(model_type):
+    model, ids = build(model_type), tokens(1, 5)
+    model.criterion = nn.CrossEntropyLoss(reduction="sum", ignore_index=-100)
+    torch.testing.assert_close(model(ids, labels=ids).loss / 4, build(model_type)(ids, labels=ids).loss)
+
+
+@every_case
+def test_packed_is_separate(model_type, overrides):
+    model, lengths = build(model_type, overrides), [5, 0, 1, 70, 12]
+    parts = [tokens(1, n, seed=n) for n in lengths]
+    for dtype in (torch.int32, torch.int64):
+        cu_seqlens = torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype)
+        for name in ("cu_seqlens", "cu_seq_lens_q"):
+            assert_same(
+                name,
+                model,
+                lambda m, key=name, cu=cu_seqlens: m(torch.cat(parts, 1), **{key: cu}, use_cache=False).logits,
+                lambda m: torch.cat([m(part).logits for part in parts if part.shape[1]], 1),
+            )
+
+
+@every_case
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+def test_padding_is_a_no_op(model_type, overrides, side):
+    model, ids, mask = build(model_type, overrides), tokens(3, 11), torch.ones(3, 11, dtype=torch.long)
+    gaps = {"left": ([0, 1, 2, 3], [0]), "right": ([8, 9, 10], [10]), "interior": ([0, 4, 5, 9], [2, 10])}[side]
+    for row, columns in enumerate(gaps):
+        mask[row, columns] = 0
+    real = mask.bool()
+    assert_same(
+        side,
+        model,
+        lambda m: m(ids, attention_mask=mask).logits[real],
+        lambda m: torch.cat([m(row[keep][None]).logits[0] for row, keep in zip(ids, real, strict=True)]),
+    )
+
+
+@every_case
+def test_row_alone_is_row_in_batch(model_type, overrides):
+    model, ids = build(model_type, overrides), tokens(3, 20)
+    assert_same("row", model, lambda m: m(ids).logits[1:2], lambda m: m(ids[1:2]).logits)
+
+
+@every_type
+def test_packing_wins_over_a_mask(model_type):
+    model, ids, cu_seqlens = build(model_type), tokens(1, 8), torch.tensor([0, 3, 8])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    packed = model(ids, cu_seqlens=cu_seqlens, use_cache=False).logits
+    assert torch.equal(model(ids, attention_mask=mask, cu_seqlens=cu_seqlens, use_cache=False).logits, packed)
+
+
+@every_case
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_gradients(model_type, overrides, use_reentrant):
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = 0
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(model_type, overrides).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            with pytest.raises(ValueError, match="past_key_values must be None"):
+                model(ids, past_key_values=Cache())
+        model(ids, labels=ids, attention_mask=mask).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@every_type
+def test_tied_weights(model_type):
+    model = build(model_type, {"tie_word_embeddings": True})
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.resize_token_embeddings(70)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model(tokens(1, 4)).logits.shape[-1] == 70
+    ids = tokens(1, 6)
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+@every_type
+def test_fresh_weights(model_type):
+    """normal(0, initializer_range), biases 0, norms 1; the same on the meta device, where there is nothing to draw."""
+    causal_lm = REGISTRY[model_type]
+    config = causal_lm.config_class(**{**TINY, "hidden_size": 128, "vocab_size": 500})
+    model = causal_lm(config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d) and module.weight.numel() > 4000:
+            assert abs(module.weight.std() / config.initializer_range - 1) < 0.1, name
+            assert abs(module.weight.mean()) < 0.1 * config.initializer_range, name
+        if getattr(module, "bias", None) is not None:
+            assert not module.bias.any(), name
+        if "Norm" in type(module).__name__:
+            assert (module.weight == 1).all(), name
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in causal_lm(config).state_dict().items()}
+    assert shapes == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_feature_maps_keep_their_own_initialisation():
+    """Hedgehog's layer starts as the identity, whatever the rule for linear layers is."""
+    causal_lm = REGISTRY["linear_attn"]
+    layer = causal_lm(causal_lm.config_class(**TINY, feature_map="hedgehog")).model.layers[0].attn.feature_map_q.layer
+    assert torch.equal(layer.weight, torch.eye(16))
+
+
+@every_type
+def test_training_step_is_one_graph(model_type):
+    model, ids = build(model_type).train(), tokens(2, 70)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids)
+    torch.testing.assert_close(compiled.loss, model(ids, labels=ids).loss)
+    compiled.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+BAD_CALLS = {
+    "nothing": ({}, ValueError, "exactly one of input_ids and inputs_embeds"),
+    "both": ({"input_ids": tokens(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, ValueError, "exactly one of"),
+    "rank": ({"input_ids": tokens(4)}, ValueError, r"input_ids must have shape \[B, T\]"),
+    "embeds_rank": ({"inputs_embeds": torch.zeros(4, 32)}, ValueError, "inputs_embeds must have shape"),
+    "packed_batch": ({"input_ids": tokens(2, 4), "cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens"),
+    "packed_end": ({"input_ids": tokens(1, 4), "cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens must end"),
+    "mask_rank": ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 1, 4, 4)}, ValueError, "attention_mask"),
+    "mask_short": ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask"),
+    "mask_long": ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 5)}, ValueError, "attention_mask"),
+    "labels": ({"input_ids": tokens(1, 4), "labels": tokens(1, 3)}, ValueError, "labels must have shape"),
+    "typo": ({"input_ids": tokens(1, 4), "atention_mask": None}, TypeError, "atention_mask"),
+    "cache": ({"input_ids": tokens(1, 4), "past_key_values": ((),)}, ValueError, "past_key_values must be"),
+    "positions": (
+        {"input_ids": tokens(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])},
+        ValueError,
+        "position_ids must not start anew",
+    ),
+}
+
+
+@every_type
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_named(model_type, case):
+    inputs, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        build(model_type)(**inputs)
+
+
+@every_type
+def test_redundant_keywords_are_accepted(model_type):
+    model, ids = build(model_type), tokens(1, 6)
+    assert torch.equal(model(ids, position_ids=torch.arange(6)[None]).logits, model(ids).logits)
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    collated = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 4, "max_length_k": 4}
+    logits = model(ids, position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]]), use_cache=False, **collated).logits
+    assert torch.equal(logits, model(ids, cu_seqlens=cu, use_cache=False).logits)

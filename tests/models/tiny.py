@@ -1,0 +1,83 @@
+"""Small models of every registered type, for the contract suites: nothing here names a model but the extra variants."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fla.models  # noqa: F401 - registers them
+from fla.models._loading import REGISTRY
+from fla.testing import assert_within_budget
+
+with torch.device("cpu"):
+    torch.empty(0)  # PyTorch lists the functions that a device context redirects once: before a test replaces any
+
+VOCAB = 61
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+HYBRID = {"layers": [1], "num_heads": 4, "num_kv_heads": 2}
+# What a type can do beyond its defaults. A type that is not named here is tested with its defaults.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "gla": {
+        "conv": {"use_short_conv": True},
+        "hybrid": {"attn": HYBRID},
+        "hybrid_window_conv": {"attn": {**HYBRID, "layers": [0, 2], "window_size": 4}, "use_short_conv": True},
+        "split_norm": {"fuse_norm": False, "num_kv_heads": 1},
+    },
+    "retnet": {"conv": {"use_short_conv": True, "num_kv_heads": 1}},
+    "linear_attn": {
+        "normalised": {"feature_map": "elu", "norm_feature_map": True},
+        "hedgehog": {"feature_map": "hedgehog"},
+    },
+    "transformer": {"window": {"window_size": 4, "num_kv_heads": 1}, "biased": {"qkv_bias": True, "qk_norm": True}},
+}
+TYPES = sorted(REGISTRY)
+every_type = pytest.mark.parametrize("model_type", TYPES)
+
+
+def every_case(test: Callable[..., None]) -> Callable[..., None]:
+    """Run `test(model_type, overrides)` for every type and variant."""
+    cases = [pytest.param(model_type, {}, id=model_type) for model_type in TYPES]
+    cases += [
+        pytest.param(model_type, overrides, id=f"{model_type}-{name}")
+        for model_type in TYPES
+        for name, overrides in VARIANTS.get(model_type, {}).items()
+    ]
+    return pytest.mark.parametrize(("model_type", "overrides"), cases)(test)
+
+
+def build(model_type: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> PreTrainedModel:
+    """A causal LM in evaluation mode with weights that are far from symmetric."""
+    causal_lm = REGISTRY[model_type]
+    torch.manual_seed(seed)
+    model = causal_lm(causal_lm.config_class(**{**TINY, **(overrides or {})}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    """Random token ids."""
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(
+    name: str, model: PreTrainedModel, run: Callable[[Any], Tensor], expected: Callable[[Any], Tensor]
+) -> None:
+    """`run(model)` is `expected(model)` within the error budget, whose reference is `expected` of the float64 model."""
+    with torch.no_grad():
+        reference = expected(copy.deepcopy(model).double())
+        assert_within_budget(name, run(model), reference, expected(model))

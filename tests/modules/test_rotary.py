@@ -1,0 +1,128 @@
+"""Rotary embedding: packing, offsets, the cached tables, XPos, and the functional forms."""
+
+import itertools
+
+import pytest
+import torch
+
+from fla.modules import RotaryEmbedding
+from fla.modules.rotary import rotary_embedding, rotary_embedding_ref
+from fla.testing import assert_within_budget, pack
+
+B, T, H, D = 3, 7, 2, 8
+LENGTHS = (0, 1, 5, 0, 9, 0)
+
+
+def queries(batch=B, length=T, dtype=torch.float64):
+    return torch.randn(batch, length, H, D, dtype=dtype), torch.randn(batch, length, 1, D, dtype=dtype)
+
+
+def same(actual, expected):
+    for y, z in zip(actual, expected, strict=True):
+        assert_within_budget("rotary", y, z, z)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offset", [0, 11, -4, "tensor"])
+def test_packed_is_separate(interleaved, offset):
+    rotary, cu = RotaryEmbedding(D, interleaved=interleaved), pack(LENGTHS)
+    q, k = queries(1, sum(LENGTHS))
+    offsets = torch.tensor([3, -2, 0, 5, 100, 1]) if offset == "tensor" else torch.full((6,), offset)
+    given = offsets if offset == "tensor" else offset
+    parts = [rotary(q[:, a:b], k[:, a:b], int(offsets[n])) for n, (a, b) in enumerate(itertools.pairwise(cu.tolist()))]
+    same(rotary(q, k, given, cu_seqlens=cu), [torch.cat(z, 1) for z in zip(*parts, strict=True)])
+
+
+def test_offsets_per_row_also_negative_ones():
+    rotary, (q, k) = RotaryEmbedding(D), queries()
+    offsets = torch.tensor([0, -5, 4000], dtype=torch.int32)
+    rows = [rotary(q[i : i + 1], k[i : i + 1], int(offsets[i])) for i in range(B)]
+    actual = rotary(q, k, offsets)
+    assert all(y.isfinite().all() for y in actual)
+    same(actual, [torch.cat(z) for z in zip(*rows, strict=True)])
+
+
+def test_scores_depend_on_distance_only():
+    rotary, (q, k) = RotaryEmbedding(D), queries()
+    scores = [torch.einsum("bthd,bsgd->bhts", *rotary(q, k, offset)) for offset in (0, 123, -50)]
+    for moved in scores[1:]:
+        torch.testing.assert_close(moved, scores[0], rtol=0, atol=1e-12)
+
+
+def test_xpos_pieces_are_the_whole_after_the_table_has_grown():
+    q, k = queries()
+    whole, pieced = RotaryEmbedding(D, scale_base=4.0), RotaryEmbedding(D, scale_base=4.0)
+    steps = [pieced(q[:, t : t + 1], k[:, t : t + 1], t) for t in range(T)]
+    scores = [
+        torch.einsum("bthd,bsgd->bhts", *pair).tril()
+        for pair in (whole(q, k), [torch.cat(z, 1) for z in zip(*steps, strict=True)])
+    ]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-6, atol=1e-6)
+
+
+def test_table_grows_follows_the_dtype_and_outlives_inference_mode():
+    rotary, (q, k) = RotaryEmbedding(D), queries(dtype=torch.float32)
+    with torch.inference_mode():
+        first = rotary(q, k)
+    assert len(rotary._table[0]) == T
+    rotary(q, k, 1)
+    assert len(rotary._table[0]) == 2 * T  # not one more per decoded token
+    q.requires_grad_()
+    y, _ = rotary(q, k)
+    y.sum().backward()
+    assert torch.equal(y, first[0]) and q.grad.isfinite().all()
+    rotary(q, k, max_seqlen=100)
+    assert len(rotary._table[0]) == 100
+    assert rotary(q.double(), k.double())[0].dtype == torch.float64 and rotary._table[0].dtype == torch.float64
+
+
+def test_values_do_not_depend_on_what_happened_to_the_buffers():
+    """Casting a model, or creating it on the meta device as checkpoint loading does, leaves buffers worthless."""
+    q, k = queries(dtype=torch.bfloat16)
+    expected = RotaryEmbedding(D)(q, k, 3000)
+    meta = RotaryEmbedding(D, device="meta").to_empty(device="cpu")
+    meta.inv_freq.fill_(float("nan"))
+    for rotary in (RotaryEmbedding(D).bfloat16(), meta):
+        assert all(torch.equal(y, z) for y, z in zip(rotary(q, k, 3000), expected, strict=True))
+
+
+def test_positions_in_the_buffers_dtype_are_honoured():
+    q, k = queries()
+    exact, coarse = RotaryEmbedding(D), RotaryEmbedding(D, pos_idx_in_fp32=False).bfloat16()
+    assert (exact(q, k, 301)[0] - coarse(q, k, 301)[0]).abs().max() > 0.1  # 301 is no bfloat16 number
+    assert RotaryEmbedding(D).state_dict() == {}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_functional_form(interleaved):
+    x, angle = torch.randn(2, T, H, D), torch.outer(torch.arange(20.0), torch.rand(3))
+    cos, sin = angle.cos(), angle.sin()
+    expected = rotary_embedding_ref(x.double(), cos.double(), sin.double(), interleaved)
+    y = rotary_embedding(x, cos, sin, interleaved)
+    assert_within_budget("y", y, expected, rotary_embedding_ref(x, cos, sin, interleaved))
+    assert torch.equal(y[..., 6:], x[..., 6:])
+    back = rotary_embedding(y.flip(1), cos, sin, interleaved, seqlen_offsets=1 - T)  # the other way round: undone
+    torch.testing.assert_close(back.flip(1), x)
+    target = x.clone()
+    assert rotary_embedding(target, cos, sin, interleaved, inplace=True) is target and torch.equal(target, y)
+
+
+BAD = [
+    (lambda r, q, k: RotaryEmbedding(5), ValueError, "dim"),
+    (lambda r, q, k: r(q[..., :6], k), ValueError, "q must"),
+    (lambda r, q, k: r(q, k[:, :3]), ValueError, "k must"),
+    (lambda r, q, k: r(q[0], k), ValueError, "q must"),
+    (lambda r, q, k: r(q, k, 1.5), TypeError, "offsets"),
+    (lambda r, q, k: r(q, k, torch.ones(B)), ValueError, "offsets"),
+    (lambda r, q, k: r(q, k, torch.ones(2, dtype=torch.long)), ValueError, "offsets"),
+    (lambda r, q, k: r(q, k, cu_seqlens=pack((T,))), ValueError, "cu_seqlens"),
+    (lambda r, q, k: r(q[:1], k[:1], cu_seqlens=pack((1, 1))), ValueError, "must end at"),
+    (lambda r, q, k: rotary_embedding(q, q[0, :4, 0, :2], q[0, :4, 0, :2]), ValueError, "position 6"),
+    (lambda r, q, k: rotary_embedding(q, q[0, :4, 0], q[0, :4, 0]), ValueError, "d >= 16"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "word"), BAD)
+def test_errors_name_the_argument(call, error, word):
+    with pytest.raises(error, match=word):
+        call(RotaryEmbedding(D), *queries())

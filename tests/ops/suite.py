@@ -1,0 +1,123 @@
+"""The contract of every registered op, once for all machines: each suite subclasses `contract(levels)`.
+
+A case is made by registering an op (`fla.ops`), not by editing a test.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fla.ops  # noqa: F401  (registers the ops)
+from fla.ops._spec import REGISTRY
+from fla.testing.cases import PACKED, Suite, plain_cases, value_cases
+from fla.testing.contract import (
+    Case,
+    accepts,
+    by_rows,
+    check_attentions,
+    check_index_dtypes,
+    check_inputs_unwritten,
+    check_repeats,
+    check_strides,
+    check_values,
+    compiled,
+    in_pieces,
+)
+from fla.testing.errors import bad_calls, check_bad_call, good_call
+from fla.testing.inputs import EXTREME_GATES
+
+
+def every_op(make):
+    """`make(spec)` over all registered ops, in one list."""
+    return [item for spec in REGISTRY.values() for item in make(spec)]
+
+
+def gate_cases(suite: Suite) -> list[Case]:
+    """Every gated form and variant with every extreme gate, dtypes in turn; a mixture of them in every dtype."""
+    found = []
+    for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(suite.dtypes))):
+        cases = every_op(lambda spec, gates=gates: plain_cases(spec, suite, gates=gates))
+        gated = [case for case in cases if case.gated]
+        found += [replace(case, dtype=suite.dtypes[(i + j) % len(suite.dtypes)]) for j, case in enumerate(gated)]
+    return found
+
+
+def contract(suite: Suite) -> type:
+    """The test class of a suite: `class TestContract(contract(TORCH)): ...`"""
+    plain = every_op(lambda spec: plain_cases(spec, suite))
+    all_ways = every_op(lambda spec: plain_cases(spec, suite, all_callings=True))
+    stateful = [case for case in all_ways if case.returns_state]
+    packed = every_op(lambda spec: plain_cases(spec, suite, tokens=PACKED[0]))
+
+    class OpContract:
+        @pytest.mark.parametrize("case", every_op(lambda spec: value_cases(spec, suite)), ids=str)
+        def test_values_and_gradients(self, case):
+            check_values(case)
+
+        @pytest.mark.parametrize("case", stateful, ids=str)
+        def test_pieces_are_the_whole(self, case):
+            """Also the gradients through the states handed over; a piece of one token, a cut inside a chunk."""
+            check_values(case, in_pieces(case, (1, 70)))
+
+        @pytest.mark.parametrize("case", plain, ids=str)
+        def test_a_row_alone_is_a_row_in_a_batch(self, case):
+            check_values(case, by_rows(case))
+
+        @pytest.mark.parametrize("case", packed, ids=str)
+        def test_index_dtypes_agree(self, case):
+            check_index_dtypes(case)
+
+        @pytest.mark.parametrize("case", gate_cases(suite), ids=str)
+        def test_extreme_gates(self, case):
+            # a float64 op promises numbers there, not float64's last digits: running sums of -1e4 cost some
+            check_values(case, eps=2.0**-22 if case.dtype == torch.float64 else None)
+
+        @pytest.mark.parametrize("kind", ("transposed", "sliced", "expanded"))
+        @pytest.mark.parametrize("case", plain, ids=str)
+        def test_strides(self, case, kind):
+            check_strides(case, kind)
+
+        @pytest.mark.parametrize("case", plain + packed, ids=str)
+        def test_repeated_runs_are_bitwise_equal(self, case):
+            check_repeats(case)
+
+        @pytest.mark.parametrize("case", plain, ids=str)
+        def test_inputs_are_not_written_to(self, case):
+            check_inputs_unwritten(case)
+
+        @pytest.mark.parametrize("case", [case for case in plain if case.returns_state], ids=str)
+        def test_gradients_through_the_final_state_alone(self, case):
+            check_values(case, use=("state",))
+
+        @pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, suite, tokens=5)), ids=str)
+        def test_gradient_of_one_input_alone(self, case):
+            for name in case.inputs():
+                check_values(case, needs=(name,))
+
+        @pytest.mark.parametrize("case", alternating(plain, packed), ids=str)
+        def test_compiles_as_one_graph(self, case):
+            check_values(case, compiled(case))
+
+        @pytest.mark.parametrize("case", [case for case in plain if accepts(case, "output_attentions")], ids=str)
+        def test_attentions(self, case):
+            check_attentions(case)
+
+        @pytest.mark.parametrize("case", plain, ids=str)
+        def test_scale_none_is_the_default_scale(self, case):
+            keywords = good_call(case)
+            default, _ = case.function(**keywords)
+            given, _ = case.function(**keywords, scale=case.heads[1] ** -0.5)
+            assert torch.equal(default, given)
+
+        @pytest.mark.parametrize(
+            "bad", every_op(lambda spec: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0]))), ids=str
+        )
+        def test_bad_calls(self, bad):
+            check_bad_call(bad)
+
+    return OpContract
+
+
+def alternating(first: list[Case], second: list[Case]) -> list[Case]:
+    return [(first, second)[i % 2][i] for i in range(len(first))]
