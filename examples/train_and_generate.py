@@ -48,8 +48,8 @@ CONFIGS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {
-    "model": "gla", "text": [], "steps": 800, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 4, "seq_len": 256,
-    "batch_size": 8, "lr": 3e-3, "dtype": "float32",
+    "model": "gla", "text": [], "steps": 800, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 2, "seq_len": 256,
+    "batch_size": 4, "lr": 4e-3, "dtype": "float32",
     "device": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None, "new_bytes": 400,
 }  # fmt: skip
 FREE_ON_RESUME = {"device", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve
@@ -233,22 +233,15 @@ def plot(run: Run, bits: dict[str, float], title: str, file: Path) -> None:
     """Training and validation curve in bits per byte, with gzip and xz as landmarks."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = range(1, run.step + 1), [loss / math.log(2) for loss in run.losses]
-    window = max(1, run.step // 40)
-    smooth = [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+    half = run.step // 80
+    smooth = [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth, color="tab:blue", label=f"training (mean of {window + 1} steps)")
+    axes.plot(steps, smooth, color="tab:blue", label=f"training (mean of {2 * half + 1} steps)")
     axes.plot(*zip(*run.validation, strict=True), "o-", color="tab:orange", markersize=3.5, label="validation")
-    for name in ("byte frequencies", "gzip -9", "xz -9e"):
+    low, high = sorted(("gzip -9", "xz -9e"), key=bits.__getitem__)
+    for name, side in (("byte frequencies", "center"), (high, "bottom"), (low, "top")):
         axes.axhline(bits[name], color="gray", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            name,
-            (run.step, bits[name]),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            color="gray",
-            fontsize=8,
-        )
+        axes.text(1.01, bits[name], name, transform=axes.get_yaxis_transform(), va=side, color="gray", fontsize=8)
     axes.set(xlabel="training step", ylabel="bits per byte", title=title, xlim=(0, run.step), ylim=(0, 8.5))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -259,7 +252,7 @@ def plot(run: Run, bits: dict[str, float], title: str, file: Path) -> None:
 def choose_prompt(args: argparse.Namespace, held_out: bytes) -> bytes:
     if args.prompt:
         return args.prompt.encode(errors="surrogateescape")
-    return held_out[:64] if args.text else b"def main(args):\n    "
+    return held_out[:64] if args.text else b'def main(args):\n    """'
 
 
 def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
@@ -267,9 +260,7 @@ def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
     model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device).eval()
     torch.manual_seed(args.seed)
     ids = torch.tensor([list(prompt)], device=args.device)
-    written = model.generate(
-        ids, max_new_tokens=args.new_bytes, do_sample=True, temperature=0.7, top_k=0, pad_token_id=0
-    )
+    written = model.generate(ids, max_new_tokens=args.new_bytes, do_sample=True, top_p=0.95, top_k=0, pad_token_id=0)
     return bytes(written[0].tolist()).decode("utf-8", errors="replace")
 
 

@@ -1,11 +1,14 @@
 """Efficient linear-attention models: ops, modules, layers and Hugging Face models.
 
-`import fla` is light: it imports neither Triton nor transformers and touches no GPU. It teaches transformers' Auto classes our
-model types lazily (`fla/_auto.py`).
+`import fla` is light: it imports neither Triton nor transformers and touches no GPU. It teaches transformers' Auto
+classes our model types lazily (`fla/_auto.py`).
 """
 
+from fla._auto import register_lazily
 from fla._version import __version__
 from fla.backends import use_backend
 from fla.varlen import check_packing
 
 __all__ = ["__version__", "check_packing", "use_backend"]
+
+register_lazily()

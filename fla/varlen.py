@@ -1,8 +1,9 @@
 """Packed sequences: the only place that knows how `cu_seqlens`, masks and chunk tables relate.
 
-`cu_seqlens` `[N + 1]` (int32 or int64) starts at 0, never decreases and ends at the number of packed tokens `T`: sequence `n` owns
-tokens `cu_seqlens[n] : cu_seqlens[n + 1]`. Results keep its dtype and device. Functions that return a Python number or whose
-result's size depends on values (`prepare_chunk_indices`, `prepare_token_indices`) wait for a GPU; the kernels use none of them.
+`cu_seqlens` `[N + 1]` (int32 or int64) starts at 0, never decreases and ends at the number of packed tokens `T`:
+sequence `n` owns tokens `cu_seqlens[n] : cu_seqlens[n + 1]`. Results keep its dtype and device. Functions that return
+a Python number or whose result's size depends on values (`prepare_chunk_indices`, `prepare_token_indices`) wait for a
+GPU; the kernels use none of them.
 """
 
 from collections.abc import Iterator
@@ -110,7 +111,8 @@ def pack_sequence(x: Tensor, cu_seqlens: Tensor, padding_side: str = "left") -> 
 def unpack_sequence(
     x: Tensor, cu_seqlens: Tensor, padding_side: str = "left", desired_shape: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Zero-pad packed `x` `[T, ...]` to `[N, S, ...]`, `S` the longest sequence or `desired_shape[1]`. Differentiable."""
+    """Zero-pad packed `x` `[T, ...]` to `[N, S, ...]`, `S` the longest sequence or `desired_shape[1]`.
+    Differentiable."""
     size = int(prepare_lens(cu_seqlens).max()) if desired_shape is None else desired_shape[1]
     rows, columns = _padded_positions(cu_seqlens, size, padding_side)
     return x.new_zeros(cu_seqlens.shape[0] - 1, size, *x.shape[1:]).index_put((rows, columns), x)

@@ -122,13 +122,13 @@ def norm_linear(
 
 def l2norm(x: Tensor, eps: float, output_dtype: torch.dtype | None = None) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last axis, in `output_dtype` (default: that of `x`)."""
-    _check_float("x", x)
+    check_float("x", x)
     return _backend("l2norm", x).l2norm(x, eps, output_dtype)
 
 
 def glu(x: Tensor, y: Tensor, activation: str) -> Tensor:
     """`activation(x) * y`."""
-    _check_float("x", x)
+    check_float("x", x)
     _check_like("y", y, x)
     _check_choice("activation", activation, ACTIVATIONS)
     return _backend("glu", x).glu(x, y, activation)
@@ -136,7 +136,7 @@ def glu(x: Tensor, y: Tensor, activation: str) -> Tensor:
 
 def glu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """`(activation(x) * y) @ weight.T + bias`, the product recomputed in the backward pass. `weight` [O, D]."""
-    _check_float("x", x)
+    check_float("x", x)
     _check_like("y", y, x)
     _check_linear(weight, bias, x.shape[-1])
     _check_choice("activation", activation, ACTIVATIONS)
@@ -148,7 +148,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
     `y1 = x1 cos - x2 sin`, `y2 = x1 sin + x2 cos`; pairs `(x[i], x[i + R])`, interleaved `(x[2i], x[2i + 1])`.
     """
-    _check_float("x", x)
+    check_float("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, T, H, D], got {list(x.shape)}")
     if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in ((x.shape[1],), (x.shape[0], x.shape[1])):
@@ -227,7 +227,7 @@ def cross_entropy(logits: Tensor, target: Tensor, options: CrossEntropy) -> tupl
     """Loss of every row, and its z-loss part (no gradient): logits [N, V], integer target [N] -> two [N], float32."""
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape [N, V], got {list(logits.shape)}")
-    _check_float("logits", logits)
+    check_float("logits", logits)
     _check_target(target, logits.shape[:1], logits.shape[1], options.ignore_index)
     return _backend("cross_entropy", logits).cross_entropy(logits, target.long(), options)
 
@@ -249,7 +249,7 @@ def linear_cross_entropy(
     are formed with them (only when gradients are recorded). No targets that count: 0. `wide_weight_grad`: the chunks'
     contributions to the weight's gradient are summed in float32 instead of the weight's dtype.
     """
-    _check_float("x", x)
+    check_float("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, D], got {list(x.shape)}")
     _check_linear(weight, bias, x.shape[1])
@@ -273,7 +273,7 @@ def _carried(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> Tens
     return x.to(wide) if residual_in_fp32 else x
 
 
-def _check_float(name: str, x: Any) -> None:
+def check_float(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -281,7 +281,7 @@ def _check_float(name: str, x: Any) -> None:
 
 
 def _check_like(name: str, y: Any, x: Tensor) -> None:
-    _check_float(name, y)
+    check_float(name, y)
     if y.shape != x.shape or y.device != x.device:
         raise ValueError(
             f"{name} must have the shape and device of x ({list(x.shape)}, {x.device}), got {list(y.shape)}, {y.device}"
@@ -294,7 +294,7 @@ def _check_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 def _check_norm(x, weight, bias, residual, gate, group_size, activation) -> None:
-    _check_float("x", x)
+    check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a number")
     for name, p in (("weight", weight), ("bias", bias)):
@@ -310,7 +310,7 @@ def _check_norm(x, weight, bias, residual, gate, group_size, activation) -> None
 
 
 def _check_linear(weight: Any, bias: Tensor | None, width: int) -> None:
-    _check_float("weight", weight)
+    check_float("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight must have shape [out, {width}], got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

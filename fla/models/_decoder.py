@@ -167,6 +167,11 @@ class DecoderPreTrainedModel(StrictLoading):
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In code that is not its own, transformers passes over modules without parameters of their own: such as a
+        # feature map, whose rule is for its children. Ours needs no such care, since it initialises through `init`.
+        super()._initialize_weights(module, is_custom_code=False)
+
 
 class DecoderModel(DecoderPreTrainedModel):
     """Embeddings, blocks and a final norm: `input_ids` `[B, T]` -> hidden states `[B, T, D]`."""

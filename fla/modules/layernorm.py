@@ -61,6 +61,7 @@ def group_norm(
     num_groups: int = 1,
 ) -> Any:
     """Layer norm (RMS norm with `is_rms_norm`) of each of `num_groups` groups of channels; see `layer_norm`."""
+    fused.check_float("x", x)
     return fused.norm(
         x,
         weight,
@@ -91,6 +92,7 @@ def group_norm_linear(
 
     `linear_weight` [O, D], `linear_bias` [O] or None. Under autocast the product runs in the autocast dtype.
     """
+    fused.check_float("x", x)
     return fused.norm_linear(
         x,
         norm_weight,

@@ -4,8 +4,8 @@
     o_t = scale * q_t^T S_t
     normalize:   z_t = z_{t-1} + k_t,   o_t <- o_t / (scale * q_t^T z_t + 1e-10)
 
-Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, S `[N, H, K, V]`, z `[N, 1, H, K]` float32. With `normalize` the state is the pair (S, z), so that a
-sequence may be split anywhere. Family: `decay`, without a decay. Paper: https://arxiv.org/abs/2006.16236
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, S `[N, H, K, V]`, z `[N, 1, H, K]` float32. With `normalize` the state
+is the pair (S, z), so that a sequence may be split anywhere. Family: `decay`, without a decay. Paper: https://arxiv.org/abs/2006.16236
 """
 
 import torch
@@ -60,7 +60,8 @@ def naive_chunk_linear_attn(
 
 def chunk_linear_attn(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *,
+    backend: str | None = None,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
     """Linear attention, parallel over chunks: for training and prefill.
 
@@ -68,8 +69,8 @@ def chunk_linear_attn(
         q, k: `[B, T, H, K]`; positive features when `normalize`.
         v: `[B, T, H, V]`.
         scale: multiplies the query; None is `K ** -0.5`.
-        initial_state: S `[N, H, K, V]`, N = B or the packed sequences; with `normalize` also the pair (S, z). None is zero.
-        output_final_state: whether to return the state after the last token: S, or (S, z) with `normalize`.
+        initial_state: S `[N, H, K, V]`, N = B or the packed sequences; with `normalize` also the pair (S, z). None is
+        zero. output_final_state: whether to return the state after the last token: S, or (S, z) with `normalize`.
         normalize: divide by the sum of the scores (`+ 1e-10`).
         cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
         backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
@@ -81,14 +82,16 @@ def chunk_linear_attn(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     return _linear_attn(
-        decay.chunk, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        decay.chunk, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
         backend=backend, op="chunk_linear_attn",
     )  # fmt: skip
 
 
 def fused_chunk_linear_attn(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
+    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *,
+    backend: str | None = None,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
     """`chunk_linear_attn`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
@@ -96,7 +99,8 @@ def fused_chunk_linear_attn(
 
 def fused_recurrent_linear_attn(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, reverse: bool = False, normalize: bool = False, cu_seqlens: Tensor | None = None, *,
+    output_final_state: bool = False, reverse: bool = False, normalize: bool = False,
+    cu_seqlens: Tensor | None = None, *,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
     """Linear attention token by token: for decoding and short inputs. Arguments as in `chunk_linear_attn`, and
@@ -105,7 +109,8 @@ def fused_recurrent_linear_attn(
         reverse: run from the last token to the first (within every packed sequence).
     """
     return _linear_attn(
-        decay.recurrent, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state, reverse=reverse,
+        decay.recurrent, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state,
+        reverse=reverse,
         cu_seqlens=cu_seqlens, backend=backend, op="fused_recurrent_linear_attn",
     )  # fmt: skip
 

@@ -93,6 +93,8 @@ def poisoned_allocation() -> Iterator[None]:
     """
     functions: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
     functions += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
+    with torch.device("cpu"):
+        torch.empty(0)  # PyTorch lists the functions that a device context redirects once: before they are replaced
     originals = [(owner, name, getattr(owner, name)) for owner, name in functions]
     try:
         for owner, name, original in originals:

@@ -31,7 +31,9 @@ class Report:
     tensor_cores: int  # tensor-core instructions in the assembly
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, target: str, warps: int = 4, stages: int = 1) -> Report:
+def compile_kernel(
+    kernel, types: dict[str, str], constants: dict, target: str, warps: int = 4, stages: int = 1
+) -> Report:
     """`types`: argument -> Triton type; pointers are taken as aligned to 16 bytes, as torch allocates them."""
     names = kernel.arg_names
     types = {name: types.get(name, "constexpr") for name in names}

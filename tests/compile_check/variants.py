@@ -25,6 +25,7 @@ def variants(dtype: str) -> Iterator[Variant]:
     common = {"cu_seqlens": PACKING, "scale": "fp32", "T": "i32", "H": "i32"}
     inputs = {"q": p, "k": p, "v": p}
     fwd = inputs | {"h0": STATES, "o": p, "ht": STATES} | common
+    far = {"far": "*i32"}
     bwd = inputs | {"do": p, "h0": STATES, "dht": STATES, "dq": p, "dk": p, "dv": p, "dh0": STATES} | common
     span = 8.0 if dtype == "fp16" else 80.0
     for K, V in HEADS:
@@ -37,12 +38,16 @@ def variants(dtype: str) -> Iterator[Variant]:
             constants = size | {"BK": pad, "KIND": code} | absent
             yield Variant(f"{kind}-fwd-{K}", chunk_forward.scalar_forward_kernel, fwd | gate, constants, 2, True)
             constants = size | {"KIND": code} | absent | no_rows
-            yield Variant(f"{kind}-bwd-{K}", chunk_backward.scalar_backward_kernel, bwd | gate | rows, constants, 1, True)
-        vector = {"g": p}
-        constants = size | {"BK": pad, "RANGE": span}
-        yield Variant(f"vector-fwd-{K}", chunk_forward.vector_forward_kernel, fwd | vector, constants, 1, True)
-        kernel = vector_backward.vector_backward_kernel
-        yield Variant(f"vector-bwd-{K}", kernel, bwd | vector | {"rows": STATES}, size | {"RANGE": span}, 1, True)
+            yield Variant(
+                f"{kind}-bwd-{K}", chunk_backward.scalar_backward_kernel, bwd | gate | rows, constants, 2, True
+            )
+        vector = {"g": p} | far
+        for name, stages, reach in (("vector", 2, span), ("short", 1, None)):
+            constants = size | {"BK": pad, "RANGE": reach}
+            kernel = chunk_forward.vector_forward_kernel
+            yield Variant(f"{name}-fwd-{K}", kernel, fwd | vector, constants, 1, True)
+            kernel, types = vector_backward.vector_backward_kernel, bwd | vector | {"rows": STATES}
+            yield Variant(f"{name}-bwd-{K}", kernel, types, size | {"RANGE": reach}, stages, True)
         gates = {"g": p, "gk": p, "gv": p}
         constants, kernel = size | {"BK": pad}, recurrent.recurrent_forward_kernel
         yield Variant(f"recurrent-fwd-{K}", kernel, fwd | gates | {"g_gamma": "*fp64"}, constants, 1, False)

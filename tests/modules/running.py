@@ -29,24 +29,26 @@ def strided(x: Tensor) -> Tensor:
 
 
 def evaluate(call, leaves: dict[str, Tensor], upstream=None):
-    """Outputs, and gradients of every leaf for fixed upstream gradients."""
+    """Outputs, and gradients of every leaf for fixed upstream gradients; moved to the CPU."""
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     outputs = as_tuple(call(leaves))
     if upstream is None:
         upstream = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype) for y in outputs]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    return outputs, dict(zip(leaves, grads, strict=True)), upstream
+    grads = torch.autograd.grad(outputs, list(leaves.values()), [u.to(outputs[0].device) for u in upstream])
+    grads = {name: grad.cpu() for name, grad in zip(leaves, grads, strict=True)}
+    return tuple(y.cpu() for y in outputs), grads, upstream
 
 
-def run_module(case: Case, module, inputs, upstream=None, call=None):
+def run_module(case: Case, module, inputs, upstream=None, device="cpu"):
     parameters = {f"module.{name}": p for name, p in module.named_parameters()}
+    settings = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.settings.items()}
 
     def apply(leaves):
         own = {name.removeprefix("module."): leaves[name] for name in parameters}
         given = {name: leaves[name] for name in inputs}
-        return case.outputs((call or torch.func.functional_call)(module, own, (), given | case.settings))
+        return case.outputs(torch.func.functional_call(module, own, (), given | settings))
 
-    return evaluate(apply, inputs | parameters, upstream)
+    return evaluate(apply, {name: x.to(device) for name, x in (inputs | parameters).items()}, upstream)
 
 
 def run_formula(case: Case, module, inputs, upstream, dtype: torch.dtype):

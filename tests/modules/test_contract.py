@@ -24,6 +24,14 @@ def test_values_and_gradients(case, dtype):
     assert_matches_formula(case, module, inputs, actual, dtype)
 
 
+@pytest.mark.gpu
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_on_a_gpu(case, dtype):
+    module, inputs = make(case, dtype)
+    assert_matches_formula(case, module, inputs, run_module(case, module, inputs, device="cuda"), dtype)
+
+
 @each_case
 def test_any_strides(case):
     module, inputs = make(case, torch.float32)

@@ -1,4 +1,4 @@
-"""What only norms and the MLP have: the residual's dtype, older names, memory, checkpoints of both layouts, adapters."""
+"""What only norms and the MLP have: the residual's dtype, older names, memory, both checkpoint layouts, adapters."""
 
 import pytest
 import torch

@@ -10,7 +10,9 @@ from fla.backends import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())  # bf16 dots are wrong in Triton's interpreter
 LOG2E = tl.constexpr(1.4426950408889634)
-MIN_LOG_DECAY = tl.constexpr(-20.0)  # nats a step: sums of stronger ones lose the digits of weaker ones (kernels in 16 bits)
+MIN_LOG_DECAY = tl.constexpr(
+    -20.0
+)  # nats a step: sums of stronger ones lose the digits of weaker ones (kernels in 16 bits)
 DEAD_LOG_DECAY = tl.constexpr(-16.0)  # below it a gate's gradient is rounding noise, and is 0
 
 
@@ -48,7 +50,8 @@ def store_tile(p, row, m_row, o_d, D: tl.constexpr, x):
 
 @triton.jit
 def load_state(p, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """The tile of state `i_state` (64 bits) of `[., K, V]` at any two broadcastable index tensors, float32, zeros outside."""
+    """The tile of state `i_state` (64 bits) of `[., K, V]` at any two broadcastable index tensors, float32, zeros
+    outside."""
     return tl.load(p + i_state * K * V + o_k * V + o_v, mask=(o_k < K) & (o_v < V), other=0.0).to(tl.float32)
 
 

@@ -1,8 +1,8 @@
 """The family `decay` in plain PyTorch: chunked and vectorised, for CPUs and any other device.
 
-Gates run in float64, so that `exp(G_i - G_j)` of a running sum `G` keeps the budget at any strength; a step below -1000 is a
-zero either way. Everything else runs in float32 (float64 for float64 inputs, and for float32 inputs in a backward that gives gate
-gradients: those are differences of large sums).
+Gates run in float64, so that `exp(G_i - G_j)` of a running sum `G` keeps the budget at any strength; a step below
+-1000 is a zero either way. Everything else runs in float32 (float64 for float64 inputs, and for float32 inputs in a
+backward that gives gate gradients: those are differences of large sums).
 """
 
 import torch

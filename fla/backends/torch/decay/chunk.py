@@ -52,9 +52,7 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> t
     return o, final_state if output_final_state else None
 
 
-def backward(
-    problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype
-) -> Gradients:
+def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype) -> Gradients:
     chunks = _split(problem, dtype)
     starts, final_state = _states(problem, chunks)
     do = chunks.layout.split(do.to(dtype) * problem.scale)
@@ -160,7 +158,8 @@ class _ScalarScores:
 
 class _VectorScores:
     """`P_ij = sum_k q_ik k_jk exp(G_ik - G_jk)`: one product of operands scaled around the chunk's middle where the
-    decay to either end stays in range, channel by channel and row by row in the (chunk, head) pairs where it does not."""
+    decay to either end stays in range, channel by channel and row by row in the (chunk, head) pairs where it does
+    not."""
 
     def __init__(self, chunks: _Chunks):
         decay = chunks.decay

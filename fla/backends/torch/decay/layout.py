@@ -1,7 +1,7 @@
 """Tokens as chunks: `[B, T, H, D] <-> [NC, H, C, D]`, zeros where a sequence ends inside a chunk.
 
-`steps` says in which order chunks follow each other: step `n` holds the `n`-th chunk of every sequence that has one, so that
-all sequences, packed or not, advance together.
+`steps` says in which order chunks follow each other: step `n` holds the `n`-th chunk of every sequence that has one,
+so that all sequences, packed or not, advance together.
 """
 
 from collections.abc import Iterator

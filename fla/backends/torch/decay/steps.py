@@ -1,8 +1,10 @@
 """Token by token, for the decay per value channel that only the recurrent form has.
 
-    forward in time:   S_t = e^{gk_t} S_{t-1} e^{gv_t} + k_t v_t^T      o_t = scale S_t^T q_t       dq_t = scale S_t do_t
-    backward in time:  dS_t += scale q_t do_t^T     dk_t = dS_t v_t     dv_t = dS_t^T k_t           dS_{t-1} = e^{gk_t} dS_t e^{gv_t}
-    dgk_t = sum_{s >= t} (q dq - k dk)_s + rowsum(S_T * dS_T)           dgv_t = sum_{s >= t} (o do - v dv)_s + colsum(S_T * dS_T)
+forward in time:   S_t = e^{gk_t} S_{t-1} e^{gv_t} + k_t v_t^T      o_t = scale S_t^T q_t       dq_t = scale S_t do_t
+backward in time:  dS_t += scale q_t do_t^T     dk_t = dS_t v_t     dv_t = dS_t^T k_t           dS_{t-1} = e^{gk_t}
+dS_t e^{gv_t}
+dgk_t = sum_{s >= t} (q dq - k dk)_s + rowsum(S_T * dS_T)           dgv_t = sum_{s >= t} (o do - v dv)_s + colsum(S_T
+* dS_T)
 """
 
 import torch
@@ -17,9 +19,7 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> t
     return o.to(problem.v.dtype), state if output_final_state else None
 
 
-def backward(
-    problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype
-) -> Gradients:
+def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype) -> Gradients:
     do = do.to(dtype)
     o, final_state, dq = _run(problem, dtype, do)
     layout, q, k, v, decays = _tokens(problem, dtype)

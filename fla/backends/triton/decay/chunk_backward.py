@@ -1,15 +1,19 @@
 """Backward of the scalar decay kinds: two directions, no stored state, one launch in which a program plays one role.
 
-    dq (forward in time, a tile of K):   dP = tril(dO V^T * Gam)      dQ = scale (dP K + e^G dO S^T)          S as in the forward
+    dq (forward in time, a tile of K):   dP = tril(dO V^T * Gam)      dQ = scale (dP K + e^G dO S^T)          S as in
+    the forward
     dk (reverse, a tile of K):           dK = scale (dP^T Q + e^{G_C - G} V dS^T)
     dv (reverse, a tile of V):           dV = scale (P^T dO + e^{G_C - G} K dS)
-    reverse states:                      dS <- e^{G_C} dS + Q^T (e^G dO)             in units of `scale`; dS at the start is d h0
+    reverse states:                      dS <- e^{G_C} dS + Q^T (e^G dO)             in units of `scale`; dS at the
+    start is d h0
 
-Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand. Roles dq and dk hold
-their state V first, dv K first: what enters a state is then a loaded tile on the left and a scaled one on the right.
+Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand. Roles dq
+and dk hold their state V first, dv K first: what enters a state is then a loaded tile on the left and a scaled one on
+the right.
 
-Gate gradient: `dg_t = sum_{s >= t} (q dq - k dk)_s + <S_T, dS_T>`. The row products use the same rounded operands that the dots used, and
-the states enter their dots as high and low halves, else the difference drowns in rounding (kernels.md 7.11).
+Gate gradient: `dg_t = sum_{s >= t} (q dq - k dk)_s + <S_T, dS_T>`. The row products use the same rounded operands
+that the dots used, and the states enter their dots as high and low halves, else the difference drowns in rounding
+(kernels.md 7.11).
 """
 
 import torch
@@ -18,21 +22,19 @@ import triton.language as tl
 
 from fla.backends.decay import Problem
 from fla.backends.triton._lib import dot_split, load_state, load_tile, sequence, store_state, store_tile
-from fla.backends.triton.decay._decay import NONE, C, decayed, scalar_decay
+from fla.backends.triton.decay._decay import CHUNK, NONE, TILE, decayed, scalar_decay
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient
-
-TILE = tl.constexpr(64)  # channels of K (dq, dk) or of V (dv) a program
 
 
 @triton.jit
 def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i_tile,
              K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    o_c, o_k, o_v = tl.arange(0, C), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
+    o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = tl.zeros([BV, TILE], tl.float32)
     if h0 is not None:
         b_S += load_state(h0, i_state, o_k[None, :], o_v[:, None], K, V)
-    for t in range(0, length, C):
+    for t in range(0, length, CHUNK):
         m_t = t + o_c < length
         row = (start + t + o_c) * H + i_h
         b_k = load_tile(k, row, m_t, o_k, K)
@@ -60,13 +62,13 @@ def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H
 @triton.jit
 def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_tile,
              K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    o_c, o_k, o_v = tl.arange(0, C), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
+    o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BV, TILE], tl.float32)
     if dht is not None:
         b_dS += load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V) / scale
-    for i_t in range(0, tl.cdiv(length, C)):
-        t = (tl.cdiv(length, C) - 1 - i_t) * C
+    for i_t in range(0, tl.cdiv(length, CHUNK)):
+        t = (tl.cdiv(length, CHUNK) - 1 - i_t) * CHUNK
         m_t = t + o_c < length
         row = (start + t + o_c) * H + i_h
         b_q = load_tile(q, row, m_t, o_k, K)
@@ -96,13 +98,13 @@ def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, 
 @triton.jit
 def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile,
              K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
+    o_c, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BK, TILE], tl.float32)
     if dht is not None:
         b_dS += load_state(dht, i_state, o_k[:, None], o_v[None, :], K, V) / scale
-    for i_t in range(0, tl.cdiv(length, C)):
-        t = (tl.cdiv(length, C) - 1 - i_t) * C
+    for i_t in range(0, tl.cdiv(length, CHUNK)):
+        t = (tl.cdiv(length, CHUNK) - 1 - i_t) * CHUNK
         m_t = t + o_c < length
         row = (start + t + o_c) * H + i_h
         b_q = load_tile(q, row, m_t, o_k, K)
@@ -123,7 +125,8 @@ def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile
 
 @triton.jit(do_not_specialize=["T", "H"])
 def scalar_backward_kernel(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr
+    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr,
+    KIND: tl.constexpr
 ):  # fmt: skip
     NK: tl.constexpr = (K + TILE - 1) // TILE
     NV: tl.constexpr = (V + TILE - 1) // TILE
@@ -136,9 +139,7 @@ def scalar_backward_kernel(
     if i_role < NK:
         _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i_role, K, V, BV, KIND)
     elif i_role < 2 * NK:
-        _dk_role(
-            q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_role - NK, K, V, BV, KIND
-        )
+        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_role - NK, K, V, BV, KIND)
     else:
         _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_role - 2 * NK, K, V, BK, KIND)
 
@@ -153,8 +154,8 @@ def backward(problem: Problem, kind: int, gate, do, dht, change):
     rows = None if change is None else q.new_empty(*q.shape[:3], 2 * tiles, dtype=torch.float32)
     grid = (N * H * (2 * tiles + triton.cdiv(V, TILE.value)),)
     scalar_backward_kernel[grid](
-        q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, rows, problem.cu_seqlens, problem.scale, q.shape[1], H,
-        K=K, V=V, KIND=kind, num_warps=4, num_stages=1,
+        q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, rows, problem.cu_seqlens, problem.scale,
+        q.shape[1], H, K=K, V=V, KIND=kind, num_warps=4, num_stages=2,
     )  # fmt: skip
     dg = None if rows is None else close_gate_gradient(problem, gate, rows, change)
     return dq, dk, dv, dg, dh0

@@ -4,11 +4,11 @@ Scalar kinds, with `G` the running sum of the log decay in the chunk, `G_C` its 
 
     P = tril(Q K^T * Gam)      O = scale (e^G Q S + P V)      S <- e^{G_C} S + K^T (e^{G_C - G} V)
 
-Vector kind (decay per key channel), with queries relative to a pivot `a` and keys to a pivot `b` (in range both the chunk's
-middle; see `_decay.py`), state held V first:
+Vector kind (decay per key channel), everything relative to the chunk's middle `m` (see `_decay.py`), state held V
+first:
 
-    Qn = Q e^{G - a}   Kn = K e^{b - G}   P = tril(Qn Kn^T)
-    O = scale (Qn (e^a S) + P V)          S <- e^{G_C - b} (e^b S + Kn^T V)
+    Qn = Q e^{G - m}   Kn = K e^{m - G}   P = tril(Qn Kn^T)
+    O = scale (Qn (e^m S) + P V)          S <- e^{G_C - m} (e^m S + Kn^T V)
 
 Axes     B batch, T tokens, H heads, K key, V value, C tokens a chunk, N sequences
 Prefixes i_ program index, o_ offsets, m_ mask, b_ values of a block
@@ -21,7 +21,7 @@ import triton.language as tl
 from fla.backends.decay import Problem
 from fla.backends.triton._lib import load_state, load_tile, sequence, store_state, store_tile
 from fla.backends.triton.decay._decay import (
-    NONE, VECTOR, C, decayed, far_scores, padded, safe_range, scalar_decay, vector_decay,
+    CHUNK, NONE, SHORT, VECTOR, decayed, flag_far, padded, run_vector_kernel, scalar_decay, vector_decay,
 )  # fmt: skip
 
 BV = tl.constexpr(64)  # value columns a program
@@ -29,18 +29,19 @@ BV = tl.constexpr(64)  # value columns a program
 
 @triton.jit(do_not_specialize=["T", "H"])
 def scalar_forward_kernel(
-    q, k, v, g, h0, o, ht, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+    q, k, v, g, h0, o, ht, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    KIND: tl.constexpr
 ):  # fmt: skip
     i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
     i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
-    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_c, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
 
     b_S = tl.zeros([BK, BV], tl.float32)
     if h0 is not None:
         b_S += load_state(h0, i_state, o_k[:, None], o_v[None, :], K, V)
-    for t in range(0, length, C):
+    for t in range(0, length, CHUNK):
         m_t = t + o_c < length
         row = (start + t + o_c) * H + i_h
         b_q = load_tile(q, row, m_t, o_k, K)
@@ -63,10 +64,17 @@ def scalar_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def vector_forward_kernel(
-    q, k, v, g, h0, o, ht, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, RANGE: tl.constexpr
+    q, k, v, g, h0, o, ht, cu_seqlens, far, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    RANGE: tl.constexpr
 ):  # fmt: skip
+    C: tl.constexpr = SHORT if RANGE is None else CHUNK
+    # short chunks of fp16 go through the tensor cores as tf32: fp16's digits, but a range that a strong decay fits in
+    OPERAND: tl.constexpr = tl.float32 if RANGE is None and q.dtype.element_ty == tl.float16 else q.dtype.element_ty
     i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
     i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
+    if RANGE is None:
+        if tl.load(far + i_state) == 0:
+            return
     start, length = sequence(cu_seqlens, i_n, T)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
@@ -79,22 +87,19 @@ def vector_forward_kernel(
         row = (start + t + o_c) * H + i_h
         b_q = load_tile(q, row, m_t, o_k, K)
         b_k = load_tile(k, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V)
-        b_Gm, b_m, b_total, b_pq, b_pk, far = vector_decay(load_tile(g, row, m_t, o_k, K), RANGE)
-        b_qn = (b_q * tl.exp2(b_Gm + (b_m - b_pq)[None, :])).to(b_q.dtype)
-        b_kn = (b_k * tl.exp2((b_pk - b_m)[None, :] - b_Gm)).to(b_k.dtype)
-        if far:
-            b_P = far_scores(q, k, g, row, m_t, m_pair, K, False)
-        else:
-            b_P = tl.dot(b_qn, tl.trans(b_kn))
-        b_P = tl.where(m_pair, b_P, 0.0).to(b_v.dtype)
-        b_S *= tl.exp2(b_pq)[None, :]
-        b_o = tl.dot(b_qn, tl.trans(b_S.to(b_q.dtype)))
+        b_v = load_tile(v, row, m_t, o_v, V).to(OPERAND)
+        b_Gm, b_m, b_total = vector_decay(load_tile(g, row, m_t, o_k, K), C)
+        if RANGE is not None:
+            flag_far(far, i_state, b_m, b_total, RANGE)
+        b_qn = (b_q * tl.exp2(b_Gm)).to(OPERAND)
+        b_kn = (b_k * tl.exp2(-b_Gm)).to(OPERAND)
+        b_P = tl.where(m_pair, tl.dot(b_qn, tl.trans(b_kn)), 0.0).to(OPERAND)
+        b_S *= tl.exp2(b_m)[None, :]
+        b_o = tl.dot(b_qn, tl.trans(b_S.to(OPERAND)))
         b_o = tl.dot(b_P, b_v, acc=b_o)
         store_tile(o, row, m_t, o_v, V, b_o * scale)
-        b_S *= tl.exp2(b_pk - b_pq)[None, :]
         b_S = tl.dot(tl.trans(b_v), b_kn, acc=b_S)
-        b_S *= tl.exp2(b_total - b_pk)[None, :]
+        b_S *= tl.exp2(b_total - b_m)[None, :]
     if ht is not None:
         store_state(ht, i_state, o_k[None, :], o_v[:, None], K, V, b_S)
 
@@ -106,9 +111,11 @@ def forward(problem: Problem, kind: int, gate: torch.Tensor | None, output_final
     ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     N, H, K, V = problem.state_shape
     grid = (triton.cdiv(V, BV.value) * N * H,)
-    arguments = (q, problem.k, v, gate, problem.initial_state, o, ht, problem.cu_seqlens, problem.scale, q.shape[1], H)
+    arguments = (q, problem.k, v, gate, problem.initial_state, o, ht, problem.cu_seqlens)
     if kind == VECTOR.value:
-        vector_forward_kernel[grid](*arguments, K=K, V=V, BK=padded(K), RANGE=safe_range(q.dtype), num_warps=4, num_stages=1)
+        run_vector_kernel(vector_forward_kernel, grid, arguments, problem, stages=1, K=K, V=V, BK=padded(K))
     else:
-        scalar_forward_kernel[grid](*arguments, K=K, V=V, BK=padded(K), KIND=kind, num_warps=4, num_stages=2)
+        scalar_forward_kernel[grid](
+            *arguments, problem.scale, q.shape[1], H, K=K, V=V, BK=padded(K), KIND=kind, num_warps=4, num_stages=2
+        )
     return o, ht

@@ -2,8 +2,9 @@
 
     S_t = e^{g_t} diag(e^{gk_t}) S_{t-1} diag(e^{gv_t}) + k_t v_t^T      o_t = scale q_t^T S_t
 
-Forward: a program owns a `[K, BV]` slice of one head's state. Backward by roles, as in `chunk_backward.py`: dq forward in time (a tile of
-K), dk (a tile of K) and dv (a tile of V) in reverse, no stored state. Gate gradients are suffix sums of row products.
+Forward: a program owns a `[K, BV]` slice of one head's state. Backward by roles, as in `chunk_backward.py`: dq
+forward in time (a tile of K), dk (a tile of K) and dv (a tile of V) in reverse, no stored state. Gate gradients are
+suffix sums of row products.
 """
 
 import torch
@@ -60,7 +61,9 @@ def recurrent_forward_kernel(
 
 
 @triton.jit
-def _dq_role(k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+def _dq_role(
+    k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, o_k, o_v, K: tl.constexpr, V: tl.constexpr
+):
     b_S = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
     if h0 is not None:
         b_S += load_state(h0, i_state, o_k[:, None], o_v[None, :], K, V)
@@ -108,19 +111,13 @@ def recurrent_backward_kernel(
     start, length = sequence(cu_seqlens, i_n, T)
     o_tile, o_k, o_v = tl.arange(0, TILE), tl.arange(0, BK), tl.arange(0, BV_ALL)
     if i_role < NK:
-        _dq_role(
-            k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, i_role * TILE + o_tile, o_v, K, V
-        )
+        _dq_role(k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, i_role * TILE + o_tile, o_v, K, V)
     elif i_role < 2 * NK:
         o_part = (i_role - NK) * TILE + o_tile
-        _dkv_role(
-            q, v, gk, gv, do, dht, dk, dh0, start, length, scale, i_state, i_h, H, o_part, o_v, K, V, True
-        )
+        _dkv_role(q, v, gk, gv, do, dht, dk, dh0, start, length, scale, i_state, i_h, H, o_part, o_v, K, V, True)
     else:
         o_part = (i_role - 2 * NK) * TILE + o_tile
-        _dkv_role(
-            q, k, gk, gv, do, dht, dv, dh0, start, length, scale, i_state, i_h, H, o_k, o_part, K, V, False
-        )
+        _dkv_role(q, k, gk, gv, do, dht, dv, dh0, start, length, scale, i_state, i_h, H, o_k, o_part, K, V, False)
 
 
 def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | None = None):
@@ -130,8 +127,8 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | Non
     ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     N, H, K, V = problem.state_shape
     recurrent_forward_kernel[(triton.cdiv(V, BV.value) * N * H,)](
-        q, problem.k, v, problem.g, problem.gk, problem.gv, problem.g_gamma, problem.initial_state, o, ht, problem.cu_seqlens,
-        problem.scale, q.shape[1], H, K=K, V=V, BK=padded(K), num_warps=1,
+        q, problem.k, v, problem.g, problem.gk, problem.gv, problem.g_gamma, problem.initial_state, o, ht,
+        problem.cu_seqlens, problem.scale, q.shape[1], H, K=K, V=V, BK=padded(K), num_warps=1,
     )  # fmt: skip
     return o, ht
 

@@ -1,14 +1,13 @@
 """Backward of the vector decay kind (one decay per key channel), by the same roles as `chunk_backward.py`.
 
-With queries relative to a pivot `a` and keys to a pivot `b` (`_decay.py`; in range both are the chunk's middle):
+Relative to the chunk's middle `m` (`_decay.py`), with all states held V first:
 
-    Qn = Q e^{G - a}   Kn = K e^{b - G}
-    dq (forward in time):  dQ = scale e^{G - a} (tril(dO V^T) Kn + dO (e^a S)^T)
-    dk (reverse):          dK = scale e^{b - G} (triu(V dO^T) Qn + V (e^{G_C - b} dS)^T)
-    dv (reverse):          dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - b} dS))
-    reverse states:        dS <- e^{G_C} dS + e^a Qn^T dO           in units of `scale`
+    Qn = Q e^{G - m}   Kn = K e^{m - G}
+    dq (forward in time):  dQ = scale e^{G - m} (tril(dO V^T) Kn + dO (e^m S)^T)
+    dk (reverse):          dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C - m} dS)^T)
+    dv (reverse):          dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS))
+    reverse states:        dS <- e^m (e^{G_C - m} dS + Qn^T dO)     in units of `scale`
 
-Out of range the score products are formed pair by pair (`far_scores`, `far_gradient`). All states are held V first.
 The rows of the gate gradient are `Qn * dQn - Kn * dKn` with the rounded operands that the dots used (kernels.md 7.11).
 """
 
@@ -18,14 +17,16 @@ import triton.language as tl
 
 from fla.backends.decay import Problem
 from fla.backends.triton._lib import dot_split, load_state, load_tile, sequence, store_state, store_tile
-from fla.backends.triton.decay._decay import C, far_gradient, far_scores, safe_range, vector_decay
-from fla.backends.triton.decay.chunk_backward import TILE
+from fla.backends.triton.decay._decay import (
+    CHUNK, SHORT, TILE, flag_far, run_vector_kernel, vector_decay,
+)  # fmt: skip
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient
 
 
 @triton.jit
-def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i_tile,
-             K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, RANGE: tl.constexpr):  # fmt: skip
+def _dq_role(q, k, v, g, do, h0, dq, rows, far, start, length, scale, i_state, i_h, H, i_tile, K: tl.constexpr,
+V: tl.constexpr,
+             BV: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     o_c, o_k, o_v = tl.arange(0, C), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = tl.zeros([BV, TILE], tl.float32)
@@ -35,32 +36,28 @@ def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H
         m_t = t + o_c < length
         row = (start + t + o_c) * H + i_h
         b_k = load_tile(k, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V)
-        b_do = load_tile(do, row, m_t, o_v, V)
-        b_Gm, b_m, b_total, b_pq, b_pk, far = vector_decay(load_tile(g, row, m_t, o_k, K), RANGE)
-        b_dP = tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0).to(b_k.dtype)
-        b_kn = (b_k * tl.exp2((b_pk - b_m)[None, :] - b_Gm)).to(b_k.dtype)
-        b_S *= tl.exp2(b_pq)[None, :]
-        b_dqn = dot_split(b_do, b_S, b_do.dtype)
-        if far:
-            b_direct = far_gradient(b_dP.to(tl.float32), k, g, row, m_t, m_pair, o_k, K, False)
-        else:
-            b_direct = tl.zeros([C, TILE], tl.float32)
-            b_dqn = tl.dot(b_dP, b_kn, acc=b_dqn)
-        b_up = tl.exp2(b_Gm + (b_m - b_pq)[None, :])
-        store_tile(dq, row, m_t, o_k, K, (b_dqn * b_up + b_direct) * scale)
+        b_v = load_tile(v, row, m_t, o_v, V).to(OPERAND)
+        b_do = load_tile(do, row, m_t, o_v, V).to(OPERAND)
+        b_Gm, b_m, b_total = vector_decay(load_tile(g, row, m_t, o_k, K), C)
+        if RANGE is not None:
+            flag_far(far, i_state, b_m, b_total, RANGE)
+        b_S *= tl.exp2(b_m)[None, :]
+        b_dqn = dot_split(b_do, b_S, OPERAND)
+        b_dP = tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0).to(OPERAND)
+        b_kn = (b_k * tl.exp2(-b_Gm)).to(OPERAND)
+        b_dqn = tl.dot(b_dP, b_kn, acc=b_dqn)
+        store_tile(dq, row, m_t, o_k, K, b_dqn * tl.exp2(b_Gm) * scale)
         if rows is not None:
-            b_q = load_tile(q, row, m_t, o_k, K)
-            b_row = (b_q * b_up).to(b_q.dtype) * b_dqn + b_q * b_direct
-            store_tile(rows, 2 * row, m_t, o_k, K, b_row * scale)
-        b_S *= tl.exp2(b_pk - b_pq)[None, :]
+            b_qn = (load_tile(q, row, m_t, o_k, K) * tl.exp2(b_Gm)).to(OPERAND)
+            store_tile(rows, 2 * row, m_t, o_k, K, b_qn * b_dqn * scale)
         b_S = tl.dot(tl.trans(b_v), b_kn, acc=b_S)
-        b_S *= tl.exp2(b_total - b_pk)[None, :]
+        b_S *= tl.exp2(b_total - b_m)[None, :]
 
 
 @triton.jit
-def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_tile,
-             K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, RANGE: tl.constexpr):  # fmt: skip
+def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_state, i_h, H, i_tile, K: tl.constexpr,
+             # fmt: skip
+             V: tl.constexpr, BV: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr):
     o_c, o_k, o_v = tl.arange(0, C), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BV, TILE], tl.float32)
@@ -71,34 +68,29 @@ def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, 
         m_t = t + o_c < length
         row = (start + t + o_c) * H + i_h
         b_q = load_tile(q, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V)
-        b_do = load_tile(do, row, m_t, o_v, V)
-        b_Gm, b_m, b_total, b_pq, b_pk, far = vector_decay(load_tile(g, row, m_t, o_k, K), RANGE)
-        b_dP = tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0).to(b_q.dtype)
-        b_qn = (b_q * tl.exp2(b_Gm + (b_m - b_pq)[None, :])).to(b_q.dtype)
-        b_dS *= tl.exp2(b_total - b_pk)[None, :]
-        b_dkn = dot_split(b_v, b_dS, b_v.dtype)
-        if far:
-            b_direct = far_gradient(b_dP.to(tl.float32), q, g, row, m_t, m_pair, o_k, K, True)
-        else:
-            b_direct = tl.zeros([C, TILE], tl.float32)
-            b_dkn = tl.dot(b_dP, b_qn, acc=b_dkn)
-        b_down = tl.exp2((b_pk - b_m)[None, :] - b_Gm)
-        store_tile(dk, row, m_t, o_k, K, (b_dkn * b_down + b_direct) * scale)
+        b_v = load_tile(v, row, m_t, o_v, V).to(OPERAND)
+        b_do = load_tile(do, row, m_t, o_v, V).to(OPERAND)
+        b_Gm, b_m, b_total = vector_decay(load_tile(g, row, m_t, o_k, K), C)
+        if RANGE is not None:
+            flag_far(far, i_state, b_m, b_total, RANGE)
+        b_dS *= tl.exp2(b_total - b_m)[None, :]
+        b_dkn = dot_split(b_v, b_dS, OPERAND)
+        b_dP = tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0).to(OPERAND)
+        b_qn = (b_q * tl.exp2(b_Gm)).to(OPERAND)
+        b_dkn = tl.dot(b_dP, b_qn, acc=b_dkn)
+        store_tile(dk, row, m_t, o_k, K, b_dkn * tl.exp2(-b_Gm) * scale)
         if rows is not None:
-            b_k = load_tile(k, row, m_t, o_k, K)
-            b_row = (b_k * b_down).to(b_k.dtype) * b_dkn + b_k * b_direct
-            store_tile(rows, 2 * row + 1, m_t, o_k, K, b_row * scale)
-        b_dS *= tl.exp2(b_pk - b_pq)[None, :]
+            b_kn = (load_tile(k, row, m_t, o_k, K) * tl.exp2(-b_Gm)).to(OPERAND)
+            store_tile(rows, 2 * row + 1, m_t, o_k, K, b_kn * b_dkn * scale)
         b_dS = tl.dot(tl.trans(b_do), b_qn, acc=b_dS)
-        b_dS *= tl.exp2(b_pq)[None, :]
+        b_dS *= tl.exp2(b_m)[None, :]
     if dh0 is not None:
         store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
 @triton.jit
-def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile,
-             K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, RANGE: tl.constexpr):  # fmt: skip
+def _dv_role(q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i_tile, K: tl.constexpr, V: tl.constexpr,
+             BK: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([TILE, BK], tl.float32)
@@ -110,44 +102,55 @@ def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile
         row = (start + t + o_c) * H + i_h
         b_q = load_tile(q, row, m_t, o_k, K)
         b_k = load_tile(k, row, m_t, o_k, K)
-        b_do = load_tile(do, row, m_t, o_v, V)
-        b_Gm, b_m, b_total, b_pq, b_pk, far = vector_decay(load_tile(g, row, m_t, o_k, K), RANGE)
-        b_qn = (b_q * tl.exp2(b_Gm + (b_m - b_pq)[None, :])).to(b_q.dtype)
-        b_kn = (b_k * tl.exp2((b_pk - b_m)[None, :] - b_Gm)).to(b_k.dtype)
-        if far:
-            b_P = far_scores(k, q, g, row, m_t, m_pair, K, True)
-        else:
-            b_P = tl.dot(b_kn, tl.trans(b_qn))
-        b_P = tl.where(m_pair, b_P, 0.0).to(b_do.dtype)
-        b_dS *= tl.exp2(b_total - b_pk)[None, :]
-        b_dv = tl.dot(b_kn, tl.trans(b_dS.to(b_k.dtype)))
+        b_do = load_tile(do, row, m_t, o_v, V).to(OPERAND)
+        b_Gm, b_m, b_total = vector_decay(load_tile(g, row, m_t, o_k, K), C)
+        if RANGE is not None:
+            flag_far(far, i_state, b_m, b_total, RANGE)
+        b_qn = (b_q * tl.exp2(b_Gm)).to(OPERAND)
+        b_kn = (b_k * tl.exp2(-b_Gm)).to(OPERAND)
+        b_P = tl.where(m_pair, tl.dot(b_kn, tl.trans(b_qn)), 0.0).to(OPERAND)
+        b_dS *= tl.exp2(b_total - b_m)[None, :]
+        b_dv = tl.dot(b_kn, tl.trans(b_dS.to(OPERAND)))
         b_dv = tl.dot(b_P, b_do, acc=b_dv)
         store_tile(dv, row, m_t, o_v, V, b_dv * scale)
-        b_dS *= tl.exp2(b_pk - b_pq)[None, :]
         b_dS = tl.dot(tl.trans(b_do), b_qn, acc=b_dS)
-        b_dS *= tl.exp2(b_pq)[None, :]
+        b_dS *= tl.exp2(b_m)[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def vector_backward_kernel(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, RANGE: tl.constexpr
+    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, far, scale, T, H, K: tl.constexpr, V: tl.constexpr,
+    RANGE: tl.constexpr
 ):  # fmt: skip
     NK: tl.constexpr = (K + TILE - 1) // TILE
     NV: tl.constexpr = (V + TILE - 1) // TILE
     BK: tl.constexpr = 64 if K <= 64 else 128
     BV: tl.constexpr = 64 if V <= 64 else 128
+    C: tl.constexpr = SHORT if RANGE is None else CHUNK
+    # short chunks of fp16 go through the tensor cores as tf32: fp16's digits, but a range that a strong decay fits in
+    OPERAND: tl.constexpr = tl.float32 if RANGE is None and q.dtype.element_ty == tl.float16 else q.dtype.element_ty
     i_role = tl.program_id(0) % (2 * NK + NV)
     i_state = tl.program_id(0).to(tl.int64) // (2 * NK + NV)
     i_n, i_h = i_state // H, i_state % H
+    if RANGE is None:
+        if tl.load(far + i_state) == 0:
+            return
     start, length = sequence(cu_seqlens, i_n, T)
     if i_role < NK:
-        _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i_role, K, V, BV, RANGE)
+        _dq_role(
+            q, k, v, g, do, h0, dq, rows, far, start, length, scale, i_state, i_h, H, i_role, K, V, BV, RANGE, C,
+            OPERAND
+        )  # fmt: skip
     elif i_role < 2 * NK:
         _dk_role(
-            q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_role - NK, K, V, BV, RANGE
-        )
+            q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_state, i_h, H, i_role - NK, K, V, BV,
+            RANGE, C, OPERAND
+        )  # fmt: skip
     else:
-        _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_role - 2 * NK, K, V, BK, RANGE)
+        _dv_role(
+            q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i_role - 2 * NK, K, V, BK, RANGE, C,
+            OPERAND
+        )  # fmt: skip
 
 
 def backward(problem: Problem, kind: int, gate, do, dht, change):
@@ -158,9 +161,7 @@ def backward(problem: Problem, kind: int, gate, do, dht, change):
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
     rows = None if change is None else q.new_empty(*q.shape[:3], 2, K, dtype=torch.float32)
     grid = (N * H * (2 * triton.cdiv(K, TILE.value) + triton.cdiv(V, TILE.value)),)
-    vector_backward_kernel[grid](
-        q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, rows, problem.cu_seqlens, problem.scale, q.shape[1], H,
-        K=K, V=V, RANGE=safe_range(q.dtype), num_warps=4, num_stages=1,
-    )  # fmt: skip
+    arguments = (q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, rows, problem.cu_seqlens)
+    run_vector_kernel(vector_backward_kernel, grid, arguments, problem, stages=2, K=K, V=V)
     dg = None if rows is None else close_gate_gradient(problem, gate, rows, change)
     return dq, dk, dv, dg, dh0

@@ -1,0 +1,265 @@
+"""What DESIGN.md promises about the code itself: imports, sizes, forbidden things, public names, and what adding costs.
+
+`python -m tests.test_architecture` writes `tests/snapshots/public_names.txt`; a change of it is reviewed like code.
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import toys
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("fla", "tests", "benchmarks", "examples", "tools")
+LIBRARY = sorted((ROOT / "fla").rglob("*.py"))
+ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+NAMES = ROOT / "tests" / "snapshots" / "public_names.txt"
+PUBLIC = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models", "fla.varlen", "fla.testing")
+
+# what a part of the library may import of the others; `ops/_spec` and `varlen` are leaves
+MAY_IMPORT = {
+    "varlen": (),
+    "ops._spec": (),
+    "backends": ("backends", "varlen", "ops._spec"),
+    "ops": ("ops", "ops._spec", "backends", "varlen"),
+    "modules": ("modules", "ops._spec", "backends", "varlen"),
+    "layers": ("layers", "modules", "ops", "ops._spec", "backends", "varlen"),
+    "models": ("models", "layers", "modules", "ops", "ops._spec", "backends", "varlen"),
+    "testing": ("testing", "ops", "ops._spec", "backends", "varlen"),
+    "_auto": (),
+    "_version": (),
+    "": ("_auto", "_version", "backends", "varlen"),
+}
+OPTIONAL = {"transformers": "fla/models/", "triton": "fla/backends/triton/"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, anywhere in it."""
+    found = set()
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            folder = ROOT / base.replace(".", "/")
+            for alias in node.names:
+                inside = (folder / alias.name).is_dir() or (folder / f"{alias.name}.py").exists()
+                found.add(f"{base}.{alias.name}" if inside else base)
+    return found
+
+
+def part(module: str) -> str:
+    """The part of the library that a module belongs to: a key of MAY_IMPORT."""
+    names = module.split(".")[1:]
+    if names[:2] == ["ops", "_spec"]:
+        return "ops._spec"
+    return names[0] if names and names[0] in MAY_IMPORT else ""
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_imports_go_one_way(path):
+    here, found = part(module_name(path)), imports(path)
+    for module in sorted(name for name in found if name.split(".")[0] == "fla"):
+        there = part(module)
+        if there or module == "fla":
+            assert there in MAY_IMPORT[here] or (there == here and there), f"{relative(path)} imports {module}"
+        backend = module.split(".")[1:3]
+        if backend[:1] == ["backends"] and here != "backends":
+            assert backend[-1] not in ("torch", "triton"), f"{relative(path)} names a backend: {module}"
+    for package, home in OPTIONAL.items():
+        if any(name.split(".")[0] == package for name in found):
+            assert relative(path).startswith(home), f"{relative(path)} imports {package}; only {home} may"
+    assert not any(name.split(".")[0] in ("einops", "flash_attn", "causal_conv1d", "numpy") for name in found)
+
+
+def python(code: str, **options) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_budget():
+    """`import fla` adds under 0.1 s of processor time, loads neither Triton nor transformers, touches no GPU."""
+    code = """
+import sys, time, torch
+before, start = set(sys.modules), time.process_time()
+import fla
+spent = time.process_time() - start
+heavy = [m for m in sys.modules if m not in before and m.split(".")[0] in ("triton", "transformers", "numpy")]
+print(spent, heavy, torch.cuda.is_initialized())
+"""
+    runs = [python(code).split(maxsplit=1) for _ in range(3)]
+    assert {rest.strip() for _, rest in runs} == {"[] False"}
+    assert min(float(spent) for spent, _ in runs) < 0.1
+
+
+def test_ops_modules_and_layers_run_without_triton_and_transformers():
+    python("""
+import sys, torch
+loaded = set(sys.modules)
+for name in ("triton", "transformers"):
+    sys.modules[name] = None
+import fla.layers, fla.modules, fla.ops
+layer = fla.layers.GatedLinearAttention(hidden_size=32, num_heads=2)
+layer(torch.randn(1, 5, 32))[0].sum().backward()
+""")
+
+
+def functions(path: Path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("path", ALL, ids=relative)
+def test_sizes(path):
+    lines = path.read_text().count("\n")
+    assert lines < 500, f"{relative(path)} has {lines} lines, the bar is 500"
+    name = relative(path)
+    if name.startswith("fla/models/") and not path.name.startswith("_") and path.name not in ("cache.py", "utils.py"):
+        assert lines < 80, f"{name} has {lines} lines, a model file's bar is 80"
+    for node in functions(path):
+        length, kernel = node.end_lineno - node.lineno + 1, is_kernel(node)
+        bar = 120 if kernel else 80
+        assert length < bar, f"{name}: {node.name} has {length} lines, the bar is {bar}"
+        if kernel:
+            arguments = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            assert arguments <= 20, f"{name}: kernel {node.name} has {arguments} arguments, the bar is 20"
+
+
+def test_public_ops_have_at_most_16_parameters_and_no_var_keywords():
+    import fla.ops
+    from fla.ops._spec import REGISTRY
+
+    assert fla.ops and REGISTRY
+    for spec in REGISTRY.values():
+        for function in spec.forms.values():
+            found = inspect.signature(function).parameters
+            assert len(found) <= 16, f"{function.__name__} has {len(found)} parameters, the bar is 16"
+            kinds = {parameter.kind for parameter in found.values()}
+            assert inspect.Parameter.VAR_KEYWORD not in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
+            last = list(found.values())[-1]
+            assert (last.name, last.kind, last.default) == ("backend", inspect.Parameter.KEYWORD_ONLY, None)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_nothing_forbidden(path):
+    """No block pointers, no timing-based tuning, no atomics; three environment variables of our own, and Triton's."""
+    for node in ast.walk(tree(path)):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        assert name not in ("make_block_ptr", "autotune"), f"{relative(path)} uses {name}"
+        assert not name.startswith("atomic_"), f"{relative(path)} uses {name}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv", "os.environ.pop"):
+            variable = ast.literal_eval(node.args[0])
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            variable = ast.literal_eval(node.slice)
+        else:
+            continue
+        allowed = ("FLA_BACKEND", "FLA_AUTOTUNE", "FLA_CACHE_DIR", "TRITON_INTERPRET")
+        assert variable in allowed, f"{relative(path)} reads the environment variable {variable}"
+
+
+def public_names() -> str:
+    """Names of the public modules, with the parameters of ops, one a line."""
+    lines = []
+    for module in map(importlib.import_module, PUBLIC):
+        listed = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+        for name in sorted(listed):
+            value = getattr(module, name)
+            if isinstance(value, ModuleType) or getattr(value, "__module__", "fla").split(".")[0] != "fla":
+                continue
+            parameters = ", ".join(map(_shown, inspect.signature(value).parameters.values())) if is_op(value) else None
+            lines.append(f"{module.__name__}.{name}" + (f"({parameters})" if parameters else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    star = "*, " if parameter.kind is inspect.Parameter.KEYWORD_ONLY else ""
+    return star + parameter.name + ("" if parameter.default is parameter.empty else f"={parameter.default!r}")
+
+
+def is_op(value) -> bool:
+    return inspect.isfunction(value) and value.__module__.startswith("fla.ops.")
+
+
+def test_public_names():
+    expected, actual = NAMES.read_text(), public_names()
+    if expected != actual:
+        diff = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "committed", "now", lineterm="")
+        pytest.fail("if meant, run `python -m tests.test_architecture` and review the diff\n" + "\n".join(diff))
+
+
+@pytest.fixture
+def scratch(tmp_path) -> Path:
+    """A copy of the project to add to."""
+    for folder in ("fla", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def add(path: Path, text: str, line: str) -> None:
+    """One new file, and one line in the list beside it."""
+    path.write_text(text)
+    listing = path.with_name("__init__.py")
+    listing.write_text(listing.read_text() + line)
+
+
+def suite(scratch: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *arguments]
+    return subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600)
+
+
+def passed(done: subprocess.CompletedProcess) -> int:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return next(int(line.split()[0]) for line in done.stdout.splitlines() if " passed" in line)
+
+
+@pytest.mark.slow
+def test_an_op_is_one_file_and_one_line(scratch):
+    """The suite finds, runs and passes it; and fails it when it computes something else than its reference."""
+    add(scratch / "fla/ops/toy.py", toys.OP, toys.OP_LINE)
+    only = ("tests/ops/test_contract.py", "-k", "toy and not compiles and not gradcheck")
+    assert passed(suite(scratch, *only)) > 100
+    (scratch / "fla/ops/toy.py").write_text(toys.OP.replace("FORGET = 0.5", "FORGET = 0.5001"))
+    wrong = suite(scratch, *only[:2], "toy and (values or pieces or row)", "-x")
+    assert wrong.returncode == 1 and "over the budget" in wrong.stdout
+
+
+@pytest.mark.slow
+def test_a_model_is_one_file_and_one_line(scratch):
+    assert toys.MODEL.count("\n") < 80
+    add(scratch / "fla/models/toy.py", toys.MODEL, toys.MODEL_LINE)
+    assert passed(suite(scratch, "tests/models/test_contract.py", "tests/models/test_registration.py", "-k", "toy")) > 5
+
+
+if __name__ == "__main__":
+    NAMES.parent.mkdir(exist_ok=True)
+    NAMES.write_text(public_names())
