@@ -8,6 +8,7 @@ GPU; the kernels use none of them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
             raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
         if bounds[-1] != num_tokens:
             raise ValueError(f"cu_seqlens must end at the number of tokens {num_tokens}, got {bounds[-1]}")
-        if any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        if any(b < a for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must never decrease, got {bounds}")
     elif _check_on_device:
         ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)

@@ -1,7 +1,7 @@
 """Which backend computes: the whole dispatch.
 
 A family's implementation is the module `fla.backends.<backend>.<family>`, found by name.
-Order: the `backend=` argument, `with use_backend(...)`, `FLA_BACKEND`, then Triton for GPU tensors and PyTorch otherwise.
+Order: the `backend=` argument, `with use_backend(...)`, `FLA_BACKEND`, then Triton for GPU tensors, PyTorch for others.
 """
 
 import functools
@@ -38,11 +38,13 @@ def use_backend(backend: str | None) -> Iterator[None]:
 def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
     """The backend that computes family `name` for `tensor`. Raises ValueError when the named one cannot."""
     named = _check(backend, "backend")
-    preferred = named or getattr(_chosen, "backend", None) or _check(os.environ.get("FLA_BACKEND") or None, "FLA_BACKEND")
+    preferred = (
+        named or getattr(_chosen, "backend", None) or _check(os.environ.get("FLA_BACKEND") or None, "FLA_BACKEND")
+    )
     if preferred == "triton" and not tensor.is_cuda and not interpreting():
         raise ValueError(
-            f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch' (the default for "
-            "such tensors), or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+            f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch' (their default), "
+            "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     chosen = preferred or ("triton" if tensor.is_cuda and _has_triton() else "torch")
     if named is None and chosen == "triton" and not _computes("triton", name):

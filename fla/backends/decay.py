@@ -3,9 +3,10 @@
     S_t = diag(exp(gk_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-The decay is none, constant per head (`g_gamma` [H]), per head and token (`g` [B, T, H]), per key channel (`gk` [B, T, H, K]), and in the
-recurrent form also per value channel (`gv` [B, T, H, V]); all are natural logs. A backend module `fla.backends.<backend>.decay` computes
-`forward(problem, output_final_state) -> (o, final state)` and `backward(problem, final_state, do, dht, needs_gates) -> Gradients`.
+The decay is none, constant per head (`g_gamma` [H]), per head and token (`g` [B, T, H]), per key channel (`gk`
+[B, T, H, K]), and in the recurrent form also per value channel (`gv` [B, T, H, V]); all are natural logs. A backend
+module `fla.backends.<backend>.decay` computes `forward(problem, output_final_state) -> (o, final state)` and
+`backward(problem, final_state, do, dht, needs_gates) -> Gradients`.
 
 `torch.compile` sees one operator, `fla::decay`, with a registered gradient; eager calls skip its overhead.
 """
@@ -63,7 +64,9 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-def chunk(q, k, v, *, scale=None, output_final_state=False, backend=None, op=None, **options) -> tuple[Tensor, Tensor | None]:
+def chunk(
+    q, k, v, *, scale=None, output_final_state=False, backend=None, op=None, **options
+) -> tuple[Tensor, Tensor | None]:
     """Parallel over chunks of tokens: training and prefill.
 
     Options: `g`, `gk`, `g_gamma`, `initial_state`, `state_v_first` (states are `[N, H, V, K]`), `cu_seqlens`.
@@ -74,7 +77,10 @@ def chunk(q, k, v, *, scale=None, output_final_state=False, backend=None, op=Non
 def recurrent(
     q, k, v, *, scale=None, output_final_state=False, reverse=False, backend=None, op=None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """Token by token: decoding and short inputs. Options as in `chunk`, and `gv`; `reverse` runs from the last token to the first."""
+    """Token by token: decoding and short inputs.
+
+    Options as in `chunk`, and `gv`; `reverse` runs from the last token to the first.
+    """
     if reverse:
         q, k, v, options = _flip(q, k, v, options)
     o, state = _call("recurrent", q, k, v, scale, output_final_state, backend, op, **options)
@@ -89,13 +95,15 @@ def parallel(
 ) -> tuple[Tensor, Tensor | None]:
     """The chunk form without states, and on request the attention matrix that it equals."""
     if output_attentions and cu_seqlens is not None:
-        raise ValueError("output_attentions=True needs a batch without cu_seqlens: packed sequences have no common matrix")
+        raise ValueError(
+            "output_attentions=True needs a batch without cu_seqlens: packed sequences have no common matrix"
+        )
     o, _ = chunk(q, k, v, g=g, g_gamma=g_gamma, scale=scale, cu_seqlens=cu_seqlens, backend=backend, op=op)
     return o, attention_matrix(q, k, g, g_gamma, scale=scale) if output_attentions else None
 
 
 def _flip(q, k, v, options):
-    """The problem that runs backwards in time: the packed row is read from its end, so its sequences change places too."""
+    """The problem backwards in time: a packed row is read from its end, so its sequences change places too."""
     options = {name: x.flip(1) if x is not None and name in ("g", "gk", "gv") else x for name, x in options.items()}
     cu_seqlens, state = options.get("cu_seqlens"), options.get("initial_state")
     if cu_seqlens is not None:
@@ -106,7 +114,7 @@ def _flip(q, k, v, options):
 
 @torch.no_grad()
 def attention_matrix(q, k, g=None, g_gamma=None, *, scale=None) -> Tensor:
-    """`A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, `[B, H, T, T]` in float32: what `parallel_*` returns on request."""
+    """`A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, `[B, H, T, T]` float32: what `parallel_*` can return."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype)) * scale
@@ -122,9 +130,22 @@ MIN_LOG_DECAY = -1000.0  # exp(-1000) is 0 in every dtype; finite, so that runni
 
 
 def _call(
-    form, q, k, v, scale, output_final_state, backend, op,
-    g=None, gk=None, gv=None, g_gamma=None, initial_state=None, state_v_first=False, cu_seqlens=None,
-):  # fmt: skip
+    form,
+    q,
+    k,
+    v,
+    scale,
+    output_final_state,
+    backend,
+    op,
+    g=None,
+    gk=None,
+    gv=None,
+    g_gamma=None,
+    initial_state=None,
+    state_v_first=False,
+    cu_seqlens=None,
+):
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -151,9 +172,20 @@ def _problem(*args) -> Problem:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Optional[Tensor], gk: Optional[Tensor], gv: Optional[Tensor], g_gamma: Optional[Tensor],
-    initial_state: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, form: str, output_final_state: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Optional[Tensor],
+    gk: Optional[Tensor],
+    gv: Optional[Tensor],
+    g_gamma: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    scale: float,
+    form: str,
+    output_final_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """`o`, and the final state (an empty tensor when it is not wanted: an operator returns tensors)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[1])
@@ -174,10 +206,23 @@ def _idle_state(problem: Problem, wanted: bool) -> Tensor:
 
 
 def _backward(
-    do: Tensor, dht: Optional[Tensor], final_state: Optional[Tensor], needs_gates: bool,
-    q: Tensor, k: Tensor, v: Tensor, g: Optional[Tensor], gk: Optional[Tensor], gv: Optional[Tensor], g_gamma: Optional[Tensor],
-    initial_state: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, form: str, backend: str,
-) -> list[Tensor]:  # fmt: skip
+    do: Tensor,
+    dht: Optional[Tensor],
+    final_state: Optional[Tensor],
+    needs_gates: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Optional[Tensor],
+    gk: Optional[Tensor],
+    gv: Optional[Tensor],
+    g_gamma: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    scale: float,
+    form: str,
+    backend: str,
+) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, gv, initial_state; an empty tensor stands for none."""
     problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form)
     inputs = (q, k, v, g, gk, gv, initial_state)
@@ -194,7 +239,9 @@ def _backward(
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, output_final_state, backend):
-        tensors = tuple(x if x is None else x.contiguous() for x in (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens))
+        tensors = tuple(
+            x if x is None else x.contiguous() for x in (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens)
+        )
         o, state = _forward(*tensors, scale, form, output_final_state, backend)
         ctx.needs_gates = any(ctx.needs_input_grad[3:6])
         ctx.save_for_backward(*tensors, state if output_final_state and ctx.needs_gates else None)
@@ -233,10 +280,16 @@ def _(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, outpu
 
 
 @_operator_backward.register_fake
-def _(
-    do, dht, final_state, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, backend
-):  # fmt: skip
-    inputs = (q, k, v, g if needs_gates else None, gk if needs_gates else None, gv if needs_gates else None, initial_state)
+def _(do, dht, final_state, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, backend):
+    inputs = (
+        q,
+        k,
+        v,
+        g if needs_gates else None,
+        gk if needs_gates else None,
+        gv if needs_gates else None,
+        initial_state,
+    )
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
@@ -273,5 +326,5 @@ def retention_decay(num_heads: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _retention_decay(num_heads: int, device: torch.device) -> Tensor:
-    # kept: a copy from the host on every call would cost more than a small kernel and cannot be captured in a CUDA graph
+    # kept: a copy from the host on every call costs more than a kernel and cannot be captured in a CUDA graph
     return torch.tensor([math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)], dtype=torch.float64, device=device)

@@ -31,9 +31,9 @@ class Variant:
 class OpSpec:
     """An op, described so that tests, benchmarks and docs need nothing else.
 
-    `shapes`: every tensor argument. `reference(**tensors, scale, initial_state, output_final_state)`: the naive recurrence,
-    returns `(o, state)`. `forms`: form name -> public function. `inputs`: from noise of those shapes to legal inputs.
-    `gates`: the arguments that are log decays. `state`: argument names of the initial state. `gaps`: what does not work, in words.
+    `shapes`: every tensor argument. `reference(**tensors, scale, initial_state, output_final_state)`: the naive
+    recurrence, returns `(o, state)`. `forms`: form name -> public function. `inputs`: from noise of those shapes to legal inputs.
+    `gates`: the arguments that are log decays. `stateless`: forms without states. `gaps`: what does not work, in words.
     """
 
     name: str
@@ -72,7 +72,7 @@ def check_shapes(
     """Check the tensors of a call against each other and return the size of every axis.
 
     Raises TypeError for what is no floating tensor or has another dtype than it must, ValueError for ranks, sizes,
-    devices, `scale` and the form of `cu_seqlens`. Values of `cu_seqlens` are checked where they are read (`fla.varlen`).
+    devices, `scale` and the form of `cu_seqlens`. Its values are checked where they are read (`fla.varlen`).
     """
     dims: dict[str, int] = {}
     first = None
@@ -128,7 +128,7 @@ def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
 
 
 def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
-    """One packing from the two names it goes by. Both given must be the same tensor: comparing values would wait for the GPU."""
+    """One packing from its two names. Both given must be one tensor: comparing values would wait for the GPU."""
     if cu_seqlens is None or cu_seq_lens_q is None:
         return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
     same = cu_seqlens.shape == cu_seq_lens_q.shape and cu_seqlens.data_ptr() == cu_seq_lens_q.data_ptr()

@@ -3,8 +3,8 @@
     S_t = diag(exp(gk_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` float32. `gk` (called `g` in the chunk form) and `gv` are
-natural-log decays, <= 0; `gv` exists in the recurrent form only. Family: `decay`. Paper: https://arxiv.org/abs/2312.06635
+Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` float32. `gk` (called `g` in the chunk form) and
+`gv` are natural-log decays, <= 0; `gv` exists in the recurrent form only. Family: `decay`. Paper: https://arxiv.org/abs/2312.06635
 """
 
 import torch
@@ -15,16 +15,28 @@ from fla.backends import decay
 from fla.ops._spec import OpSpec, Variant, check_shapes, register
 
 SHAPES = {
-    "q": "B T H K", "k": "B T H K", "v": "B T H V", "g": "B T H K", "gk": "B T H K", "gv": "B T H V", "initial_state": "N H K V",
-}  # fmt: skip
+    "q": "B T H K",
+    "k": "B T H K",
+    "v": "B T H V",
+    "g": "B T H K",
+    "gk": "B T H K",
+    "gv": "B T H V",
+    "initial_state": "N H K V",
+}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
 
 
 def naive_recurrent_gla(
-    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, initial_state: Tensor | None = None, output_final_state: bool = False,
-    scale: float | None = None, gv: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The two lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    scale: float | None = None,
+    gv: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The two lines above, one token at a time in float32 (float64 for float64): what the op means, and its oracle."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -42,10 +54,19 @@ def naive_recurrent_gla(
 
 
 def chunk_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """GLA, parallel over chunks: for training and prefill.
 
     Args:
@@ -68,16 +89,34 @@ def chunk_gla(
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, initial_state=initial_state)
     return decay.chunk(
-        q, k, v, gk=g, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        state_v_first=state_v_first, cu_seqlens=cu_seqlens, backend=backend, op="chunk_gla",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        gk=g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="chunk_gla",
+    )
 
 
 def fused_chunk_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
     return chunk_gla(
         q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, backend=backend
@@ -85,10 +124,20 @@ def fused_chunk_gla(
 
 
 def fused_recurrent_gla(
-    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor | None = None, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, reverse: bool = False, state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """GLA token by token: for decoding and short inputs. Arguments as in `chunk_gla`, and
 
     Args:
@@ -99,9 +148,20 @@ def fused_recurrent_gla(
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, gk=gk, gv=gv, initial_state=initial_state)
     return decay.recurrent(
-        q, k, v, gk=gk, gv=gv, scale=scale, initial_state=initial_state, output_final_state=output_final_state, reverse=reverse,
-        state_v_first=state_v_first, cu_seqlens=cu_seqlens, backend=backend, op="fused_recurrent_gla",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        gk=gk,
+        gv=gv,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="fused_recurrent_gla",
+    )
 
 
 def _reference(q, k, v, g=None, gk=None, gv=None, scale=None, initial_state=None, output_final_state=False):

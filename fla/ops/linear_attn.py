@@ -20,9 +20,14 @@ State = Tensor | tuple[Tensor | None, Tensor]
 
 
 def naive_recurrent_linear_attn(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, normalize: bool = False,
-) -> tuple[Tensor, State | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    normalize: bool = False,
+) -> tuple[Tensor, State | None]:
     """The lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -59,10 +64,17 @@ def naive_chunk_linear_attn(
 
 
 def chunk_linear_attn(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+    *,
     backend: str | None = None,
-) -> tuple[Tensor, State | None]:  # fmt: skip
+) -> tuple[Tensor, State | None]:
     """Linear attention, parallel over chunks: for training and prefill.
 
     Args:
@@ -82,37 +94,68 @@ def chunk_linear_attn(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     return _linear_attn(
-        decay.chunk, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state,
+        decay.chunk,
+        q,
+        k,
+        v,
+        initial_state,
+        normalize,
+        scale=scale,
+        output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
-        backend=backend, op="chunk_linear_attn",
-    )  # fmt: skip
+        backend=backend,
+        op="chunk_linear_attn",
+    )
 
 
 def fused_chunk_linear_attn(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, normalize: bool = True, cu_seqlens: Tensor | None = None, *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+    *,
     backend: str | None = None,
-) -> tuple[Tensor, State | None]:  # fmt: skip
+) -> tuple[Tensor, State | None]:
     """`chunk_linear_attn`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
 
 
 def fused_recurrent_linear_attn(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: State | None = None,
-    output_final_state: bool = False, reverse: bool = False, normalize: bool = False,
-    cu_seqlens: Tensor | None = None, *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    normalize: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
     backend: str | None = None,
-) -> tuple[Tensor, State | None]:  # fmt: skip
+) -> tuple[Tensor, State | None]:
     """Linear attention token by token: for decoding and short inputs. Arguments as in `chunk_linear_attn`, and
 
     Args:
         reverse: run from the last token to the first (within every packed sequence).
     """
     return _linear_attn(
-        decay.recurrent, q, k, v, initial_state, normalize, scale=scale, output_final_state=output_final_state,
+        decay.recurrent,
+        q,
+        k,
+        v,
+        initial_state,
+        normalize,
+        scale=scale,
+        output_final_state=output_final_state,
         reverse=reverse,
-        cu_seqlens=cu_seqlens, backend=backend, op="fused_recurrent_linear_attn",
-    )  # fmt: skip
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="fused_recurrent_linear_attn",
+    )
 
 
 def _linear_attn(form, q, k, v, initial_state, normalize, *, scale, output_final_state, cu_seqlens, **options):

@@ -17,10 +17,14 @@ SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
 
 
 def naive_recurrent_retention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
     output_final_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The two lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+) -> tuple[Tensor, Tensor | None]:
+    """The two lines above, one token at a time in float32 (float64 for float64): what the op means, and its oracle."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -45,9 +49,16 @@ def naive_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def chunk_retention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Retention, parallel over chunks: for training and prefill.
 
     Args:
@@ -67,24 +78,47 @@ def chunk_retention(
     """
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
     return decay.chunk(
-        q, k, v, g_gamma=decay.retention_decay(q.shape[2], q.device), scale=scale, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend, op="chunk_retention",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g_gamma=decay.retention_decay(q.shape[2], q.device),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="chunk_retention",
+    )
 
 
 def fused_chunk_retention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, cu_seqlens: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """`chunk_retention`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
     return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend=backend)
 
 
 def fused_recurrent_retention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None, *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Retention token by token: for decoding and short inputs. Arguments as in `chunk_retention`, and
 
     Args:
@@ -94,25 +128,47 @@ def fused_recurrent_retention(
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
     return decay.recurrent(
-        q, k, v, g_gamma=decay.retention_decay(q.shape[2], q.device), scale=scale, initial_state=initial_state,
-        output_final_state=output_final_state, reverse=reverse, state_v_first=state_v_first, cu_seqlens=cu_seqlens,
-        backend=backend, op="fused_recurrent_retention",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g_gamma=decay.retention_decay(q.shape[2], q.device),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="fused_recurrent_retention",
+    )
 
 
 def parallel_retention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, output_attentions: bool = False,
-    cu_seqlens: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Retention without states: `(o, A)`, `A_ij = scale (q_i . k_j) gamma^(i - j)` `[B, H, T, T]` with `output_attentions`, else None.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Retention without states: `o`, and with `output_attentions` `A_ij = scale (q_i . k_j) gamma^(i - j)`, `[B, H, T, T]`.
 
     `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
     """
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v)
     return decay.parallel(
-        q, k, v, g_gamma=decay.retention_decay(q.shape[2], q.device), scale=scale, output_attentions=output_attentions,
-        cu_seqlens=cu_seqlens, backend=backend, op="parallel_retention",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g_gamma=decay.retention_decay(q.shape[2], q.device),
+        scale=scale,
+        output_attentions=output_attentions,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="parallel_retention",
+    )
 
 
 SPEC = register(

@@ -3,8 +3,8 @@
     S_t = exp(g_t) S_{t-1} + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H]`, g_gamma `[H]`, states `[N, H, K, V]` float32. `g` is a natural-log decay, <= 0;
-`g_gamma` one that no token changes; given both, they add. Family: `decay`.
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H]`, g_gamma `[H]`, states `[N, H, K, V]` float32.
+`g` is a natural-log decay, <= 0; `g_gamma` one that no token changes; given both, they add. Family: `decay`.
 Papers: https://arxiv.org/abs/2405.21060, https://arxiv.org/abs/2103.02143, https://arxiv.org/abs/2405.05254
 """
 
@@ -16,16 +16,26 @@ from fla.backends import decay
 from fla.ops._spec import OpSpec, Variant, check_shapes, register
 
 SHAPES = {
-    "q": "B T H K", "k": "B T H K", "v": "B T H V", "g": "B T H", "g_gamma": "H", "initial_state": "N H K V",
-}  # fmt: skip
+    "q": "B T H K",
+    "k": "B T H K",
+    "v": "B T H V",
+    "g": "B T H",
+    "g_gamma": "H",
+    "initial_state": "N H K V",
+}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
 
 
 def naive_recurrent_simple_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float | None = None, initial_state: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
     output_final_state: bool = True,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The two lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+) -> tuple[Tensor, Tensor | None]:
+    """The two lines above, one token at a time in float32 (float64 for float64): what the op means, and its oracle."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -43,9 +53,11 @@ def naive_recurrent_simple_gla(
 def naive_parallel_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As attention: `A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, `o = A v`. Returns `o` and `A` `[B, H, T, T]`."""
+    """As attention: `o = A v` and `A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, `[B, H, T, T]`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype)) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     if g is not None:
         total = g.to(dtype).transpose(1, 2).cumsum(-1)
         scores = scores * (total[..., :, None] - total[..., None, :]).tril().exp()
@@ -54,13 +66,23 @@ def naive_parallel_simple_gla(
 
 
 def naive_chunk_simple_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None = None, output_final_state: bool = False,
-    chunk_size: int = 64, scale: float | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Chunk by chunk: attention inside a chunk, the state between chunks. Any T."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    state = q.new_zeros(len(q), *k.shape[2:], v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    state = (
+        q.new_zeros(len(q), *k.shape[2:], v.shape[-1], dtype=dtype)
+        if initial_state is None
+        else initial_state.to(dtype)
+    )
     outputs = []
     for start in range(0, q.shape[1], chunk_size):
         cq, ck, cv, cg = (None if x is None else x[:, start : start + chunk_size].to(dtype) for x in (q, k, v, g))
@@ -74,10 +96,20 @@ def naive_chunk_simple_gla(
 
 
 def chunk_simple_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Simple GLA, parallel over chunks: for training and prefill.
 
     Args:
@@ -105,16 +137,34 @@ def chunk_simple_gla(
     )
     g, g_gamma = decay.combine(g, g_gamma)
     return decay.chunk(
-        q, k, v, g=g, g_gamma=g_gamma, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        state_v_first=state_v_first, cu_seqlens=cu_seqlens, backend=backend, op="chunk_simple_gla",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g=g,
+        g_gamma=g_gamma,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="chunk_simple_gla",
+    )
 
 
 def fused_chunk_simple_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None, *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """`chunk_simple_gla`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
     return chunk_simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, backend=backend
@@ -122,10 +172,20 @@ def fused_chunk_simple_gla(
 
 
 def fused_recurrent_simple_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, scale: float | None = None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, reverse: bool = False, state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Simple GLA token by token: for decoding and short inputs. Arguments as in `chunk_simple_gla`, and
 
     Args:
@@ -137,24 +197,50 @@ def fused_recurrent_simple_gla(
     )
     g, g_gamma = decay.combine(g, g_gamma)
     return decay.recurrent(
-        q, k, v, g=g, g_gamma=g_gamma, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        reverse=reverse, state_v_first=state_v_first, cu_seqlens=cu_seqlens, backend=backend, op="fused_recurrent_simple_gla",
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g=g,
+        g_gamma=g_gamma,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        op="fused_recurrent_simple_gla",
+    )
 
 
 def parallel_simple_gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None, output_attentions: bool = False,
-    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, *, backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Simple GLA without states: `(o, A)`, `A_ij = scale (q_i . k_j) exp(G_i - G_j)` `[B, H, T, T]` with `output_attentions`, else None.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Simple GLA without states: `o`, and with `output_attentions` `A_ij = scale (q_i . k_j) exp(G_i - G_j)`, `[B, H, T, T]`.
 
     `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
     """
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g)
     return decay.parallel(
-        q, k, v, g=g, scale=scale, output_attentions=output_attentions, cu_seqlens=cu_seqlens, backend=backend,
+        q,
+        k,
+        v,
+        g=g,
+        scale=scale,
+        output_attentions=output_attentions,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
         op="parallel_simple_gla",
-    )  # fmt: skip
+    )
 
 
 def _reference(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False):

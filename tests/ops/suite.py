@@ -28,7 +28,6 @@ from fla.testing.contract import (
 from fla.testing.errors import bad_calls, check_bad_call, good_call
 from fla.testing.inputs import EXTREME_GATES
 
-
 STRIDES = ("transposed", "sliced", "expanded")
 
 

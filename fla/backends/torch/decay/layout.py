@@ -5,6 +5,7 @@ so that all sequences, packed or not, advance together.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ class Layout:
         self.device = problem.q.device
         self.packed = problem.cu_seqlens is not None
         bounds = [0, self.tokens] if problem.cu_seqlens is None else problem.cu_seqlens.tolist()
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(bounds)]
         self.size = min(chunk_size, 1 << max(max(lengths) - 1, 0).bit_length())
         if self.packed:
             self.counts = [-(-length // self.size) for length in lengths]

@@ -1,6 +1,7 @@
 """The family `decay` on Triton: the one-pass forward, the backward by roles, the recurrent kernel for decoding.
 
-Files: `_decay.py` (decays inside a chunk), `chunk_forward.py`, `chunk_backward.py` (scalar kinds), `vector_backward.py`, `gate_gradient.py`, `recurrent.py`.
+Files: `_decay.py` (decays inside a chunk), `chunk_forward.py`, `chunk_backward.py` (scalar kinds), `vector_backward.py`,
+`gate_gradient.py`, `recurrent.py`.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ MAX_HEAD_DIM = 128
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    """Outputs in v's dtype, and the final state in float32 or None. Raises ValueError for what the kernels do not cover."""
+    """Outputs in v's dtype, the final state in float32 or None. ValueError for what the kernels do not cover."""
     _check(problem)
     with _device(problem.q):
         if problem.form == "recurrent":
@@ -28,7 +29,7 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor 
 def backward(
     problem: Problem, final_state: Tensor | None, do: Tensor, dht: Tensor | None, needs_gates: bool
 ) -> Gradients:
-    """Gradients in their inputs' dtypes. A recurrent form runs the chunk form's backward where the maths is the same."""
+    """Gradients. A recurrent form runs the chunk form's backward where the maths is the same."""
     if problem.scale == 0.0:  # the kernels carry state gradients in units of scale; without outputs any unit will do
         problem, do = replace(problem, scale=1.0), torch.zeros_like(do)
     with _device(problem.q):
@@ -38,9 +39,7 @@ def backward(
         change = _change(problem, final_state, dht, kind) if needs_gates else None
         compute = vector_backward if kind == VECTOR.value else chunk_backward
         dq, dk, dv, dg, dh0 = compute.backward(problem, kind, gate, do, dht, change)
-    return Gradients(
-        dq, dk, dv, dg if problem.gk is None else None, dg if problem.gk is not None else None, None, dh0
-    )
+    return Gradients(dq, dk, dv, dg if problem.gk is None else None, dg if problem.gk is not None else None, None, dh0)
 
 
 def _change(problem: Problem, final_state: Tensor | None, dht: Tensor | None, kind: int) -> Tensor:
@@ -56,7 +55,8 @@ def _check(problem: Problem) -> None:
     K, V = problem.q.shape[-1], problem.v.shape[-1]
     if max(K, V) > MAX_HEAD_DIM:
         raise ValueError(
-            f"the Triton backend takes head dimensions up to {MAX_HEAD_DIM}, got K = {K} (of q) and V = {V} (of v); use backend='torch'"
+            f"the Triton backend takes head dimensions up to {MAX_HEAD_DIM}, got K = {K} (of q) and V = {V} (of v); "
+            "use backend='torch'"
         )
     dtype = problem.q.dtype
     if dtype not in (torch.float16, torch.bfloat16) and not (dtype == torch.float32 and interpreting()):

@@ -76,8 +76,7 @@ def vector_decay(b_g, C: tl.constexpr):
 def flag_far(far, i_state, b_m, b_total, RANGE: tl.constexpr):
     """Note in `far` that a chunk of this state decays by more than RANGE nats on a side of its middle: its results
     are void."""
-    reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_total - b_m)),
-    0)
+    reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_total - b_m)), 0)
     if reach > RANGE * LOG2E:
         tl.store(far + i_state, 1)
 
@@ -101,8 +100,7 @@ def padded(size: int) -> int:
 def run_vector_kernel(kernel, grid: tuple[int], arguments: tuple, problem: Problem, stages: int, **constants) -> None:
     """Run a vector kernel on every head, then with short chunks on the heads that it flagged (known to the device
     alone)."""
-    far = torch.zeros(problem.num_states * problem.q.shape[2], dtype=torch.int32,
-    device=problem.q.device)
+    far = torch.zeros(problem.num_states * problem.q.shape[2], dtype=torch.int32, device=problem.q.device)
     arguments = (*arguments, far, problem.scale, *problem.q.shape[1:3])
     span = 8.0 if problem.q.dtype == torch.float16 else 80.0  # nats: fp16 ends at e^11, bf16 and float32 at e^88
     kernel[grid](*arguments, **constants, RANGE=span, num_warps=4, num_stages=stages)

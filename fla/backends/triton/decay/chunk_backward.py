@@ -27,8 +27,27 @@ from fla.backends.triton.decay.gate_gradient import close_gate_gradient
 
 
 @triton.jit
-def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i_tile,
-             K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+def _dq_role(
+    q,
+    k,
+    v,
+    g,
+    do,
+    h0,
+    dq,
+    rows,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    i_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    KIND: tl.constexpr,
+):
     o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = tl.zeros([BV, TILE], tl.float32)
@@ -60,8 +79,28 @@ def _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H
 
 
 @triton.jit
-def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_tile,
-             K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+def _dk_role(
+    q,
+    k,
+    v,
+    g,
+    do,
+    dht,
+    dk,
+    dh0,
+    rows,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    i_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    KIND: tl.constexpr,
+):
     o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BV, TILE], tl.float32)
@@ -96,8 +135,25 @@ def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, 
 
 
 @triton.jit
-def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile,
-             K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+def _dv_role(
+    q,
+    k,
+    g,
+    do,
+    dht,
+    dv,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    i_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+):
     o_c, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BK, TILE], tl.float32)
@@ -125,9 +181,26 @@ def _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_tile
 
 @triton.jit(do_not_specialize=["T", "H"])
 def scalar_backward_kernel(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr,
-    KIND: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    do,
+    h0,
+    dht,
+    dq,
+    dk,
+    dv,
+    dh0,
+    rows,
+    cu_seqlens,
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KIND: tl.constexpr,
+):
     NK: tl.constexpr = (K + TILE - 1) // TILE
     NV: tl.constexpr = (V + TILE - 1) // TILE
     BK: tl.constexpr = 64 if K <= 64 else 128
@@ -154,8 +227,27 @@ def backward(problem: Problem, kind: int, gate, do, dht, change):
     rows = None if change is None else q.new_empty(*q.shape[:3], 2 * tiles, dtype=torch.float32)
     grid = (N * H * (2 * tiles + triton.cdiv(V, TILE.value)),)
     scalar_backward_kernel[grid](
-        q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, rows, problem.cu_seqlens, problem.scale,
-        q.shape[1], H, K=K, V=V, KIND=kind, num_warps=4, num_stages=2,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        gate,
+        do,
+        problem.initial_state,
+        dht,
+        dq,
+        dk,
+        dv,
+        dh0,
+        rows,
+        problem.cu_seqlens,
+        problem.scale,
+        q.shape[1],
+        H,
+        K=K,
+        V=V,
+        KIND=kind,
+        num_warps=4,
+        num_stages=2,
+    )
     dg = None if rows is None else close_gate_gradient(problem, gate, rows, change)
     return dq, dk, dv, dg, dh0

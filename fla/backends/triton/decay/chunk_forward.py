@@ -21,17 +21,39 @@ import triton.language as tl
 from fla.backends.decay import Problem
 from fla.backends.triton._lib import load_state, load_tile, sequence, store_state, store_tile
 from fla.backends.triton.decay._decay import (
-    CHUNK, NONE, SHORT, VECTOR, decayed, flag_far, padded, run_vector_kernel, scalar_decay, vector_decay,
-)  # fmt: skip
+    CHUNK,
+    NONE,
+    SHORT,
+    VECTOR,
+    decayed,
+    flag_far,
+    padded,
+    run_vector_kernel,
+    scalar_decay,
+    vector_decay,
+)
 
 BV = tl.constexpr(64)  # value columns a program
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def scalar_forward_kernel(
-    q, k, v, g, h0, o, ht, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    KIND: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    h0,
+    o,
+    ht,
+    cu_seqlens,
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+):
     i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
     i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
@@ -64,9 +86,23 @@ def scalar_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def vector_forward_kernel(
-    q, k, v, g, h0, o, ht, cu_seqlens, far, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    RANGE: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    h0,
+    o,
+    ht,
+    cu_seqlens,
+    far,
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    RANGE: tl.constexpr,
+):
     C: tl.constexpr = SHORT if RANGE is None else CHUNK
     # short chunks of fp16 go through the tensor cores as tf32: fp16's digits, but a range that a strong decay fits in
     OPERAND: tl.constexpr = tl.float32 if RANGE is None and q.dtype.element_ty == tl.float16 else q.dtype.element_ty

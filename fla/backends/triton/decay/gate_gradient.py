@@ -2,8 +2,8 @@
 
     dg_t = sum_{s >= t} r_s + change          0 where g_t < -16 nats
 
-A program walks a sequence of one head backwards, for one block of channels (scalar kinds: the only one, and `r` is the sum of the
-roles' tiles). The running sum is float64: over long sequences it is a small difference of large terms.
+A program walks a sequence of one head backwards, for one block of channels (scalar kinds: the only one, and `r` is
+the sum of the roles' tiles). The running sum is float64: over long sequences it is a small difference of large terms.
 """
 
 import torch
@@ -17,9 +17,7 @@ BT = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
-def gate_gradient_kernel(
-    g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
+def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr):
     i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(D, BD)
     i_n, i_h = i_state // H, i_state % H
     o_d = (tl.program_id(0) % tl.cdiv(D, BD)) * BD + tl.arange(0, BD)
@@ -42,7 +40,7 @@ def gate_gradient_kernel(
 
 
 def close_gate_gradient(problem: Problem, gate: torch.Tensor, rows: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """`rows` `[B, T, H, 2 * TILES]` (scalar) or `[B, T, H, 2, D]` (vector) float32, `change` `[N, H]` or `[N, H, D]` -> dg like `gate`."""
+    """dg like `gate`, of `rows` `[B, T, H, 2 * TILES]` (scalar) or `[B, T, H, 2, D]` (vector) and `change` `[N, H(, D)]`."""
     scalar = gate.dim() == 3
     D, tiles = (1, rows.shape[-1] // 2) if scalar else (gate.shape[-1], 1)
     BD = 1 if scalar else min(64, triton.next_power_of_2(D))

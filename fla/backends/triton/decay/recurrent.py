@@ -42,7 +42,7 @@ def _vector(p, row, o_d, D: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "H"])
 def recurrent_forward_kernel(
     q, k, v, g, gk, gv, g_gamma, h0, o, ht, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
+):
     i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
     i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
@@ -76,8 +76,27 @@ def _dq_role(
 
 
 @triton.jit
-def _dkv_role(q, x, gk, gv, do, dht, dx, dh0, start, length, scale, i_state, i_h, H, o_k, o_v,
-              K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr):  # fmt: skip
+def _dkv_role(
+    q,
+    x,
+    gk,
+    gv,
+    do,
+    dht,
+    dx,
+    dh0,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    o_k,
+    o_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KEY: tl.constexpr,
+):
     """`dk = dS v` (KEY: x is v) or `dv = k dS` (x is k), from the last token to the first."""
     b_dS = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
     if dht is not None:
@@ -100,7 +119,7 @@ def _dkv_role(q, x, gk, gv, do, dht, dx, dh0, start, length, scale, i_state, i_h
 @triton.jit(do_not_specialize=["T", "H"])
 def recurrent_backward_kernel(
     q, k, v, gk, gv, do, h0, dht, dq, dk, dv, dh0, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr
-):  # fmt: skip
+):
     NK: tl.constexpr = (K + TILE - 1) // TILE
     NV: tl.constexpr = (V + TILE - 1) // TILE
     BK: tl.constexpr = 64 if K <= 64 else 128
@@ -127,9 +146,25 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | Non
     ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     N, H, K, V = problem.state_shape
     recurrent_forward_kernel[(triton.cdiv(V, BV.value) * N * H,)](
-        q, problem.k, v, problem.g, problem.gk, problem.gv, problem.g_gamma, problem.initial_state, o, ht,
-        problem.cu_seqlens, problem.scale, q.shape[1], H, K=K, V=V, BK=padded(K), num_warps=1,
-    )  # fmt: skip
+        q,
+        problem.k,
+        v,
+        problem.g,
+        problem.gk,
+        problem.gv,
+        problem.g_gamma,
+        problem.initial_state,
+        o,
+        ht,
+        problem.cu_seqlens,
+        problem.scale,
+        q.shape[1],
+        H,
+        K=K,
+        V=V,
+        BK=padded(K),
+        num_warps=1,
+    )
     return o, ht
 
 
@@ -141,9 +176,26 @@ def backward(problem: Problem, final_state, do, dht, needs_gates: bool) -> Gradi
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
     grid = (N * H * (2 * triton.cdiv(K, TILE.value) + triton.cdiv(V, TILE.value)),)
     recurrent_backward_kernel[grid](
-        q, k, v, problem.gk, problem.gv, do, problem.initial_state, dht, dq, dk, dv, dh0, problem.cu_seqlens,
-        problem.scale, q.shape[1], H, K=K, V=V, num_warps=1,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        problem.gk,
+        problem.gv,
+        do,
+        problem.initial_state,
+        dht,
+        dq,
+        dk,
+        dv,
+        dh0,
+        problem.cu_seqlens,
+        problem.scale,
+        q.shape[1],
+        H,
+        K=K,
+        V=V,
+        num_warps=1,
+    )
     dgk = dgv = None
     if needs_gates:
         o, _ = forward(problem, False, torch.float32)

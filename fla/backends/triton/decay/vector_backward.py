@@ -18,15 +18,41 @@ import triton.language as tl
 from fla.backends.decay import Problem
 from fla.backends.triton._lib import dot_split, load_state, load_tile, sequence, store_state, store_tile
 from fla.backends.triton.decay._decay import (
-    CHUNK, SHORT, TILE, flag_far, run_vector_kernel, vector_decay,
-)  # fmt: skip
+    CHUNK,
+    SHORT,
+    TILE,
+    flag_far,
+    run_vector_kernel,
+    vector_decay,
+)
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient
 
 
 @triton.jit
-def _dq_role(q, k, v, g, do, h0, dq, rows, far, start, length, scale, i_state, i_h, H, i_tile, K: tl.constexpr,
-V: tl.constexpr,
-             BV: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
+def _dq_role(
+    q,
+    k,
+    v,
+    g,
+    do,
+    h0,
+    dq,
+    rows,
+    far,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    i_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    RANGE: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
     o_c, o_k, o_v = tl.arange(0, C), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = tl.zeros([BV, TILE], tl.float32)
@@ -55,9 +81,31 @@ V: tl.constexpr,
 
 
 @triton.jit
-def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_state, i_h, H, i_tile, K: tl.constexpr,
-             # fmt: skip
-             V: tl.constexpr, BV: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr):
+def _dk_role(
+    q,
+    k,
+    v,
+    g,
+    do,
+    dht,
+    dk,
+    dh0,
+    rows,
+    far,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    i_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    RANGE: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
     o_c, o_k, o_v = tl.arange(0, C), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BV, TILE], tl.float32)
@@ -89,8 +137,28 @@ def _dk_role(q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_st
 
 
 @triton.jit
-def _dv_role(q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i_tile, K: tl.constexpr, V: tl.constexpr,
-             BK: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
+def _dv_role(
+    q,
+    k,
+    g,
+    do,
+    dht,
+    dv,
+    far,
+    start,
+    length,
+    scale,
+    i_state,
+    i_h,
+    H,
+    i_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    RANGE: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([TILE, BK], tl.float32)
@@ -119,9 +187,27 @@ def _dv_role(q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i
 
 @triton.jit(do_not_specialize=["T", "H"])
 def vector_backward_kernel(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, far, scale, T, H, K: tl.constexpr, V: tl.constexpr,
-    RANGE: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    do,
+    h0,
+    dht,
+    dq,
+    dk,
+    dv,
+    dh0,
+    rows,
+    cu_seqlens,
+    far,
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    RANGE: tl.constexpr,
+):
     NK: tl.constexpr = (K + TILE - 1) // TILE
     NV: tl.constexpr = (V + TILE - 1) // TILE
     BK: tl.constexpr = 64 if K <= 64 else 128
@@ -138,19 +224,78 @@ def vector_backward_kernel(
     start, length = sequence(cu_seqlens, i_n, T)
     if i_role < NK:
         _dq_role(
-            q, k, v, g, do, h0, dq, rows, far, start, length, scale, i_state, i_h, H, i_role, K, V, BV, RANGE, C,
-            OPERAND
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g,
+            do,
+            h0,
+            dq,
+            rows,
+            far,
+            start,
+            length,
+            scale,
+            i_state,
+            i_h,
+            H,
+            i_role,
+            K,
+            V,
+            BV,
+            RANGE,
+            C,
+            OPERAND,
+        )
     elif i_role < 2 * NK:
         _dk_role(
-            q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_state, i_h, H, i_role - NK, K, V, BV,
-            RANGE, C, OPERAND
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g,
+            do,
+            dht,
+            dk,
+            dh0,
+            rows,
+            far,
+            start,
+            length,
+            scale,
+            i_state,
+            i_h,
+            H,
+            i_role - NK,
+            K,
+            V,
+            BV,
+            RANGE,
+            C,
+            OPERAND,
+        )
     else:
         _dv_role(
-            q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i_role - 2 * NK, K, V, BK, RANGE, C,
-            OPERAND
-        )  # fmt: skip
+            q,
+            k,
+            g,
+            do,
+            dht,
+            dv,
+            far,
+            start,
+            length,
+            scale,
+            i_state,
+            i_h,
+            H,
+            i_role - 2 * NK,
+            K,
+            V,
+            BK,
+            RANGE,
+            C,
+            OPERAND,
+        )
 
 
 def backward(problem: Problem, kind: int, gate, do, dht, change):
