@@ -43,7 +43,7 @@ def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
     )
     if preferred == "triton" and not tensor.is_cuda and not interpreting():
         raise ValueError(
-            f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch' (their default), "
+            f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch', "
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     chosen = preferred or ("triton" if tensor.is_cuda and _has_triton() else "torch")

@@ -14,7 +14,7 @@ module `fla.backends.<backend>.decay` computes `forward(problem, output_final_st
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -166,9 +166,9 @@ def _call(
     return o, state.mT if state_v_first else state
 
 
-def _problem(*args) -> Problem:
-    *tensors, scale, form = args
-    return Problem(*(x if x is None else x.contiguous() for x in tensors), scale, form)
+def _problem(*args: Any) -> Problem:
+    made: Any = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    return Problem(*made)
 
 
 def _forward(

@@ -32,7 +32,8 @@ class OpSpec:
     """An op, described so that tests, benchmarks and docs need nothing else.
 
     `shapes`: every tensor argument. `reference(**tensors, scale, initial_state, output_final_state)`: the naive
-    recurrence, returns `(o, state)`. `forms`: form name -> public function. `inputs`: from noise of those shapes to legal inputs.
+    recurrence, returns `(o, state)`.
+    `forms`: form name -> public function. `inputs`: from noise of those shapes to legal inputs.
     `gates`: the arguments that are log decays. `stateless`: forms without states. `gaps`: what does not work, in words.
     """
 

@@ -3,7 +3,7 @@
     S_t = diag(exp(gk_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` float32. `gk` (called `g` in the chunk form) and
+Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` float32. `gk` (`g` in the chunk form) and
 `gv` are natural-log decays, <= 0; `gv` exists in the recurrent form only. Family: `decay`. Paper: https://arxiv.org/abs/2312.06635
 """
 

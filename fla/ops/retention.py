@@ -153,7 +153,7 @@ def parallel_retention(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retention without states: `o`, and with `output_attentions` `A_ij = scale (q_i . k_j) gamma^(i - j)`, `[B, H, T, T]`.
+    """Retention without states: `o`, and on request `A_ij = scale (q_i . k_j) gamma^(i - j)`, `[B, H, T, T]`.
 
     `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
     """

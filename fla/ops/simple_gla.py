@@ -225,7 +225,7 @@ def parallel_simple_gla(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Simple GLA without states: `o`, and with `output_attentions` `A_ij = scale (q_i . k_j) exp(G_i - G_j)`, `[B, H, T, T]`.
+    """Simple GLA as attention: `o`, and on request `A_ij = scale (q_i . k_j) exp(G_i - G_j)`, `[B, H, T, T]`.
 
     `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
     """

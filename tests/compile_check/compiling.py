@@ -29,6 +29,7 @@ class Report:
     spilled: int  # bytes stored to local memory
     shared: int  # bytes of shared memory
     tensor_cores: int  # tensor-core instructions in the assembly
+    wgmma: int  # those of them that Hopper's warpgroups issue
 
 
 def compile_kernel(
@@ -45,11 +46,11 @@ def compile_kernel(
         assembly = compiled.asm["amdgcn"]
         spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly).group(1)) * 4
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly).group(1))
-        return Report(registers, spilled, compiled.metadata.shared, len(re.findall(r"v_mfma_", assembly)))
+        return Report(registers, spilled, compiled.metadata.shared, len(re.findall(r"v_mfma_", assembly)), 0)
     assembly = compiled.asm["ptx"]
     registers, spilled = _ptxas(assembly, target)
     cores = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", assembly))
-    return Report(registers, spilled, compiled.metadata.shared, cores)
+    return Report(registers, spilled, compiled.metadata.shared, cores, len(re.findall("wgmma.mma_async", assembly)))
 
 
 @functools.cache

@@ -1,13 +1,25 @@
-"""Every kernel x decay kind x dtype x head-size bucket of the `decay` family, all options on."""
+"""Every kernel x decay kind x dtype x head-size bucket of the `decay` family, all options on.
+
+A backward launch holds three roles, of which a program runs one: each is compiled alone, so that the budget holds
+per program.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import triton
+import triton.language as tl
+
+from fla.backends.triton._lib import sequence
 from fla.backends.triton.decay import _decay, chunk_backward, chunk_forward, gate_gradient, recurrent, vector_backward
+from fla.backends.triton.decay._decay import CHUNK, SHORT
 
 KINDS = {"none": _decay.NONE.value, "constant": _decay.CONSTANT.value, "scalar": _decay.SCALAR.value}
-HEADS = ((64, 64), (100, 100), (128, 128))
-STATES, PACKING = "*fp32", "*i32"
+HEADS = ((64, 64), (100, 36), (128, 128))
+STATES = "*fp32"
+
+scalar_dq, scalar_dk, scalar_dv = chunk_backward._dq_role, chunk_backward._dk_role, chunk_backward._dv_role
+vector_dq, vector_dk, vector_dv = vector_backward._dq_role, vector_backward._dk_role, vector_backward._dv_role
 
 
 class Variant(NamedTuple):
@@ -15,47 +27,108 @@ class Variant(NamedTuple):
     kernel: object
     types: dict
     constants: dict
-    stages: int
-    is_matrix: bool
+    stages: int = 1
+    warps: int = 4
+    is_matrix: bool = True
+    uses_wgmma: bool = True
+    is_odd: bool = False
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def scalar_role(
+    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLE: tl.constexpr,
+):  # fmt: skip
+    B: tl.constexpr = 64 if K <= 64 else 128
+    BV: tl.constexpr = 64 if V <= 64 else 128
+    i_state, i_h, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start, length = sequence(cu_seqlens, i_state // H, T)
+    if ROLE == "dq":
+        scalar_dq(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i, K, V, BV, KIND)
+    elif ROLE == "dk":
+        scalar_dk(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i, K, V, BV, KIND)
+    else:
+        scalar_dv(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i, K, V, B, KIND)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def vector_role(
+    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, far, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, RANGE: tl.constexpr, ROLE: tl.constexpr,
+):  # fmt: skip
+    B: tl.constexpr = 64 if K <= 64 else 128
+    BV: tl.constexpr = 64 if V <= 64 else 128
+    C: tl.constexpr = SHORT if RANGE is None else CHUNK
+    OP: tl.constexpr = tl.float32 if RANGE is None and q.dtype.element_ty == tl.float16 else q.dtype.element_ty
+    i_state, i_h, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start, length = sequence(cu_seqlens, i_state // H, T)
+    if ROLE == "dq":
+        vector_dq(
+            q, k, v, g, do, h0, dq, rows, far, start, length, scale, i_state, i_h, H, i, K, V, BV, RANGE, C, OP
+        )  # fmt: skip
+    elif ROLE == "dk":
+        vector_dk(
+            q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_state, i_h, H, i, K, V, BV, RANGE, C, OP
+        )  # fmt: skip
+    else:
+        vector_dv(q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i, K, V, B, RANGE, C, OP)
 
 
 def variants(dtype: str) -> Iterator[Variant]:
     """`dtype`: "bf16" or "fp16"; gates in the same dtype."""
-    p = f"*{dtype}"
-    common = {"cu_seqlens": PACKING, "scale": "fp32", "T": "i32", "H": "i32"}
-    inputs = {"q": p, "k": p, "v": p}
-    fwd = inputs | {"h0": STATES, "o": p, "ht": STATES} | common
-    far = {"far": "*i32"}
-    bwd = inputs | {"do": p, "h0": STATES, "dht": STATES, "dq": p, "dk": p, "dv": p, "dh0": STATES} | common
-    span = 8.0 if dtype == "fp16" else 80.0
     for K, V in HEADS:
-        size, pad = {"K": K, "V": V}, max(64, 1 << (K - 1).bit_length())
-        for kind, code in KINDS.items():
-            gate = {"none": {}, "constant": {"g": "*fp64"}, "scalar": {"g": p}}[kind]
-            absent = {} if gate else {"g": None}
-            rows = {"rows": STATES} if kind == "scalar" else {}
-            no_rows = {} if rows else {"rows": None}
-            constants = size | {"BK": pad, "KIND": code} | absent
-            yield Variant(f"{kind}-fwd-{K}", chunk_forward.scalar_forward_kernel, fwd | gate, constants, 2, True)
-            constants = size | {"KIND": code} | absent | no_rows
-            yield Variant(
-                f"{kind}-bwd-{K}", chunk_backward.scalar_backward_kernel, bwd | gate | rows, constants, 2, True
-            )
-        vector = {"g": p} | far
-        for name, stages, reach in (("vector", 2, span), ("short", 1, None)):
-            constants = size | {"BK": pad, "RANGE": reach}
-            kernel = chunk_forward.vector_forward_kernel
-            yield Variant(f"{name}-fwd-{K}", kernel, fwd | vector, constants, 1, True)
-            kernel, types = vector_backward.vector_backward_kernel, bwd | vector | {"rows": STATES}
-            yield Variant(f"{name}-bwd-{K}", kernel, types, size | {"RANGE": reach}, stages, True)
-        gates = {"g": p, "gk": p, "gv": p}
-        constants, kernel = size | {"BK": pad}, recurrent.recurrent_forward_kernel
-        yield Variant(f"recurrent-fwd-{K}", kernel, fwd | gates | {"g_gamma": "*fp64"}, constants, 1, False)
-        grads = {"dq": STATES, "dk": STATES, "dv": STATES}
-        kernel = recurrent.recurrent_backward_kernel
-        types = bwd | {"gk": p, "gv": p} | grads
-        yield Variant(f"recurrent-bwd-{K}", kernel, types, size, 1, False)
-    types = {"g": p, "rows": STATES, "change": STATES, "dg": p, "cu_seqlens": PACKING, "T": "i32", "H": "i32"}
+        for variant in (*_scalar(dtype, K, V), *_vector(dtype, K, V), *_recurrent(dtype, K, V)):
+            yield variant._replace(name=f"{variant.name}-{K}x{V}", is_odd=K % 16 != 0)
+    rest = {"is_matrix": False, "uses_wgmma": False}
+    types = {"g": f"*{dtype}", "rows": STATES, "change": STATES, "dg": f"*{dtype}"}
+    types |= {"cu_seqlens": "*i32", "T": "i32", "H": "i32"}
     kernel = gate_gradient.gate_gradient_kernel
-    yield Variant("gate-scalar", kernel, types, {"D": 1, "BD": 1, "TILES": 2}, 1, False)
-    yield Variant("gate-vector", kernel, types, {"D": 128, "BD": 64, "TILES": 1}, 1, False)
+    yield Variant("gate-scalar", kernel, types, {"D": 1, "BD": 1, "TILES": 2}, **rest)
+    yield Variant("gate-vector", kernel, types, {"D": 128, "BD": 64, "TILES": 1}, **rest)
+
+
+def _types(dtype: str) -> tuple[dict, dict]:
+    """The argument types of a forward and of a backward."""
+    p = f"*{dtype}"
+    common = {"q": p, "k": p, "v": p, "h0": STATES, "cu_seqlens": "*i32", "scale": "fp32", "T": "i32", "H": "i32"}
+    gradients = {"do": p, "dht": STATES, "dq": p, "dk": p, "dv": p, "dh0": STATES}
+    return common | {"o": p, "ht": STATES}, common | gradients
+
+
+def _scalar(dtype: str, K: int, V: int) -> Iterator[Variant]:
+    forward, backward = _types(dtype)
+    size = {"K": K, "V": V}
+    for kind, code in KINDS.items():
+        gate = {"none": {}, "constant": {"g": "*fp64"}, "scalar": {"g": f"*{dtype}"}}[kind]
+        absent = {} if gate else {"g": None}
+        constants = size | {"BK": _decay.padded(K), "KIND": code} | absent
+        yield Variant(f"{kind}-fwd", chunk_forward.scalar_forward_kernel, forward | gate, constants, stages=2)
+        rows = {"rows": STATES} if kind == "scalar" else {}
+        absent |= {} if rows else {"rows": None}
+        for role in ("dq", "dk", "dv"):
+            constants = size | {"KIND": code, "ROLE": role} | absent
+            yield Variant(f"{kind}-{role}", scalar_role, backward | gate | rows, constants, stages=2)
+
+
+def _vector(dtype: str, K: int, V: int) -> Iterator[Variant]:
+    forward, backward = _types(dtype)
+    size, more = {"K": K, "V": V}, {"g": f"*{dtype}", "far": "*i32"}
+    span = 8.0 if dtype == "fp16" else 80.0
+    for name, stages, reach in (("vector", 2, span), ("short", 1, None)):
+        wgmma = {"uses_wgmma": True}
+        constants = size | {"BK": _decay.padded(K), "RANGE": reach}
+        yield Variant(f"{name}-fwd", chunk_forward.vector_forward_kernel, forward | more, constants, **wgmma)
+        for role in ("dq", "dk", "dv"):
+            constants = size | {"RANGE": reach, "ROLE": role}
+            yield Variant(f"{name}-{role}", vector_role, backward | more | {"rows": STATES}, constants, stages, **wgmma)
+
+
+def _recurrent(dtype: str, K: int, V: int) -> Iterator[Variant]:
+    forward, backward = _types(dtype)
+    size, p = {"K": K, "V": V}, f"*{dtype}"
+    rest = {"warps": 1, "is_matrix": False, "uses_wgmma": False}
+    gates = {"g": p, "gk": p, "gv": p, "g_gamma": "*fp64"}
+    constants = size | {"BK": _decay.padded(K)}
+    yield Variant("recurrent-fwd", recurrent.recurrent_forward_kernel, forward | gates, constants, **rest)
+    types = backward | {"gk": p, "gv": p, "dq": STATES, "dk": STATES, "dv": STATES}
+    yield Variant("recurrent-bwd", recurrent.recurrent_backward_kernel, types, size, **rest)

@@ -69,8 +69,8 @@ def _product(decays: list[Tensor | None], token: Tensor) -> Tensor | float:
     return result
 
 
-def _run(problem: Problem, dtype: torch.dtype, do: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs, final states, and with `do` the gradient of q: all that the forward direction can give."""
+def _run(problem: Problem, dtype: torch.dtype, do: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, final states, and the gradient of q (void without `do`): all that the forward direction can give."""
     layout, q, k, v, decays = _tokens(problem, dtype)
     d_out = None if do is None else layout.split(do)[:, :, 0]
     o, dq = torch.empty_like(v), torch.empty_like(q)
@@ -83,7 +83,7 @@ def _run(problem: Problem, dtype: torch.dtype, do: Tensor | None = None) -> tupl
         if d_out is not None:
             dq[token] = (state[row] @ d_out[token][..., None])[..., 0]
     o, dq = (layout.join(x[:, :, None]) * problem.scale for x in (o, dq))
-    return o, state, dq if do is not None else None
+    return o, state, dq
 
 
 def _suffix_sums(layout: Layout, row: Tensor, change: Tensor) -> Tensor:

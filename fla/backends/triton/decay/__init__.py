@@ -1,7 +1,7 @@
 """The family `decay` on Triton: the one-pass forward, the backward by roles, the recurrent kernel for decoding.
 
-Files: `_decay.py` (decays inside a chunk), `chunk_forward.py`, `chunk_backward.py` (scalar kinds), `vector_backward.py`,
-`gate_gradient.py`, `recurrent.py`.
+Files: `_decay.py` (decays inside a chunk), `chunk_forward.py`, `chunk_backward.py` (scalar kinds),
+`vector_backward.py`, `gate_gradient.py`, `recurrent.py`.
 """
 
 from dataclasses import replace

@@ -40,7 +40,7 @@ def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr,
 
 
 def close_gate_gradient(problem: Problem, gate: torch.Tensor, rows: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """dg like `gate`, of `rows` `[B, T, H, 2 * TILES]` (scalar) or `[B, T, H, 2, D]` (vector) and `change` `[N, H(, D)]`."""
+    """dg like `gate`, of `rows` `[B, T, H, 2 * TILES]` (scalar) or `[B, T, H, 2, D]` and `change` `[N, H(, D)]`."""
     scalar = gate.dim() == 3
     D, tiles = (1, rows.shape[-1] // 2) if scalar else (gate.shape[-1], 1)
     BD = 1 if scalar else min(64, triton.next_power_of_2(D))
