@@ -49,7 +49,7 @@ CONFIGS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {
     "model": "gla", "text": [], "steps": 1000, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 2, "seq_len": 256,
-    "batch_size": 4, "lr": 2e-3, "dtype": "float32",
+    "batch_size": 4, "lr": 3e-3, "dtype": "float32",
     "device": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None, "new_bytes": 400,
 }  # fmt: skip
 FREE_ON_RESUME = {"device", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve

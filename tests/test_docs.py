@@ -96,7 +96,7 @@ def test_a_stale_readme_is_noticed(readme, tmp_path, monkeypatch):
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0
     assert readme.main(["--check"]) == 0
-    assert "```text\none\n```" in (tmp_path / "README.md").read_text()
+    assert "````text\none\n````" in (tmp_path / "README.md").read_text()
 
 
 def test_links_between_pages_lead_somewhere():

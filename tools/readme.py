@@ -56,7 +56,7 @@ def classes_table() -> str:
 
 
 def demo_block() -> str:
-    return f"```text\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n```"
+    return f"````text\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n````"
 
 
 def filled(text: str) -> str:

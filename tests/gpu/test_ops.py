@@ -155,7 +155,7 @@ def test_another_stream(case):
 
 
 def test_every_form_is_here():
-    """The suite runs every registered form on Triton."""
+    """The suite runs every registered form on Triton but those that only call another."""
     seen = {(case.spec.name, case.form) for case in every_op(lambda spec: plain_cases(spec, GPU))}
-    assert seen == {(spec.name, form) for spec in REGISTRY.values() for form in spec.forms}
+    assert seen == {(spec.name, form) for spec in REGISTRY.values() for form in spec.forms if form not in GPU.same}
     assert all(accepts(case, "backend") for case in every_op(lambda spec: plain_cases(spec, GPU)))

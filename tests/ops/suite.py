@@ -11,7 +11,7 @@ import torch
 
 import fla.ops  # noqa: F401  (registers the ops)
 from fla.ops._spec import REGISTRY
-from fla.testing.cases import PACKED, Suite, plain_cases, value_cases
+from fla.testing.cases import PACKED, Suite, enough_heads, plain_cases, value_cases
 from fla.testing.contract import (
     Case,
     accepts,
@@ -38,20 +38,25 @@ def every_op(make):
 
 def gate_cases(suite: Suite) -> list[Case]:
     """Every gated form and variant with every extreme gate, dtypes in turn; a mixture of them in every dtype."""
-    found = []
-    for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(suite.dtypes))):
+    dtypes, found = suite.gate_dtypes or suite.dtypes, []
+    for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(dtypes))):
         cases = every_op(lambda spec, gates=gates: plain_cases(spec, suite, gates=gates))
         gated = [case for case in cases if case.gated]
-        found += [replace(case, dtype=suite.dtypes[(i + j) % len(suite.dtypes)]) for j, case in enumerate(gated)]
+        turned = [enough_heads(replace(case, dtype=dtypes[(i + j) % len(dtypes)])) for j, case in enumerate(gated)]
+        found += turned if suite.thorough or gates == "mixed" else turned[i % 3 :: 3]
     return found
 
 
 def contract(suite: Suite) -> type:
     """The test class of a suite: `class TestContract(contract(TORCH)): ...`"""
     plain = every_op(lambda spec: plain_cases(spec, suite))
-    all_ways = every_op(lambda spec: plain_cases(spec, suite, all_callings=True))
+    all_ways = every_op(lambda spec: plain_cases(spec, suite, all_callings=suite.thorough))
     stateful = [case for case in all_ways if case.returns_state]
     packed = every_op(lambda spec: plain_cases(spec, suite, tokens=PACKED[0]))
+    short = every_op(lambda spec: plain_cases(spec, suite, tokens=5, dtype=suite.dtypes[0]))
+    attending = every_op(lambda spec: plain_cases(spec, replace(suite, same=())))
+    attending = [case for case in attending if accepts(case, "output_attentions")]
+    wrong = every_op(lambda spec: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0])))
 
     class OpContract:
         @pytest.mark.parametrize("case", every_op(lambda spec: value_cases(spec, suite)), ids=str)
@@ -63,7 +68,7 @@ def contract(suite: Suite) -> type:
             """Also the gradients through the states handed over; a piece of one token, a cut inside a chunk."""
             check_values(case, in_pieces(case, (1, case.tokens // 2 + 1)))
 
-        @pytest.mark.parametrize("case", plain, ids=str)
+        @pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, suite, batch=2)), ids=str)
         def test_a_row_alone_is_a_row_in_a_batch(self, case):
             check_values(case, by_rows(case))
 
@@ -80,7 +85,7 @@ def contract(suite: Suite) -> type:
         def test_strides(self, case, kind):
             check_strides(case, kind)
 
-        @pytest.mark.parametrize("case", plain + packed, ids=str)
+        @pytest.mark.parametrize("case", plain + packed if suite.thorough else alternating(plain, packed), ids=str)
         def test_repeated_runs_are_bitwise_equal(self, case):
             check_repeats(case)
 
@@ -92,7 +97,7 @@ def contract(suite: Suite) -> type:
         def test_gradients_through_the_final_state_alone(self, case):
             check_values(case, use=("state",))
 
-        @pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, suite, tokens=5)), ids=str)
+        @pytest.mark.parametrize("case", short, ids=str)
         def test_gradient_of_one_input_alone(self, case):
             for name in case.inputs():
                 check_values(case, needs=(name,))
@@ -101,7 +106,7 @@ def contract(suite: Suite) -> type:
         def test_compiles_as_one_graph(self, case):
             check_values(case, compiled(case))
 
-        @pytest.mark.parametrize("case", [case for case in plain if accepts(case, "output_attentions")], ids=str)
+        @pytest.mark.parametrize("case", attending, ids=str)
         def test_attentions(self, case):
             check_attentions(case)
 
@@ -112,11 +117,13 @@ def contract(suite: Suite) -> type:
             given, _ = case.function(**keywords, scale=case.heads[1] ** -0.5)
             assert torch.equal(default, given)
 
-        @pytest.mark.parametrize(
-            "bad", every_op(lambda spec: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0]))), ids=str
-        )
+        @pytest.mark.parametrize("bad", wrong, ids=str)
         def test_bad_calls(self, bad):
             check_bad_call(bad)
+
+        @pytest.mark.parametrize("case", list({str(bad.case): bad.case for bad in wrong}.values()), ids=str)
+        def test_what_bad_calls_change_is_good(self, case):
+            case.function(**good_call(case))
 
     return OpContract
 
