@@ -6,7 +6,7 @@
 The decay is none, constant per head (`g_gamma` [H]), per head and token (`g` [B, T, H]), per key channel (`gk`
 [B, T, H, K]), and in the recurrent form also per value channel (`gv` [B, T, H, V]); all are natural logs. A backend
 module `fla.backends.<backend>.decay` computes `forward(problem, output_final_state) -> (o, final state)` and
-`backward(problem, final_state, do, dht, needs_gates) -> Gradients`.
+`backward(problem, do, dht, needs_gates) -> Gradients`.
 
 `torch.compile` sees one operator, `fla::decay`, with a registered gradient; eager calls skip its overhead.
 """
@@ -151,7 +151,8 @@ def _call(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = resolve(FAMILY, q, backend)
     if g_gamma is not None and g_gamma.requires_grad:
-        g, g_gamma = g_gamma.expand(q.shape[:3]), None
+        # one number a head, summed over all tokens: its terms need more digits than 16 bits
+        g, g_gamma = g_gamma.to(torch.promote_types(g_gamma.dtype, torch.float32)).expand(q.shape[:3]), None
     tensors = (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens)
     if torch.compiler.is_compiling():
         o, state = _operator(*tensors, scale, form, output_final_state, backend)
@@ -208,7 +209,6 @@ def _idle_state(problem: Problem, wanted: bool) -> Tensor:
 def _backward(
     do: Tensor,
     dht: Optional[Tensor],
-    final_state: Optional[Tensor],
     needs_gates: bool,
     q: Tensor,
     k: Tensor,
@@ -232,7 +232,7 @@ def _backward(
     else:
         dht = None if dht is None else dht.contiguous()
         with torch.autocast(q.device.type, enabled=False):
-            found = family(FAMILY, backend).backward(problem, final_state, do.contiguous(), dht, needs_gates)
+            found = family(FAMILY, backend).backward(problem, do.contiguous(), dht, needs_gates)
     return [q.new_empty(0) if d is None or x is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)]
 
 
@@ -244,7 +244,7 @@ class _Function(torch.autograd.Function):
         )
         o, state = _forward(*tensors, scale, form, output_final_state, backend)
         ctx.needs_gates = any(ctx.needs_input_grad[3:6])
-        ctx.save_for_backward(*tensors, state if output_final_state and ctx.needs_gates else None)
+        ctx.save_for_backward(*tensors)
         ctx.settings = (scale, form, backend)
         ctx.set_materialize_grads(False)
         return o, state
@@ -252,11 +252,11 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dht):
-        *tensors, state = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         if dht is not None and dht.numel() == 0:
             dht = None
         do = torch.zeros_like(tensors[2]) if do is None else do
-        found = _backward(do, dht, state, ctx.needs_gates, *tensors, *ctx.settings)
+        found = _backward(do, dht, ctx.needs_gates, *tensors, *ctx.settings)
         return _arrange(found, ctx.needs_input_grad)
 
 
@@ -280,7 +280,7 @@ def _(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, outpu
 
 
 @_operator_backward.register_fake
-def _(do, dht, final_state, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, backend):
+def _(do, dht, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, backend):
     inputs = (
         q,
         k,
@@ -296,25 +296,25 @@ def _(do, dht, final_state, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_st
 def _setup_context(ctx, inputs, output):
     *tensors, scale, form, output_final_state, backend = inputs
     ctx.needs_gates = any(x is not None for x in tensors[3:6])
-    ctx.save_for_backward(*tensors, output[1] if output_final_state and ctx.needs_gates else None)
+    ctx.save_for_backward(*tensors)
     ctx.settings = (scale, form, backend)
     ctx.output_final_state = output_final_state
 
 
 def _operator_gradient(ctx, do, dht):
-    *tensors, state = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     dht = dht if ctx.output_final_state else None
-    return _arrange(_operator_backward(do, dht, state, ctx.needs_gates, *tensors, *ctx.settings), ctx.needs_input_grad)
+    return _arrange(_operator_backward(do, dht, ctx.needs_gates, *tensors, *ctx.settings), ctx.needs_input_grad)
 
 
 _operator.register_autograd(_operator_gradient, setup_context=_setup_context)
 
 
 def combine(g: Tensor | None, g_gamma: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A per-token and a constant decay multiply: their logs add, into the per-token one."""
+    """A per-token and a constant decay multiply: their logs add, into the per-token one, with float32's digits."""
     if g is None or g_gamma is None:
         return g, g_gamma
-    return g + g_gamma, None
+    return g.to(torch.promote_types(g.dtype, torch.float32)) + g_gamma, None
 
 
 def retention_decay(num_heads: int, device: torch.device) -> Tensor:

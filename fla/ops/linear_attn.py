@@ -34,7 +34,7 @@ def naive_recurrent_linear_attn(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state, z = initial_state if isinstance(initial_state, (tuple, list)) else (initial_state, None)
     state = q.new_zeros(len(q), *k.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
-    z = q.new_zeros(k[:, 0].shape) if z is None else z[:, 0].to(dtype)
+    z = q.new_zeros(len(q), *k.shape[2:]) if z is None else z[:, 0].to(dtype)
     outputs = []
     for t in range(q.shape[1]):
         state = state + k[:, t, :, :, None] * v[:, t, :, None, :]

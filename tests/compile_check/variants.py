@@ -12,7 +12,6 @@ import triton.language as tl
 
 from fla.backends.triton._lib import sequence
 from fla.backends.triton.decay import _decay, chunk_backward, chunk_forward, gate_gradient, recurrent, vector_backward
-from fla.backends.triton.decay._decay import CHUNK, SHORT
 
 KINDS = {"none": _decay.NONE.value, "constant": _decay.CONSTANT.value, "scalar": _decay.SCALAR.value}
 HEADS = ((64, 64), (100, 36), (128, 128))
@@ -39,16 +38,15 @@ def scalar_role(
     q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLE: tl.constexpr,
 ):  # fmt: skip
-    B: tl.constexpr = 64 if K <= 64 else 128
-    BV: tl.constexpr = 64 if V <= 64 else 128
-    i_state, i_h, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_state, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, length = sequence(cu_seqlens, i_state // H, T)
+    first = start * H + i_state % H
     if ROLE == "dq":
-        scalar_dq(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i, K, V, BV, KIND)
+        scalar_dq(q, k, v, g, do, h0, dht, dq, rows, rows, first, length, scale, i_state, H, i, K, V, KIND)
     elif ROLE == "dk":
-        scalar_dk(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i, K, V, BV, KIND)
+        scalar_dk(q, k, v, g, do, dht, dk, dh0, rows, first, length, scale, i_state, H, i, K, V, KIND)
     else:
-        scalar_dv(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i, K, V, B, KIND)
+        scalar_dv(q, k, g, do, dht, dv, first, length, scale, i_state, H, i, K, V, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -56,22 +54,15 @@ def vector_role(
     q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, far, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, RANGE: tl.constexpr, ROLE: tl.constexpr,
 ):  # fmt: skip
-    B: tl.constexpr = 64 if K <= 64 else 128
-    BV: tl.constexpr = 64 if V <= 64 else 128
-    C: tl.constexpr = SHORT if RANGE is None else CHUNK
-    OP: tl.constexpr = tl.float32 if RANGE is None and q.dtype.element_ty == tl.float16 else q.dtype.element_ty
-    i_state, i_h, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_state, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, length = sequence(cu_seqlens, i_state // H, T)
+    first = start * H + i_state % H
     if ROLE == "dq":
-        vector_dq(
-            q, k, v, g, do, h0, dq, rows, far, start, length, scale, i_state, i_h, H, i, K, V, BV, RANGE, C, OP
-        )  # fmt: skip
+        vector_dq(q, k, v, g, do, h0, dht, dq, rows, rows, far, first, length, scale, i_state, H, i, K, V, RANGE)
     elif ROLE == "dk":
-        vector_dk(
-            q, k, v, g, do, dht, dk, dh0, rows, far, start, length, scale, i_state, i_h, H, i, K, V, BV, RANGE, C, OP
-        )  # fmt: skip
+        vector_dk(q, k, v, g, do, dht, dk, dh0, rows, far, first, length, scale, i_state, H, i, K, V, RANGE)
     else:
-        vector_dv(q, k, g, do, dht, dv, far, start, length, scale, i_state, i_h, H, i, K, V, B, RANGE, C, OP)
+        vector_dv(q, k, g, do, dht, dv, far, first, length, scale, i_state, H, i, K, V, RANGE)
 
 
 def variants(dtype: str) -> Iterator[Variant]:

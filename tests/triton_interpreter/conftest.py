@@ -9,7 +9,7 @@ import pytest
 def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            # what a mask throws away may overflow; NumPy says so, a GPU does not, and every result is checked to be finite
+            # what a mask throws away may overflow, and NumPy says so; every result is checked to be finite
             item.add_marker(pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"))
 
 

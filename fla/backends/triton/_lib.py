@@ -67,6 +67,16 @@ def log2_decay(x):
 
 
 @triton.jit
+def operand(x, dtype: tl.constexpr):
+    """`x` as a dot reads it: in `dtype`, and a float32 one rounded to tf32's digits, so that who uses it beside the dot
+    uses the same number."""
+    if dtype == tl.float32 and not INTERPRETED:
+        bits = (x.to(tl.float32).to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def dot_split(a, b, dtype: tl.constexpr):
     """`a @ b` for a float32 `b` as high and low halves in `dtype`: both halves together carry twice the digits."""
     high = b.to(dtype)

@@ -18,9 +18,7 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor 
     return compute.forward(problem, output_final_state, problem.state_dtype)
 
 
-def backward(
-    problem: Problem, final_state: Tensor | None, do: Tensor, dht: Tensor | None, needs_gates: bool
-) -> Gradients:
+def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:
     """Gradients in the compute dtype; the caller casts them."""
     compute = steps if problem.gv is not None else chunk
     dtype = torch.float64 if needs_gates and problem.q.dtype == torch.float32 else problem.state_dtype

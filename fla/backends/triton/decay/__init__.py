@@ -26,29 +26,17 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor 
         return chunk_forward.forward(problem, *kind_of(problem), output_final_state)
 
 
-def backward(
-    problem: Problem, final_state: Tensor | None, do: Tensor, dht: Tensor | None, needs_gates: bool
-) -> Gradients:
+def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:
     """Gradients. A recurrent form runs the chunk form's backward where the maths is the same."""
     if problem.scale == 0.0:  # the kernels carry state gradients in units of scale; without outputs any unit will do
         problem, do = replace(problem, scale=1.0), torch.zeros_like(do)
     with _device(problem.q):
         if problem.gv is not None:
-            return recurrent.backward(problem, final_state, do, dht, needs_gates)
+            return recurrent.backward(problem, do, dht, needs_gates)
         kind, gate = kind_of(problem)
-        change = _change(problem, final_state, dht, kind) if needs_gates else None
         compute = vector_backward if kind == VECTOR.value else chunk_backward
-        dq, dk, dv, dg, dh0 = compute.backward(problem, kind, gate, do, dht, change)
+        dq, dk, dv, dg, dh0 = compute.backward(problem, kind, gate, do, dht, needs_gates)
     return Gradients(dq, dk, dv, dg if problem.gk is None else None, dg if problem.gk is not None else None, None, dh0)
-
-
-def _change(problem: Problem, final_state: Tensor | None, dht: Tensor | None, kind: int) -> Tensor:
-    """`<S_T, dS_T>` per head, or per key channel for the vector kind."""
-    over_key = kind == VECTOR.value
-    if dht is None or final_state is None:
-        shape = problem.state_shape[: 3 if over_key else 2]
-        return problem.q.new_zeros(shape, dtype=torch.float32)
-    return (final_state * dht).sum(-1 if over_key else (-2, -1))
 
 
 def _check(problem: Problem) -> None:

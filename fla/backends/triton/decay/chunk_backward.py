@@ -23,31 +23,15 @@ import triton.language as tl
 from fla.backends.decay import Problem
 from fla.backends.triton._lib import dot_split, load_state, load_tile, sequence, store_state, store_tile
 from fla.backends.triton.decay._decay import CHUNK, NONE, TILE, decayed, scalar_decay
-from fla.backends.triton.decay.gate_gradient import close_gate_gradient
+from fla.backends.triton.decay.gate_gradient import GateTerms, close_gate_gradient
 
 
 @triton.jit
 def _dq_role(
-    q,
-    k,
-    v,
-    g,
-    do,
-    h0,
-    dq,
-    rows,
-    start,
-    length,
-    scale,
-    i_state,
-    i_h,
-    H,
-    i_tile,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    KIND: tl.constexpr,
-):
+    q, k, v, g, do, h0, dht, dq, rows, change, first, length, scale, i_state, H, i_tile,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    BV: tl.constexpr = 64 if V <= 64 else 128
     o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = tl.zeros([BV, TILE], tl.float32)
@@ -55,11 +39,11 @@ def _dq_role(
         b_S += load_state(h0, i_state, o_k[None, :], o_v[:, None], K, V)
     for t in range(0, length, CHUNK):
         m_t = t + o_c < length
-        row = (start + t + o_c) * H + i_h
+        row = first + (t + o_c) * H.to(tl.int64)
         b_k = load_tile(k, row, m_t, o_k, K)
         b_v = load_tile(v, row, m_t, o_v, V)
         b_do = load_tile(do, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_h, length - t, KIND)
+        b_G, total = scalar_decay(g, row, m_t, i_state % H, length - t, KIND)
         b_dP = decayed(tl.dot(b_do, tl.trans(b_v)), b_G, m_pair, KIND, False).to(b_k.dtype)
         b_dq = tl.dot(b_dP, b_k)
         if rows is None:
@@ -76,31 +60,18 @@ def _dq_role(
             b_S *= tl.exp2(total)
         store_tile(dq, row, m_t, o_k, K, (b_dq + b_inter) * scale)
         b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
+    if rows is not None and dht is not None:
+        # <S_T, dS_T> with the S_T of these rounded operands: with any other the gate gradient's terms do not cancel
+        b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
+        tl.store(change + i_state * K + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
 
 
 @triton.jit
 def _dk_role(
-    q,
-    k,
-    v,
-    g,
-    do,
-    dht,
-    dk,
-    dh0,
-    rows,
-    start,
-    length,
-    scale,
-    i_state,
-    i_h,
-    H,
-    i_tile,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    KIND: tl.constexpr,
-):
+    q, k, v, g, do, dht, dk, dh0, rows, first, length, scale, i_state, H, i_tile,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    BV: tl.constexpr = 64 if V <= 64 else 128
     o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BV, TILE], tl.float32)
@@ -109,11 +80,11 @@ def _dk_role(
     for i_t in range(0, tl.cdiv(length, CHUNK)):
         t = (tl.cdiv(length, CHUNK) - 1 - i_t) * CHUNK
         m_t = t + o_c < length
-        row = (start + t + o_c) * H + i_h
+        row = first + (t + o_c) * H.to(tl.int64)
         b_q = load_tile(q, row, m_t, o_k, K)
         b_v = load_tile(v, row, m_t, o_v, V)
         b_do = load_tile(do, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_h, length - t, KIND)
+        b_G, total = scalar_decay(g, row, m_t, i_state % H, length - t, KIND)
         b_dP = decayed(tl.dot(b_v, tl.trans(b_do)), b_G, m_pair, KIND, True).to(b_q.dtype)
         b_dk = tl.dot(b_dP, b_q)
         if rows is None:
@@ -136,24 +107,10 @@ def _dk_role(
 
 @triton.jit
 def _dv_role(
-    q,
-    k,
-    g,
-    do,
-    dht,
-    dv,
-    start,
-    length,
-    scale,
-    i_state,
-    i_h,
-    H,
-    i_tile,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    KIND: tl.constexpr,
-):
+    q, k, g, do, dht, dv, first, length, scale, i_state, H, i_tile,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    BK: tl.constexpr = 64 if K <= 64 else 128
     o_c, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = tl.zeros([BK, TILE], tl.float32)
@@ -162,11 +119,11 @@ def _dv_role(
     for i_t in range(0, tl.cdiv(length, CHUNK)):
         t = (tl.cdiv(length, CHUNK) - 1 - i_t) * CHUNK
         m_t = t + o_c < length
-        row = (start + t + o_c) * H + i_h
+        row = first + (t + o_c) * H.to(tl.int64)
         b_q = load_tile(q, row, m_t, o_k, K)
         b_k = load_tile(k, row, m_t, o_k, K)
         b_do = load_tile(do, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_h, length - t, KIND)
+        b_G, total = scalar_decay(g, row, m_t, i_state % H, length - t, KIND)
         b_P = decayed(tl.dot(b_k, tl.trans(b_q)), b_G, m_pair, KIND, True).to(b_do.dtype)
         b_dv = tl.dot(b_k, b_dS.to(b_k.dtype))
         if KIND != NONE:
@@ -181,73 +138,36 @@ def _dv_role(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def scalar_backward_kernel(
-    q,
-    k,
-    v,
-    g,
-    do,
-    h0,
-    dht,
-    dq,
-    dk,
-    dv,
-    dh0,
-    rows,
-    cu_seqlens,
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KIND: tl.constexpr,
-):
+    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
     NK: tl.constexpr = (K + TILE - 1) // TILE
-    NV: tl.constexpr = (V + TILE - 1) // TILE
-    BK: tl.constexpr = 64 if K <= 64 else 128
-    BV: tl.constexpr = 64 if V <= 64 else 128
-    i_role = tl.program_id(0) % (2 * NK + NV)
-    i_state = tl.program_id(0).to(tl.int64) // (2 * NK + NV)
-    i_n, i_h = i_state // H, i_state % H
-    start, length = sequence(cu_seqlens, i_n, T)
+    ROLES: tl.constexpr = 2 * NK + (V + TILE - 1) // TILE
+    i_role, i_state = tl.program_id(0) % ROLES, tl.program_id(0).to(tl.int64) // ROLES
+    start, length = sequence(cu_seqlens, i_state // H, T)
+    first = start * H + i_state % H
+    change = rows
+    if rows is not None:
+        rows += tl.num_programs(0).to(tl.int64) // ROLES * K
     if i_role < NK:
-        _dq_role(q, k, v, g, do, h0, dq, rows, start, length, scale, i_state, i_h, H, i_role, K, V, BV, KIND)
+        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, first, length, scale, i_state, H, i_role, K, V, KIND)
     elif i_role < 2 * NK:
-        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, start, length, scale, i_state, i_h, H, i_role - NK, K, V, BV, KIND)
+        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, first, length, scale, i_state, H, i_role - NK, K, V, KIND)
     else:
-        _dv_role(q, k, g, do, dht, dv, start, length, scale, i_state, i_h, H, i_role - 2 * NK, K, V, BK, KIND)
+        _dv_role(q, k, g, do, dht, dv, first, length, scale, i_state, H, i_role - 2 * NK, K, V, KIND)
 
 
-def backward(problem: Problem, kind: int, gate, do, dht, change):
-    """dq, dk, dv, dg `[B, T, H]` or None, dh0 or None. `change` `[N, H]` = <S_T, dS_T> asks for dg."""
+def backward(problem: Problem, kind: int, gate, do, dht, needs_gate: bool):
+    """dq, dk, dv, dg `[B, T, H]` or None, dh0 or None."""
     q, k, v = problem.q, problem.k, problem.v
     N, H, K, V = problem.state_shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
     tiles = triton.cdiv(K, TILE.value)
-    rows = None if change is None else q.new_empty(*q.shape[:3], 2 * tiles, dtype=torch.float32)
-    grid = (N * H * (2 * tiles + triton.cdiv(V, TILE.value)),)
-    scalar_backward_kernel[grid](
-        q,
-        k,
-        v,
-        gate,
-        do,
-        problem.initial_state,
-        dht,
-        dq,
-        dk,
-        dv,
-        dh0,
-        rows,
-        problem.cu_seqlens,
-        problem.scale,
-        q.shape[1],
-        H,
-        K=K,
-        V=V,
-        KIND=kind,
-        num_warps=4,
-        num_stages=2,
-    )
-    dg = None if rows is None else close_gate_gradient(problem, gate, rows, change)
+    terms = GateTerms(problem, 2 * tiles, dht) if needs_gate else None
+    scalar_backward_kernel[(N * H * (2 * tiles + triton.cdiv(V, TILE.value)),)](
+        q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, terms and terms.buffer, problem.cu_seqlens,
+        problem.scale, q.shape[1], H, K=K, V=V, KIND=kind, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    dg = None if terms is None else close_gate_gradient(problem, gate, terms.rows, terms.change.sum(-1))
     return dq, dk, dv, dg, dh0

@@ -39,6 +39,20 @@ def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr,
         b_sum += tl.sum(b_r, 0).to(tl.float64)
 
 
+class GateTerms:
+    """What a backward kernel leaves for the gate gradient, in one float32 buffer: `change` `[N, H, K]` = rowsum(S_T * dS_T), and
+    `rows` `[B, T, H, width]` (for the vector kind `[B, T, H, 2, K]`)."""
+
+    def __init__(self, problem: Problem, width: int, dht: torch.Tensor | None):
+        N, H, K, _ = problem.state_shape
+        tokens = problem.q.shape[:3]
+        self.buffer = problem.q.new_empty(N * H * K + tokens.numel() * width, dtype=torch.float32)
+        self.change = self.buffer[: N * H * K].view(N, H, K)
+        self.rows = self.buffer[N * H * K :].view(*tokens, width)
+        if dht is None:
+            self.change.zero_()
+
+
 def close_gate_gradient(problem: Problem, gate: torch.Tensor, rows: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """dg like `gate`, of `rows` `[B, T, H, 2 * TILES]` (scalar) or `[B, T, H, 2, D]` and `change` `[N, H(, D)]`."""
     scalar = gate.dim() == 3

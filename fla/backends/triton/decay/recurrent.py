@@ -168,7 +168,7 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | Non
     return o, ht
 
 
-def backward(problem: Problem, final_state, do, dht, needs_gates: bool) -> Gradients:
+def backward(problem: Problem, do, dht, needs_gates: bool) -> Gradients:
     """All gradients, the row products of the gates' in float32."""
     q, k, v = problem.q, problem.k, problem.v
     N, H, K, V = problem.state_shape
@@ -198,8 +198,8 @@ def backward(problem: Problem, final_state, do, dht, needs_gates: bool) -> Gradi
     )
     dgk = dgv = None
     if needs_gates:
-        o, _ = forward(problem, False, torch.float32)
-        change = None if dht is None or final_state is None else final_state * dht
+        o, final_state = forward(problem, True, torch.float32)
+        change = None if dht is None else final_state * dht
         if problem.gk is not None:
             dgk = _suffix_sums(problem, problem.gk, q * dq, k * dk, None if change is None else change.sum(-1))
         if problem.gv is not None:
