@@ -27,7 +27,7 @@ FAMILY = "decay"
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, all tensors contiguous. `form` is "chunk" or "recurrent"."""
+    """One call, all tensors contiguous. `form` is "chunk" or "recurrent"; `wide` asks for outputs of float32 or wider."""
 
     q: Tensor
     k: Tensor
@@ -40,6 +40,7 @@ class Problem:
     cu_seqlens: Tensor | None
     scale: float
     form: str
+    wide: bool = False
 
     @property
     def num_states(self) -> int:
@@ -48,6 +49,10 @@ class Problem:
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
         return (self.num_states, self.q.shape[2], self.q.shape[3], self.v.shape[3])
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.v.dtype, torch.float32) if self.wide else self.v.dtype
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -69,7 +74,7 @@ def chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Parallel over chunks of tokens: training and prefill.
 
-    Options: `g`, `gk`, `g_gamma`, `initial_state`, `state_v_first` (states are `[N, H, V, K]`), `cu_seqlens`.
+    Options: `g`, `gk`, `g_gamma`, `initial_state`, `state_v_first` (states are `[N, H, V, K]`), `cu_seqlens`, `wide`.
     """
     return _call("chunk", q, k, v, scale, output_final_state, backend, op, **options)
 
@@ -145,6 +150,7 @@ def _call(
     initial_state=None,
     state_v_first=False,
     cu_seqlens=None,
+    wide=False,
 ):
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
@@ -155,13 +161,13 @@ def _call(
         g, g_gamma = g_gamma.to(torch.promote_types(g_gamma.dtype, torch.float32)).expand(q.shape[:3]), None
     tensors = (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens)
     if torch.compiler.is_compiling():
-        o, state = _operator(*tensors, scale, form, output_final_state, backend)
+        o, state = _operator(*tensors, scale, form, wide, output_final_state, backend)
     else:
         family(FAMILY, backend, op)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            o, state = _Function.apply(*tensors, scale, form, output_final_state, backend)
+            o, state = _Function.apply(*tensors, scale, form, wide, output_final_state, backend)
         else:
-            o, state = _forward(*tensors, scale, form, output_final_state, backend)
+            o, state = _forward(*tensors, scale, form, wide, output_final_state, backend)
     if not output_final_state:
         return o, None
     return o, state.mT if state_v_first else state
@@ -184,15 +190,16 @@ def _forward(
     cu_seqlens: Optional[Tensor],
     scale: float,
     form: str,
+    wide: bool,
     output_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`o`, and the final state (an empty tensor when it is not wanted: an operator returns tensors)."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[1])
-    problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form)
+    problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide)
     if q.numel() == 0 or v.numel() == 0:
-        return torch.zeros_like(v, memory_format=torch.contiguous_format), _idle_state(problem, output_final_state)
+        return v.new_zeros(v.shape, dtype=problem.output_dtype), _idle_state(problem, output_final_state)
     with torch.autocast(q.device.type, enabled=False):  # the kernels choose their precision themselves
         o, state = family(FAMILY, backend).forward(problem, output_final_state)
     return o, o.new_empty(0, dtype=problem.state_dtype) if state is None else state
@@ -221,10 +228,11 @@ def _backward(
     cu_seqlens: Optional[Tensor],
     scale: float,
     form: str,
+    wide: bool,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, gv, initial_state; an empty tensor stands for none."""
-    problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form)
+    problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide)
     inputs = (q, k, v, g, gk, gv, initial_state)
     if q.numel() == 0 or v.numel() == 0:
         found = tuple(None if x is None else torch.zeros_like(x) for x in inputs[:6])
@@ -232,20 +240,22 @@ def _backward(
     else:
         dht = None if dht is None else dht.contiguous()
         with torch.autocast(q.device.type, enabled=False):
-            found = family(FAMILY, backend).backward(problem, do.contiguous(), dht, needs_gates)
+            found = family(FAMILY, backend).backward(problem, do.to(v.dtype).contiguous(), dht, needs_gates)
     return [q.new_empty(0) if d is None or x is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)]
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, output_final_state, backend):
+    def forward(
+        ctx, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide, output_final_state, backend
+    ):
         tensors = tuple(
             x if x is None else x.contiguous() for x in (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens)
         )
-        o, state = _forward(*tensors, scale, form, output_final_state, backend)
+        o, state = _forward(*tensors, scale, form, wide, output_final_state, backend)
         ctx.needs_gates = any(ctx.needs_input_grad[3:6])
         ctx.save_for_backward(*tensors)
-        ctx.settings = (scale, form, backend)
+        ctx.settings = (scale, form, wide, backend)
         ctx.set_materialize_grads(False)
         return o, state
 
@@ -261,11 +271,11 @@ class _Function(torch.autograd.Function):
 
 
 def _arrange(found: list[Tensor], needed) -> tuple:
-    """The seven gradients at the places of the thirteen inputs."""
+    """The seven gradients at the places of the fourteen inputs."""
     dq, dk, dv, dg, dgk, dgv, dh0 = found
     gradients = (dq, dk, dv, dg, dgk, dgv, None, dh0)
     kept = tuple(d if need and d is not None else None for d, need in zip(gradients, needed, strict=False))
-    return (*kept, None, None, None, None, None)
+    return (*kept, None, None, None, None, None, None)
 
 
 _operator = torch.library.custom_op("fla::decay", _forward, mutates_args=())
@@ -273,14 +283,14 @@ _operator_backward = torch.library.custom_op("fla::decay_backward", _backward, m
 
 
 @_operator.register_fake
-def _(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, output_final_state, backend):
-    problem = Problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form)
+def _(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide, output_final_state, backend):
+    problem = Problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide)
     shape = problem.state_shape if output_final_state else (0,)
-    return v.new_empty(v.shape), q.new_empty(shape, dtype=problem.state_dtype)
+    return v.new_empty(v.shape, dtype=problem.output_dtype), q.new_empty(shape, dtype=problem.state_dtype)
 
 
 @_operator_backward.register_fake
-def _(do, dht, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, backend):
+def _(do, dht, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide, backend):
     inputs = (
         q,
         k,
@@ -294,10 +304,10 @@ def _(do, dht, needs_gates, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqle
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, form, output_final_state, backend = inputs
+    *tensors, scale, form, wide, output_final_state, backend = inputs
     ctx.needs_gates = any(x is not None for x in tensors[3:6])
     ctx.save_for_backward(*tensors)
-    ctx.settings = (scale, form, backend)
+    ctx.settings = (scale, form, wide, backend)
     ctx.output_final_state = output_final_state
 
 

@@ -161,19 +161,16 @@ def fused_recurrent_linear_attn(
 def _linear_attn(form, q, k, v, initial_state, normalize, *, scale, output_final_state, cu_seqlens, **options):
     state, z = _parts(initial_state, normalize)
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
-    options = dict(scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, **options)
+    # a quotient of two rounded numbers would have twice the error: both stay wide until they are divided
+    options = dict(scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, wide=normalize, **options)
     o, state = form(q, k, v, initial_state=state, **options)
     if not normalize:
         return o, state
     # the normaliser is the same recurrence with the value 1: its state is a K x 1 column, its output the sum of scores
     z = None if z is None else z.transpose(1, 2).mT
     total, z = form(q, k, v.new_ones(*v.shape[:3], 1), initial_state=z, **options)
-    o = (o.to(_wide(o)) / (total.to(_wide(o)) + EPS)).to(o.dtype)
+    o = (o / (total + EPS)).to(v.dtype)
     return o, (state, z.mT.transpose(1, 2)) if output_final_state else None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _parts(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -48,7 +48,7 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> t
     starts, final_state = _states(problem, chunks)
     scores = _scores(problem, chunks)
     o = chunks.from_start(chunks.q) @ starts + scores.values() @ chunks.v
-    o = (chunks.layout.join(o) * problem.scale).to(problem.v.dtype)
+    o = (chunks.layout.join(o) * problem.scale).to(problem.output_dtype)
     return o, final_state if output_final_state else None
 
 

@@ -16,7 +16,7 @@ from fla.backends.torch.decay.layout import Layout
 
 def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     o, state, _ = _run(problem, dtype)
-    return o.to(problem.v.dtype), state if output_final_state else None
+    return o.to(problem.output_dtype), state if output_final_state else None
 
 
 def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype) -> Gradients:

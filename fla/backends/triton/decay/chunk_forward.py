@@ -143,7 +143,7 @@ def vector_forward_kernel(
 def forward(problem: Problem, kind: int, gate: torch.Tensor | None, output_final_state: bool):
     """`o` `[B, T, H, V]` in v's dtype and the final state float32 `[N, H, K, V]` or None."""
     q, v = problem.q, problem.v
-    o = torch.empty_like(v)
+    o = torch.empty_like(v, dtype=problem.output_dtype)
     ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     N, H, K, V = problem.state_shape
     grid = (triton.cdiv(V, BV.value) * N * H,)

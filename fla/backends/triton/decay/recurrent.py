@@ -140,9 +140,9 @@ def recurrent_backward_kernel(
 
 
 def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | None = None):
-    """`o` in `dtype` (v's by default), and the final state float32 or None."""
+    """`o` in `dtype` (by default what the problem asks for), and the final state float32 or None."""
     q, v = problem.q, problem.v
-    o = torch.empty_like(v, dtype=dtype)
+    o = torch.empty_like(v, dtype=dtype or problem.output_dtype)
     ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     N, H, K, V = problem.state_shape
     recurrent_forward_kernel[(triton.cdiv(V, BV.value) * N * H,)](
