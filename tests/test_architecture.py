@@ -233,7 +233,7 @@ def add(path: Path, text: str, line: str) -> None:
 
 
 def suite(scratch: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", *arguments]
     return subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600)
 
 

@@ -27,7 +27,7 @@ FAMILY = "decay"
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, all tensors contiguous. `form` is "chunk" or "recurrent"; `wide` asks for outputs of float32 or wider."""
+    """One call, all tensors contiguous. `form`: "chunk" or "recurrent"; `wide`: outputs in float32 at least."""
 
     q: Tensor
     k: Tensor

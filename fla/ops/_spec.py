@@ -66,6 +66,7 @@ def check_shapes(
     shapes: dict[str, str],
     *,
     same_dtype: tuple[str, ...] = ("q", "k", "v"),
+    required: tuple[str, ...] = ("q", "k", "v"),
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     **tensors: Tensor | None,
@@ -78,7 +79,7 @@ def check_shapes(
     dims: dict[str, int] = {}
     first = None
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name not in required:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor of shape [{shapes[name]}], got {type(x).__name__}")
@@ -96,6 +97,8 @@ def check_shapes(
         if name in same_dtype and x.dtype != reference.dtype:
             raise TypeError(f"{name} must have the dtype of {first} ({reference.dtype}), got {x.dtype}")
         _check_axes(shapes[name], name, x, dims)
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
     return dims
@@ -121,6 +124,8 @@ def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device} like {name}, got {cu_seqlens.device}")
     if x.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "

@@ -87,7 +87,10 @@ def chunk_gla(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
-    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, initial_state=initial_state)
+    required = ("q", "k", "v", "g")
+    check_shapes(
+        shapes, required=required, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, initial_state=initial_state
+    )
     return decay.chunk(
         q,
         k,

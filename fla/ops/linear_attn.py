@@ -166,11 +166,36 @@ def _linear_attn(form, q, k, v, initial_state, normalize, *, scale, output_final
     o, state = form(q, k, v, initial_state=state, **options)
     if not normalize:
         return o, state
-    # the normaliser is the same recurrence with the value 1: its state is a K x 1 column, its output the sum of scores
-    z = None if z is None else z.transpose(1, 2).mT
-    total, z = form(q, k, v.new_ones(*v.shape[:3], 1), initial_state=z, **options)
-    o = (o / (total + EPS)).to(v.dtype)
-    return o, (state, z.mT.transpose(1, 2)) if output_final_state else None
+    # the normaliser is the same recurrence with the value 1: its state is a K x 1 column, its output a sum of scores.
+    # Two such columns, because the gradient of that sum needs twice the digits of v's dtype: see `_Quotient`.
+    z = None if z is None else z.transpose(1, 2).mT.expand(-1, -1, -1, 2)
+    total, z = form(q, k, v.new_ones(*v.shape[:3], 2), initial_state=z, **options)
+    o = _Quotient.apply(o, total, v.dtype)
+    return o, (state, z[..., :1].mT.transpose(1, 2)) if output_final_state else None
+
+
+class _Quotient(torch.autograd.Function):
+    """`o / (total + EPS)` in `dtype`, for a `total` `[B, T, H, 2]` of two equal columns.
+
+    In dk the gradients of numerator and denominator cancel: `dk = sum (do_v (v - o)) q`. So the numerator's is rounded
+    to `dtype` here, before the denominator's is formed of it, and the denominator's goes back in two parts, one a column.
+    """
+
+    @staticmethod
+    def forward(ctx, o, total, dtype):
+        total = total[..., :1] + EPS
+        o = o / total
+        ctx.save_for_backward(o, total)
+        ctx.dtype = dtype
+        return o.to(dtype)
+
+    @staticmethod
+    def backward(ctx, do):
+        o, total = ctx.saved_tensors
+        d_sum = (do / total).to(ctx.dtype).to(o.dtype)
+        d_total = -(d_sum * o).sum(-1, keepdim=True)
+        high = d_total.to(ctx.dtype).to(o.dtype)
+        return d_sum, torch.cat((high, d_total - high), -1), None
 
 
 def _parts(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -17,7 +17,6 @@ from torch import Tensor
 _LOW_PRECISION_EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # a gate gradient is a difference of large terms: it is given more steps where nothing inside is wider than the result
 GATE_C = {torch.bfloat16: 8.0, torch.float16: 8.0, torch.float64: 8.0}
-DECAYED = math.exp(-16)  # below it a kernel's clamped decays may leak (kernels.md 7.1, 7.2)
 
 
 def relative_rms(actual: Tensor, reference: Tensor) -> float:
@@ -62,7 +61,7 @@ def assert_within_budget(
 
     `actual` must also have the reference's shape, the dtype of `naive_actual` (float32 where float64 is tested), and no
     NaN or infinity. A reference that is zero, or so small that naive's own error is larger (the rest of terms that
-    cancel) or decayed below e^-16 (`DECAYED`), is compared absolutely, as for values of size 1. `dtype` is what was computed in (a float32 state of a
+    cancel), is compared absolutely, as for values of size 1. `dtype` is what was computed in (a float32 state of a
     bfloat16 op has bfloat16's budget), by default that of `actual`; `backend` ("torch", "triton") by default follows
     the device. `gate`: the gradient of a log decay, whose budget is wider (`GATE_C`). `eps` overrides the rounding
     step. Raises AssertionError with the numbers.
@@ -92,7 +91,7 @@ def assert_within_budget(
     size, naive_error = _rms(reference64), _rms(naive_actual, reference64)
     if not math.isfinite(naive_error):
         raise AssertionError(f"{name}: the naive result is not finite, so it gives no budget")
-    size = size if size > max(naive_error, DECAYED) else 1.0
+    size = size if size > naive_error else 1.0
     error, naive_error = _rms(actual, reference64) / size, naive_error / size * ratio
     budget = 2 * naive_error + c * eps
     if not error <= budget:

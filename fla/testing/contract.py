@@ -227,8 +227,9 @@ def compare(case: Case, inputs: Inputs, actual: Result, exact: Result, naive: Re
             if case.dtype != torch.float64 and got[strong].count_nonzero():
                 raise AssertionError(f"{case}: d{name} must be 0 where {name} < {STRONG_GATE}")
             expected, rounded = expected.masked_fill(strong, 0.0), rounded.masked_fill(strong, 0.0)
-            if expected.abs().max() < math.exp(STRONG_GATE):  # it stands beside another gate that is strong everywhere
-                expected, rounded = torch.zeros_like(expected), torch.zeros_like(rounded)
+        if case.gates not in ("ordinary", "weak") and expected.abs().max() < math.exp(STRONG_GATE):
+            # what strong gates leave of it, below e^-16, is nothing: kernels may clamp a step or drop it
+            expected, rounded = torch.zeros_like(expected), torch.zeros_like(rounded)
         within(f"d{name}", got, expected, rounded, name in case.spec.gates)
 
 

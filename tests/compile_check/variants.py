@@ -105,7 +105,7 @@ def _vector(dtype: str, K: int, V: int) -> Iterator[Variant]:
     forward, backward = _types(dtype)
     size, more = {"K": K, "V": V}, {"g": f"*{dtype}", "far": "*i32"}
     span = 8.0 if dtype == "fp16" else 80.0
-    for name, stages, reach in (("vector", 2, span), ("short", 1, None)):
+    for name, stages, reach in (("vector", 1 if dtype == "fp16" else 2, span), ("short", 1, None)):
         wgmma = {"uses_wgmma": True}
         constants = size | {"BK": _decay.padded(K), "RANGE": reach}
         yield Variant(f"{name}-fwd", chunk_forward.vector_forward_kernel, forward | more, constants, **wgmma)

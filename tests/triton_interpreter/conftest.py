@@ -9,8 +9,8 @@ import pytest
 def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            # what a mask throws away may overflow, and NumPy says so; every result is checked to be finite
-            item.add_marker(pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"))
+            # what a mask throws away may be inf or NaN, and NumPy says so; every result is checked to be finite
+            item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -79,8 +79,10 @@ def operand(x, dtype: tl.constexpr):
 @triton.jit
 def dot_split(a, b, dtype: tl.constexpr):
     """`a @ b` for a float32 `b` as high and low halves in `dtype`: both halves together carry twice the digits."""
-    high = b.to(dtype)
-    out = tl.dot(a, high)
-    if dtype != tl.float32:
-        out = tl.dot(a, (b - high.to(tl.float32)).to(dtype), acc=out)
+    if dtype == tl.float32 and INTERPRETED:
+        out = tl.dot(a, b)
+    else:
+        high = operand(b, dtype)
+        out = tl.dot(a, high)
+        out = tl.dot(a, operand(b - high.to(tl.float32), dtype), acc=out)
     return out

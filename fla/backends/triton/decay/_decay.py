@@ -55,7 +55,7 @@ def decayed(b_P, b_G, m_pair, KIND: tl.constexpr, TRANSPOSED: tl.constexpr):
 def vector_decay(b_g, C: tl.constexpr):
     """Of a gate tile `[C, BK]`: `G - m` `[C, BK]`, `m` and the chunk's total `[BK]`, all log2.
 
-    The running sum is a product with a matrix of 0 and +-1: exact for bf16 gates, others enter as high and low
+    The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as high and low
     halves. (A running sum along the token axis is several times slower.)"""
     o_c = tl.arange(0, C)
     first = o_c < C // 2
@@ -63,6 +63,8 @@ def vector_decay(b_g, C: tl.constexpr):
     b_A = (o_c[:, None] >= o_c[None, :]).to(tl.float32) - first[None, :].to(tl.float32)
     if INTERPRETED:
         b_Gm = tl.dot(b_A, b_w)
+    elif b_g.dtype == tl.float16:
+        b_Gm = tl.dot(b_A.to(tl.float16), b_w.to(tl.float16))
     else:
         b_high = b_w.to(tl.bfloat16)
         b_Gm = tl.dot(b_A.to(tl.bfloat16), b_high)

@@ -40,8 +40,8 @@ def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr,
 
 
 class GateTerms:
-    """What a backward kernel leaves for the gate gradient, in one float32 buffer: `change` `[N, H, K]` = rowsum(S_T * dS_T), and
-    `rows` `[B, T, H, width]` (for the vector kind `[B, T, H, 2, K]`)."""
+    """What a backward kernel leaves for the gate gradient, in one float32 buffer: `change` `[N, H, K]`, which is
+    rowsum(S_T * dS_T), and `rows` `[B, T, H, width]` (for the vector kind `[B, T, H, 2, K]`)."""
 
     def __init__(self, problem: Problem, width: int, dht: torch.Tensor | None):
         N, H, K, _ = problem.state_shape

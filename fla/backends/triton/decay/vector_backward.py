@@ -178,6 +178,7 @@ def backward(problem: Problem, kind: int, gate, do, dht, needs_gate: bool):
     grid = (N * H * (2 * triton.cdiv(K, TILE.value) + triton.cdiv(V, TILE.value)),)
     arguments = (q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, terms and terms.buffer)
     arguments = (*arguments, problem.cu_seqlens)
-    run_vector_kernel(vector_backward_kernel, grid, arguments, problem, stages=2, K=K, V=V)
+    stages = 1 if q.dtype == torch.float16 else 2  # in fp16 two spill
+    run_vector_kernel(vector_backward_kernel, grid, arguments, problem, stages=stages, K=K, V=V)
     dg = None if terms is None else close_gate_gradient(problem, gate, terms.rows, terms.change)
     return dq, dk, dv, dg, dh0
