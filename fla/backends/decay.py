@@ -131,6 +131,7 @@ def attention_matrix(q, k, g=None, g_gamma=None, *, scale=None) -> Tensor:
     return scores.tril()
 
 
+DEAD_LOG_DECAY = -16.0  # nats a step: what survives such a decay is below float32's digits
 MIN_LOG_DECAY = -1000.0  # exp(-1000) is 0 in every dtype; finite, so that running sums of -inf gates stay numbers
 
 
@@ -241,7 +242,16 @@ def _backward(
         dht = None if dht is None else dht.contiguous()
         with torch.autocast(q.device.type, enabled=False):
             found = family(FAMILY, backend).backward(problem, do.to(v.dtype).contiguous(), dht, needs_gates)
+    if q.dtype != torch.float64:
+        found = (*found[:3], *(_alive(d, x) for d, x in zip(found[3:6], inputs[3:6], strict=True)), found[6])
     return [q.new_empty(0) if d is None or x is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)]
+
+
+def _alive(gradient: Tensor | None, gate: Tensor | None) -> Tensor | None:
+    """A gate's gradient, 0 where the gate is below -16: there it is rounding noise (its true size is under e^-16)."""
+    if gradient is None or gate is None:
+        return gradient
+    return gradient.masked_fill(gate < DEAD_LOG_DECAY, 0.0)
 
 
 class _Function(torch.autograd.Function):

@@ -178,7 +178,7 @@ class _Quotient(torch.autograd.Function):
     """`o / (total + EPS)` in `dtype`, for a `total` `[B, T, H, 2]` of two equal columns.
 
     In dk the gradients of numerator and denominator cancel: `dk = sum (do_v (v - o)) q`. So the numerator's is rounded
-    to `dtype` here, before the denominator's is formed of it, and the denominator's goes back in two parts, one a column.
+    to `dtype` here, before the denominator's is formed of it, and that one goes back in two parts, one a column.
     """
 
     @staticmethod
