@@ -344,7 +344,18 @@ def retention_decay(num_heads: int, device: torch.device) -> Tensor:
     return _retention_decay(num_heads, device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _retention_decay(num_heads: int, device: torch.device) -> Tensor:
     # kept: a copy from the host on every call costs more than a kernel and cannot be captured in a CUDA graph
-    return torch.tensor([math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)], dtype=torch.float64, device=device)
+    values = [math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)]
+    decays = torch.tensor(values, dtype=torch.float64, device=device)
+    _mild.add(id(decays))  # the cache keeps it, so the id stays its own
+    return decays
+
+
+_mild: set[int] = set()
+
+
+def is_mild(g_gamma: Tensor) -> bool:
+    """Whether these constant decays are known, without looking, to be weak: those that `retention_decay` made."""
+    return id(g_gamma) in _mild

@@ -29,23 +29,26 @@ def sequence(cu_seqlens, i_n, T):
 
 
 @triton.jit
-def load_tile(p, row, m_row, o_d, D: tl.constexpr):
-    """Rows `row` (64 bits) and columns `o_d` of a `[., D]` matrix, zeros outside."""
-    if D // o_d.shape[0] * o_d.shape[0] == D:
-        mask = m_row[:, None]
+def columns_mask(m_row, o_d, D: tl.constexpr):
+    """`m_row` for tiles that lie inside D columns, with the columns after D masked too for others."""
+    if D // o_d.shape[0] * o_d.shape[0] == D:  # (no % here: the interpreter has none)
+        return m_row[:, None]
     else:
-        mask = m_row[:, None] & (o_d < D)[None, :]
-    return tl.load(p + row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+        return m_row[:, None] & (o_d < D)[None, :]
 
 
 @triton.jit
-def store_tile(p, row, m_row, o_d, D: tl.constexpr, x):
-    """The inverse of `load_tile`, in the matrix's dtype."""
-    if D // o_d.shape[0] * o_d.shape[0] == D:
-        mask = m_row[:, None]
-    else:
-        mask = m_row[:, None] & (o_d < D)[None, :]
-    tl.store(p + row[:, None] * D + o_d[None, :], x.to(p.dtype.element_ty), mask=mask)
+def load_rows(p, o_c, m_c, H, o_d, D: tl.constexpr):
+    """Tokens `o_c` of one head of a `[., H, D]` tensor, columns `o_d`, zeros outside. `p` points at the head's token 0:
+    offsets inside a tile fit in 32 bits."""
+    return tl.load(p + o_c[:, None] * (H * D) + o_d[None, :], mask=columns_mask(m_c, o_d, D), other=0.0)
+
+
+@triton.jit
+def store_rows(p, o_c, m_c, H, o_d, D: tl.constexpr, x):
+    """The inverse of `load_rows`, in the tensor's dtype."""
+    x = x.to(p.dtype.element_ty)
+    tl.store(p + o_c[:, None] * (H * D) + o_d[None, :], x, mask=columns_mask(m_c, o_d, D))
 
 
 @triton.jit

@@ -1,109 +1,167 @@
-"""The decays inside a chunk of C tokens: running sums `G`, their last value, and the vector kind's operands.
+"""What the chunk kernels share: decay kinds, where a program's piece of a sequence lies, decays inside a chunk.
 
-Scalar kinds (none, constant, per token): `G` is `[C]`. Vector kind (per key channel): `G` is `[C, BK]`, held relative
-to the chunk's middle `m = G_{C/2}`, so that both `exp(G - m)` and `exp(m - G)` stay in range up to RANGE nats per
-half chunk (kernels.md 1.2). A head that decays faster anywhere is flagged on the way and done again by the same
-kernel with chunks of 16 tokens, where a step clamped at
--10 nats always fits (what the clamp lets through is below 5e-5 of what was there).
+With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a factor
+a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per head and
+token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel (VECTOR), q and k come scaled
+(`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are computed by launches of
+their own: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens), which pass over all other heads.
+
+A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`).
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from fla.backends.decay import Problem
-from fla.backends.triton._lib import INTERPRETED, LOG2E, MIN_LOG_DECAY, log2_decay
+from fla.backends.triton._lib import load_state, log2_decay, sequence
 
 CHUNK = tl.constexpr(64)  # tokens a chunk
-SHORT = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
-TILE = tl.constexpr(64)  # channels of a tile of K or V
-NONE, CONSTANT, SCALAR, VECTOR = (tl.constexpr(i) for i in range(4))  # the decay kinds
+SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
+TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
+NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
+NEAR = tl.constexpr(-120.0 * 1.4426950408889634)  # log2 decay of a chunk up to which its halves fit well in bf16,
+NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # and in fp16, where small numbers lose digits early
 
 
 @triton.jit
-def scalar_decay(g, row, m_t, i_h, count, KIND: tl.constexpr):
-    """`G` `[C]` and its last value for the scalar kinds; `count` tokens are left. Rows after the end repeat the last
-    value."""
+def segment(cu_seqlens, i_n, i_s, T, L):
+    """First token (64 bits) of sequence `i_n`, its length, and the bounds of its segment `i_s` relative to it."""
+    start, length = sequence(cu_seqlens, i_n, T)
+    return start, length, i_s * L, tl.minimum(length, (i_s + 1) * L)
+
+
+@triton.jit
+def is_near(total, DTYPE: tl.constexpr):
+    """Whether rows can be scaled to a chunk's middle, for a chunk (or the strongest of many) of this log2 decay."""
+    return total >= (NEAR_FP16 if DTYPE == tl.float16 else NEAR)
+
+
+@triton.jit
+def is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """Whether a program has nothing to do: its segment lies behind the sequence (a sequence without tokens still has
+    its first one), or its head is another launch's. `prepare.py` marks the heads of SHORT and FAR_SCALAR in front of
+    what it stores."""
+    idle = (t_begin >= length) & (i_s > 0)
+    if (KIND == SCALAR) or (KIND == VECTOR):
+        idle = idle | (tl.load(g + i_state) > 0)
+    elif (KIND == SHORT) or (KIND == FAR_SCALAR):
+        idle = idle | (tl.load(g + i_state) == 0)
+    elif KIND == CONSTANT:
+        idle = idle | (is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE) == 0)
+    elif KIND == FAR_CONSTANT:
+        idle = idle | is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE)
+    return idle
+
+
+@triton.jit
+def head_base(cu_seqlens, start, i_h, T, H):
+    """Where a head's numbers begin in what is stored head by head (`[B, H, T]`; of a pack `[H, T]`)."""
+    if cu_seqlens is None:
+        return start * H + i_h * T
+    else:
+        return start + i_h * T
+
+
+@triton.jit
+def first_slot(cu_seqlens, start, i_n, T, C: tl.constexpr):
+    """Number of the first chunk of a sequence, in a numbering of all chunks that needs no sums over sequences."""
+    if cu_seqlens is None:
+        return i_n * tl.cdiv(T, C)
+    else:
+        return start // C + i_n
+
+
+@triton.jit
+def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
+    """`G` `[C]` and its last value for the chunk at `t` of a kind with a decay per head. Behind the end `G` repeats its
+    last value. Where there is no chunk, both are 0."""
     o_c = tl.arange(0, CHUNK)
-    if KIND == NONE:
+    if (KIND == CONSTANT) or (KIND == FAR_CONSTANT):
+        step = tl.where(is_chunk, log2_decay(tl.load(g + i_h)), 0.0)
+        b_G = step * tl.minimum(o_c + 1, t_end - t).to(tl.float32)
+        total = step * tl.minimum(CHUNK, t_end - t).to(tl.float32)
+    elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
+        b_G = tl.load(g + base + tl.minimum(t + o_c, t_end - 1), mask=(o_c >= 0) & is_chunk, other=0.0)
+        total = tl.load(g + base + tl.minimum(t + CHUNK, t_end) - 1, mask=is_chunk, other=0.0)
+    else:
         b_G = tl.zeros([CHUNK], tl.float32)
         total = 0.0
-    elif KIND == CONSTANT:
-        step = log2_decay(tl.load(g + i_h))
-        b_G = step * tl.minimum(o_c + 1, count).to(tl.float32)
-        total = step * tl.minimum(CHUNK, count).to(tl.float32)
-    else:
-        b_w = log2_decay(tl.load(g + row, mask=m_t, other=0.0))
-        b_G = tl.cumsum(b_w, 0)
-        total = tl.sum(b_w, 0)
     return b_G, total
 
 
 @triton.jit
-def decayed(b_P, b_G, m_pair, KIND: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """`P_ij exp(G_i - G_j)` where `m_pair`, else 0; `[j, i]` when TRANSPOSED."""
-    if KIND != NONE:
-        if TRANSPOSED:
-            b_D = b_G[None, :] - b_G[:, None]
-        else:
-            b_D = b_G[:, None] - b_G[None, :]
-        b_P = b_P * tl.exp2(tl.where(m_pair, b_D, 0.0))
-    return tl.where(m_pair, b_P, 0.0)
+def near_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
+    """`G - m` `[C]` of a chunk and the factor of a state from one end of it to its middle, `exp2(G_C / 2)`."""
+    b_G, total = scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND)
+    return b_G - 0.5 * total, tl.exp2(0.5 * total)
 
 
 @triton.jit
-def vector_decay(b_g, C: tl.constexpr):
-    """Of a gate tile `[C, BK]`: `G - m` `[C, BK]`, `m` and the chunk's total `[BK]`, all log2.
+def marks_size(states):
+    """Floats that the marks of so many heads take in front of the factors: whole 64 bytes, so that those are aligned."""
+    return (states + 15) // 16 * 16
 
-    The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as high and low
-    halves. (A running sum along the token axis is several times slower.)"""
-    o_c = tl.arange(0, C)
-    first = o_c < C // 2
-    b_w = tl.maximum(b_g.to(tl.float32), MIN_LOG_DECAY if C == CHUNK else MIN_LOG_DECAY / 2)
-    b_A = (o_c[:, None] >= o_c[None, :]).to(tl.float32) - first[None, :].to(tl.float32)
-    if INTERPRETED:
-        b_Gm = tl.dot(b_A, b_w)
-    elif b_g.dtype == tl.float16:
-        b_Gm = tl.dot(b_A.to(tl.float16), b_w.to(tl.float16))
+
+@triton.jit
+def factors(p, o_k, is_chunk, K: tl.constexpr):
+    """Of the chunk at `p`, a vector kind's factors of the state: to its middle, and from there to its end. 1 where there
+    is no chunk."""
+    mask = (o_k < K) & is_chunk
+    return tl.load(p + o_k, mask=mask, other=1.0), tl.load(p + K + o_k, mask=mask, other=1.0)
+
+
+@triton.jit
+def scale_rows(x, b_u, KIND: tl.constexpr):
+    """`x` times `exp2(b_u)`, a factor a row, where the kind scales rows on the way."""
+    if (KIND == CONSTANT) or (KIND == SCALAR):
+        return x * tl.exp2(b_u)[:, None]
     else:
-        b_high = b_w.to(tl.bfloat16)
-        b_Gm = tl.dot(b_A.to(tl.bfloat16), b_high)
-        if b_g.dtype != tl.bfloat16:
-            b_Gm = tl.dot(b_A.to(tl.bfloat16), (b_w - b_high.to(tl.float32)).to(tl.bfloat16), acc=b_Gm)
-    b_m = tl.sum(tl.where(first[:, None], b_w, 0.0), 0)
-    return b_Gm * LOG2E, b_m * LOG2E, tl.sum(b_w, 0) * LOG2E
+        return x
 
 
 @triton.jit
-def flag_far(far, i_state, b_m, b_total, RANGE: tl.constexpr):
-    """Note in `far` that a chunk of this state decays by more than RANGE nats on a side of its middle: its results
-    are void."""
-    reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_total - b_m)), 0)
-    if reach > RANGE * LOG2E:
-        tl.store(far + i_state, 1)
+def pair_decay(b_G, m_pair, TRANSPOSED: tl.constexpr):
+    """`exp2(G_i - G_j)` where `m_pair`, else 0; `[j, i]` when TRANSPOSED."""
+    if TRANSPOSED:
+        b_D = b_G[None, :] - b_G[:, None]
+    else:
+        b_D = b_G[:, None] - b_G[None, :]
+    return tl.where(m_pair, tl.exp2(tl.where(m_pair, b_D, 0.0)), 0.0)
 
 
-def kind_of(problem: Problem) -> tuple[int, torch.Tensor | None]:
-    """The decay kind of a chunked problem, and its gate tensor."""
-    if problem.gk is not None:
-        return VECTOR.value, problem.gk
-    if problem.g is not None:
-        return SCALAR.value, problem.g
-    if problem.g_gamma is not None:
-        return CONSTANT.value, problem.g_gamma
-    return NONE.value, None
+@triton.jit
+def state_before(h0, local, i_state, i_s, S, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """The state at the start of segment `i_s` at two broadcastable index tensors: the initial state and what the
+    segments before left, each decayed by those between (`segments.py`)."""
+    b_S = (o_k + o_v).to(tl.float32) * 0.0
+    if h0 is not None:
+        b_S += load_state(h0, i_state, o_k, o_v, K, V)
+    if local is not None:
+        for s in range(0, i_s):
+            b_S = add_segment(b_S, local + (i_state * S + s) * (K * V + K), o_k, o_v, K, V)
+    return b_S
+
+
+@triton.jit
+def state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """The gradient of the state at the end of segment `i_s` of `count`, in units of `scale`: `state_before`, reversed.
+    Its slots lie behind those of all `states`."""
+    b_dS = (o_k + o_v).to(tl.float32) * 0.0
+    if dht is not None:
+        b_dS += load_state(dht, i_state, o_k, o_v, K, V) / scale
+    if local is not None:
+        for s in range(0, count - 1 - i_s):
+            slot = local + ((states + i_state) * S + count - 1 - s) * (K * V + K)
+            b_dS = add_segment(b_dS, slot, o_k, o_v, K, V)
+    return b_dS
+
+
+@triton.jit
+def add_segment(b_S, slot, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """`b_S` decayed by a segment, plus what the segment adds. A slot holds its `[K, V]` sum, then its `[K]` decay."""
+    b_decay = tl.load(slot + K * V + o_k, mask=o_k < K, other=0.0)
+    return b_S * b_decay + load_state(slot, 0, o_k, o_v, K, V)
 
 
 def padded(size: int) -> int:
-    """The tile that holds a head dimension: tiles below 64 are unsafe on Hopper."""
-    return max(64, triton.next_power_of_2(size))
-
-
-def run_vector_kernel(kernel, grid: tuple[int], arguments: tuple, problem: Problem, stages: int, **constants) -> None:
-    """Run a vector kernel on every head, then with short chunks on the heads that it flagged (known to the device
-    alone)."""
-    far = torch.zeros(problem.num_states * problem.q.shape[2], dtype=torch.int32, device=problem.q.device)
-    arguments = (*arguments, far, problem.scale, *problem.q.shape[1:3])
-    span = 8.0 if problem.q.dtype == torch.float16 else 80.0  # nats: fp16 ends at e^11, bf16 and float32 at e^88
-    kernel[grid](*arguments, **constants, RANGE=span, num_warps=4, num_stages=stages)
-    kernel[grid](*arguments, **constants, RANGE=None, num_warps=4, num_stages=1)
+    """The tile that holds a head dimension."""
+    return max(TILE.value, triton.next_power_of_2(size))

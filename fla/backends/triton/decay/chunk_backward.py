@@ -1,19 +1,22 @@
-"""Backward of the scalar decay kinds: two directions, no stored state, one launch in which a program plays one role.
+"""Backward of the chunked kinds: two directions, no stored state; a program plays one role for one tile of one segment.
 
-    dq (forward in time, a tile of K):   dP = tril(dO V^T * Gam)      dQ = scale (dP K + e^G dO S^T)          S as in
-    the forward
-    dk (reverse, a tile of K):           dK = scale (dP^T Q + e^{G_C - G} V dS^T)
-    dv (reverse, a tile of V):           dV = scale (P^T dO + e^{G_C - G} K dS)
-    reverse states:                      dS <- e^{G_C} dS + Q^T (e^G dO)             in units of `scale`; dS at the
-    start is d h0
+Relative to the chunk's middle `m`, as in the forward, with `Qn = e^{G - m} Q`, `Kn = e^{m - G} K`, `dOn = e^{G - m} dO`:
 
-Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand. Roles dq
-and dk hold their state V first, dv K first: what enters a state is then a loaded tile on the left and a scaled one on
-the right.
+    dq (forward in time, a tile of K):   dQ = scale e^{G - m} (tril(dO V^T) Kn + dO (e^m S)^T)      S as in the forward
+    dk (reverse, a tile of K):           dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C - m} dS)^T)
+    dv (reverse, a tile of V):           dV = scale e^{m - G} (triu(K Q^T) dOn + K (e^{G_C - m} dS))
+    reverse states:                      dS <- e^m (e^{G_C - m} dS + Qn^T dO)    in units of `scale`; at the start: d h0
 
-Gate gradient: `dg_t = sum_{s >= t} (q dq - k dk)_s + <S_T, dS_T>`. The row products use the same rounded operands
-that the dots used, and the states enter their dots as high and low halves, else the difference drowns in rounding
-(kernels.md 7.11).
+Per key channel, Qn and Kn come from `prepare.py`, dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS)), and
+`gate_gradient.py` makes dQ and dK of the gradients of Qn and Kn. FAR_* kinds scale the scores by `exp(G_i - G_j)` and
+states by the whole chunk's decay instead.
+
+Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand: what enters
+a state is a loaded tile on the left.
+
+Gate gradient: `dg_t = sum_{s >= t} (q dq - k dk)_s + <S_T, dS_T>`. The row products use the same rounded operands that
+the dots used, and the states enter their dots as high and low halves, else the difference drowns in rounding
+(kernels.md 7.11). `gate_gradient.py` sums the rows.
 """
 
 import torch
@@ -21,153 +24,314 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._lib import dot_split, load_state, load_tile, sequence, store_state, store_tile
-from fla.backends.triton.decay._decay import CHUNK, NONE, TILE, decayed, scalar_decay
-from fla.backends.triton.decay.gate_gradient import GateTerms, close_gate_gradient
+from fla.backends.triton._launch import launch
+from fla.backends.triton._lib import dot_split, load_rows, load_state, operand, store_rows, store_state
+from fla.backends.triton.decay._decay import (
+    CHUNK,
+    FAR_CONSTANT,
+    FAR_SCALAR,
+    NONE,
+    SCALAR,
+    SHORT,
+    SHORT_CHUNK,
+    TILE,
+    VECTOR,
+    factors,
+    first_slot,
+    head_base,
+    is_idle,
+    marks_size,
+    near_decay,
+    padded,
+    scale_rows,
+    segment,
+    state_before,
+    state_gradient_after,
+)
+from fla.backends.triton.decay.far_backward import far_dk, far_dq, far_dv
+from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
+from fla.backends.triton.decay.prepare import Prepared
+from fla.backends.triton.decay.segments import segment_length, segment_states
+from fla.backends.triton.decay.slices import WIDEST_BACKWARD, sum_slices
+
+DQ, DK, DV, GATES = (tl.constexpr(1 << i) for i in range(4))  # roles of a launch; GATES: gate gradients are wanted
 
 
 @triton.jit
 def _dq_role(
-    q, k, v, g, do, h0, dht, dq, rows, change, first, length, scale, i_state, H, i_tile,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+    q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    BV: tl.constexpr = 64 if V <= 64 else 128
-    o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_h = i_state % H
+    o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
-    b_S = tl.zeros([BV, TILE], tl.float32)
-    if h0 is not None:
-        b_S += load_state(h0, i_state, o_k[None, :], o_v[:, None], K, V)
-    for t in range(0, length, CHUNK):
-        m_t = t + o_c < length
-        row = first + (t + o_c) * H.to(tl.int64)
-        b_k = load_tile(k, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V)
-        b_do = load_tile(do, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_state % H, length - t, KIND)
-        b_dP = decayed(tl.dot(b_do, tl.trans(b_v)), b_G, m_pair, KIND, False).to(b_k.dtype)
-        b_dq = tl.dot(b_dP, b_k)
-        if rows is None:
-            b_inter = tl.dot(b_do, b_S.to(b_do.dtype))
+    b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
+    if PREPARED:
+        b_to, b_on = factors(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_S *= b_to[None, :]
+    else:
+        b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
+        b_S *= half
+    for t in range(t_begin, t_end, C):
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
+        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        if change is None:
+            b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
-            b_inter = dot_split(b_do, b_S, b_do.dtype)
-            b_q = load_tile(q, row, m_t, o_k, K)
-            b_qs = (b_q * tl.exp2(b_G)[:, None]).to(b_q.dtype)
-            b_row = tl.sum(b_q * b_dq + b_qs * b_inter, 1) * scale
-            tl.store(rows + row * (2 * tl.cdiv(K, TILE)) + i_tile, b_row, mask=m_t)
-        if KIND != NONE:
-            b_inter *= tl.exp2(b_G)[:, None]
-            b_k = (b_k * tl.exp2(total - b_G)[:, None]).to(b_k.dtype)
-            b_S *= tl.exp2(total)
-        store_tile(dq, row, m_t, o_k, K, (b_dq + b_inter) * scale)
-        b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
-    if rows is not None and dht is not None:
-        # <S_T, dS_T> with the S_T of these rounded operands: with any other the gate gradient's terms do not cancel
-        b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
-        tl.store(change + i_state * K + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
+            b_dq = dot_split(b_do, b_S, DTYPE)
+        if PREPARED:
+            b_to, b_on_next = factors(g + (t // C + 1) * (2 * K * H), o_k, t + C < t_end, K)
+            b_dq = tl.dot(b_P, b_k, acc=b_dq)
+            store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * (b_on * b_to)[None, :]
+            b_on = b_on_next
+        else:
+            if rows is not None:
+                b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
+            b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
+            b_k = scale_rows(b_k, -b_u, KIND).to(DTYPE)
+            b_dq = tl.dot(b_P, b_k, acc=b_dq)
+            store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_u, KIND) * scale)
+            if rows is not None:
+                b_row = tl.sum(scale_rows(b_q, b_u, KIND).to(DTYPE) * b_dq, 1) * scale
+                tl.store(rows + base + t + o_c, b_row, mask=m_c)
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
+            if KIND != NONE:
+                b_S *= half * half_next
+                b_u, half = b_u_next, half_next
+    if change is not None:
+        # <S, dS> with the S of these rounded operands: with any other the gate gradient's terms do not cancel
+        if PREPARED:
+            b_dS = state_gradient_after(
+                dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V
+            )  # fmt: skip
+            tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
+        elif dht is not None:
+            if t_end == length:
+                b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
+                tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
 
 
 @triton.jit
 def _dk_role(
-    q, k, v, g, do, dht, dk, dh0, rows, first, length, scale, i_state, H, i_tile,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+    q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    BV: tl.constexpr = 64 if V <= 64 else 128
-    o_c, o_k, o_v = tl.arange(0, CHUNK), i_tile * TILE + tl.arange(0, TILE), tl.arange(0, BV)
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_h = i_state % H
+    o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
-    b_dS = tl.zeros([BV, TILE], tl.float32)
-    if dht is not None:
-        b_dS += load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V) / scale
-    for i_t in range(0, tl.cdiv(length, CHUNK)):
-        t = (tl.cdiv(length, CHUNK) - 1 - i_t) * CHUNK
-        m_t = t + o_c < length
-        row = first + (t + o_c) * H.to(tl.int64)
-        b_q = load_tile(q, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V)
-        b_do = load_tile(do, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_state % H, length - t, KIND)
-        b_dP = decayed(tl.dot(b_v, tl.trans(b_do)), b_G, m_pair, KIND, True).to(b_q.dtype)
-        b_dk = tl.dot(b_dP, b_q)
-        if rows is None:
-            b_inter = tl.dot(b_v, b_dS.to(b_v.dtype))
+    b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
+    t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
+    if PREPARED:
+        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_dS *= b_on[None, :]
+    else:
+        b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
+        b_dS *= half
+    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+        t = t_last - i * C
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
+        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        if change is None:
+            b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
-            b_inter = dot_split(b_v, b_dS, b_v.dtype)
-            b_k = load_tile(k, row, m_t, o_k, K)
-            b_ks = (b_k * tl.exp2(total - b_G)[:, None]).to(b_k.dtype)
-            b_row = tl.sum(b_k * b_dk + b_ks * b_inter, 1) * scale
-            tl.store(rows + row * (2 * tl.cdiv(K, TILE)) + tl.cdiv(K, TILE) + i_tile, b_row, mask=m_t)
-        if KIND != NONE:
-            b_inter *= tl.exp2(total - b_G)[:, None]
-            b_q = (b_q * tl.exp2(b_G)[:, None]).to(b_q.dtype)
-            b_dS *= tl.exp2(total)
-        store_tile(dk, row, m_t, o_k, K, (b_dk + b_inter) * scale)
-        b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            b_dk = dot_split(b_v, b_dS, DTYPE)
+        if PREPARED:
+            b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_dk = tl.dot(b_P, b_q, acc=b_dk)
+            store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS) * (b_to * b_on)[None, :]
+            b_to = b_to_next
+        else:
+            if rows is not None:
+                b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
+            b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
+            b_q = scale_rows(b_q, b_u, KIND).to(DTYPE)
+            b_dk = tl.dot(b_P, b_q, acc=b_dk)
+            store_rows(dk + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dk, -b_u, KIND) * scale)
+            if rows is not None:
+                b_row = tl.sum(scale_rows(b_k, -b_u, KIND).to(DTYPE) * b_dk, 1) * scale
+                tl.store(rows + base + t + o_c, b_row, mask=m_c)
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            if KIND != NONE:
+                b_dS *= half * half_next
+                b_u, half = b_u_next, half_next
     if dh0 is not None:
-        store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
+        if i_s == 0:
+            store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
 @triton.jit
 def _dv_role(
-    q, k, g, do, dht, dv, first, length, scale, i_state, H, i_tile,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+    q, k, g, do, dht, dv, local, at, scale, H, i_k, i_v,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    BK: tl.constexpr = 64 if K <= 64 else 128
-    o_c, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, BK), i_tile * TILE + tl.arange(0, TILE)
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_h = i_state % H
+    o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
-    b_dS = tl.zeros([BK, TILE], tl.float32)
-    if dht is not None:
-        b_dS += load_state(dht, i_state, o_k[:, None], o_v[None, :], K, V) / scale
-    for i_t in range(0, tl.cdiv(length, CHUNK)):
-        t = (tl.cdiv(length, CHUNK) - 1 - i_t) * CHUNK
-        m_t = t + o_c < length
-        row = first + (t + o_c) * H.to(tl.int64)
-        b_q = load_tile(q, row, m_t, o_k, K)
-        b_k = load_tile(k, row, m_t, o_k, K)
-        b_do = load_tile(do, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_state % H, length - t, KIND)
-        b_P = decayed(tl.dot(b_k, tl.trans(b_q)), b_G, m_pair, KIND, True).to(b_do.dtype)
-        b_dv = tl.dot(b_k, b_dS.to(b_k.dtype))
-        if KIND != NONE:
-            b_dv *= tl.exp2(total - b_G)[:, None]
-        b_dv = tl.dot(b_P, b_do, acc=b_dv)
-        store_tile(dv, row, m_t, o_v, V, b_dv * scale)
-        if KIND != NONE:
-            b_do = (b_do * tl.exp2(b_G)[:, None]).to(b_do.dtype)
-            b_dS *= tl.exp2(total)
-        b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
-
-
-@triton.jit(do_not_specialize=["T", "H"])
-def scalar_backward_kernel(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    NK: tl.constexpr = (K + TILE - 1) // TILE
-    ROLES: tl.constexpr = 2 * NK + (V + TILE - 1) // TILE
-    i_role, i_state = tl.program_id(0) % ROLES, tl.program_id(0).to(tl.int64) // ROLES
-    start, length = sequence(cu_seqlens, i_state // H, T)
-    first = start * H + i_state % H
-    change = rows
-    if rows is not None:
-        rows += tl.num_programs(0).to(tl.int64) // ROLES * K
-    if i_role < NK:
-        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, first, length, scale, i_state, H, i_role, K, V, KIND)
-    elif i_role < 2 * NK:
-        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, first, length, scale, i_state, H, i_role - NK, K, V, KIND)
+    b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
+    t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
+    if PREPARED:
+        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_dS *= b_on[:, None]
     else:
-        _dv_role(q, k, g, do, dht, dv, first, length, scale, i_state, H, i_role - 2 * NK, K, V, KIND)
+        b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
+        b_dS *= half
+    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+        t = t_last - i * C
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
+        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
+        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
+        b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
+        if PREPARED:
+            b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_dv = tl.dot(b_P, b_do, acc=b_dv)
+            store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
+            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS) * (b_to * b_on)[:, None]
+            b_to = b_to_next
+        else:
+            b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
+            b_do = scale_rows(b_do, b_u, KIND).to(DTYPE)
+            b_dv = tl.dot(b_P, b_do, acc=b_dv)
+            store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_u, KIND) * scale)
+            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
+            if KIND != NONE:
+                b_dS *= half * half_next
+                b_u, half = b_u_next, half_next
 
 
-def backward(problem: Problem, kind: int, gate, do, dht, needs_gate: bool):
-    """dq, dk, dv, dg `[B, T, H]` or None, dh0 or None."""
-    q, k, v = problem.q, problem.k, problem.v
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def chunk_backward_kernel(
+    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, scale, T, H, L,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLES: tl.constexpr,
+):  # fmt: skip
+    """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S, K]`.
+    Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk themselves, of
+    Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
+    BK: tl.constexpr = 64 if K <= 64 else 128
+    BV: tl.constexpr = 64 if V <= 64 else 128
+    TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
+    TV: tl.constexpr = (V + TILE - 1) // TILE
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    KEYS: tl.constexpr = TK * NV  # programs of dq, and of dk
+    N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
+    N_DK: tl.constexpr = KEYS if DK & ROLES else 0
+    ALL: tl.constexpr = N_DQ + N_DK + (TV * NK if DV & ROLES else 0)
+    VECTORS: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
+    S = tl.cdiv(T, L)
+    i_role, i_s = tl.program_id(0) % ALL, tl.program_id(0) // ALL % S
+    i_state, states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_idle(g, i_state, i_h, i_s, t_begin, length, q.dtype.element_ty, KIND):
+        return
+    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
+    size_k, size_v = tokens * H * K, tokens * H * V
+    base = head_base(cu_seqlens, start, i_h, T, H)
+    if (KIND == SCALAR) or (KIND == FAR_SCALAR):
+        g += marks_size(states)
+    count = tl.maximum(tl.cdiv(length, L), 1)
+    at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
+    if VECTORS:
+        slot = first_slot(cu_seqlens, start, i_n, T, CHUNK if KIND == VECTOR else SHORT_CHUNK)
+        g += marks_size(states) + (slot * H + i_h) * (2 * K)
+    i_key = i_role % KEYS
+    i_k, i_v = i_key % TK, i_key // TK
+    change = rows if GATES & ROLES else None
+    if GATES & ROLES:
+        change += ((i_v * states + i_state) * S + i_s) * K
+    dq, dv = grads + i_v * size_k, grads
+    dk = dq + NV * size_k
+    if VECTORS:
+        dq = rows + NV * states * S * K + i_v * size_k
+        dk = dq + NV * size_k
+    else:
+        dv += 2 * NV * size_k
+        if rows is not None:
+            rows += NV * states * S * K + i_role * tokens * H
+    if i_role < N_DQ:
+        if FAR:
+            far_dq(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
+        else:
+            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
+    elif i_role < N_DQ + N_DK:
+        if FAR:
+            far_dk(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
+        else:
+            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
+    else:
+        i_value = i_role - N_DQ - N_DK
+        i_slice, i_tile = i_value // TV, i_value % TV
+        dv += i_slice * size_v
+        if FAR:
+            far_dv(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
+        else:
+            _dv_role(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
+
+
+def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs_gate: bool):
+    """dq, dk, dv, the gate's gradient or None, dh0 or None."""
+    v = problem.v
     N, H, K, V = problem.state_shape
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
-    tiles = triton.cdiv(K, TILE.value)
-    terms = GateTerms(problem, 2 * tiles, dht) if needs_gate else None
-    scalar_backward_kernel[(N * H * (2 * tiles + triton.cdiv(V, TILE.value)),)](
-        q, k, v, gate, do, problem.initial_state, dht, dq, dk, dv, dh0, terms and terms.buffer, problem.cu_seqlens,
-        problem.scale, q.shape[1], H, K=K, V=V, KIND=kind, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    dg = None if terms is None else close_gate_gradient(problem, gate, terms.rows, terms.change.sum(-1))
+    T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
+    prepared = Prepared(problem)
+    vector = problem.gk is not None
+    NK, NV = triton.cdiv(K, min(padded(K), WIDEST_BACKWARD)), triton.cdiv(V, min(padded(V), WIDEST_BACKWARD))
+    keys, values = triton.cdiv(K, TILE.value) * NV, triton.cdiv(V, TILE.value) * NK
+    L = segment_length(problem, N * H * (2 * keys + values))
+    S = triton.cdiv(T, L)
+    local = segment_states(problem, prepared, L, do)
+    dh0 = None if problem.initial_state is None else v.new_empty(problem.state_shape, dtype=torch.float32)
+    sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]
+    grads = v.new_empty(sum(sizes), dtype=v.dtype if NK == 1 and (vector or NV == 1) else torch.float32)
+    changes, rows = NV * N * H * S * K, None
+    if vector or needs_gate:
+        rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
+    arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
+    arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
+    roles = DQ.value | DK.value | DV.value | (GATES.value if needs_gate else 0)
+    for kind in prepared.kinds:
+        constants = {"K": K, "V": V, "KIND": kind, "ROLES": roles}
+        launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, 2)
+    dq, dk, dv = grads.split(sizes)
+    dv = _sum(dv, NK, v)
+    if vector:
+        return *finish_vector(problem, prepared, rows, changes, NV, L, needs_gate, dv), dh0
+    dq, dk, dg = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), None
+    if needs_gate:
+        dg = close_gate_gradient(problem, problem.g, rows, dht is not None, 2 * keys, NV, L)
     return dq, dk, dv, dg, dh0
+
+
+def _sum(parts: torch.Tensor, slices: int, like: torch.Tensor) -> torch.Tensor:
+    """The sum of partial gradients, in the dtype and shape of the input."""
+    if slices == 1 and parts.dtype == like.dtype:
+        return parts.view(like.shape)
+    out = torch.empty_like(like)
+    sum_slices(parts.view(slices, *like.shape), out)
+    return out

@@ -1,16 +1,16 @@
-"""Forward of the `decay` family in one pass: a program owns a `[K, BV]` slice of one head's state and walks its chunks.
+"""Forward of the `decay` family in one pass: a program owns a `[BK, BV]` tile of one head's state and walks its chunks.
 
-Scalar kinds, with `G` the running sum of the log decay in the chunk, `G_C` its last value, `Gam_ij = exp(G_i - G_j)`:
+With `G` the running log decay in the chunk, `G_C` its last value, `m` its middle, `Gam_ij = exp(G_i - G_j)`:
 
-    P = tril(Q K^T * Gam)      O = scale (e^G Q S + P V)      S <- e^{G_C} S + K^T (e^{G_C - G} V)
+    P = tril(Q K^T)        Vn = e^{m - G} V    O = scale e^{G - m} (Q (e^m S) + P Vn)   S <- e^{G_C - m} (e^m S + K^T Vn)
+    per key channel (`prepare.py` made Qn, Kn):
+    P = tril(Qn Kn^T)                          O = scale (Qn (e^m S) + P V)             S <- e^{G_C - m} (e^m S + Kn^T V)
+    decays too strong for that (FAR_*):
+    P = tril(Q K^T * Gam)                      O = scale (e^G Q S + P V)                S <- e^{G_C} S + K^T (e^{G_C - G} V)
 
-Vector kind (decay per key channel), everything relative to the chunk's middle `m` (see `_decay.py`), state held V
-first:
+Heads with more than SLICE key channels are computed in slices of K, whose float32 outputs are added in a fixed order.
 
-    Qn = Q e^{G - m}   Kn = K e^{m - G}   P = tril(Qn Kn^T)
-    O = scale (Qn (e^m S) + P V)          S <- e^{G_C - m} (e^m S + Kn^T V)
-
-Axes     B batch, T tokens, H heads, K key, V value, C tokens a chunk, N sequences
+Axes     B batch, T tokens, H heads, K key, V value, C tokens a chunk, N sequences, S segments of L tokens
 Prefixes i_ program index, o_ offsets, m_ mask, b_ values of a block
 """
 
@@ -19,139 +19,131 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._lib import load_state, load_tile, sequence, store_state, store_tile
+from fla.backends.triton._launch import launch
+from fla.backends.triton._lib import load_rows, operand, store_rows, store_state
 from fla.backends.triton.decay._decay import (
     CHUNK,
+    FAR_CONSTANT,
+    FAR_SCALAR,
     NONE,
+    SCALAR,
     SHORT,
+    SHORT_CHUNK,
+    TILE,
     VECTOR,
-    decayed,
-    flag_far,
+    factors,
+    first_slot,
+    head_base,
+    is_idle,
+    marks_size,
+    near_decay,
     padded,
-    run_vector_kernel,
+    pair_decay,
     scalar_decay,
-    vector_decay,
+    scale_rows,
+    segment,
+    state_before,
 )
+from fla.backends.triton.decay.prepare import Prepared
+from fla.backends.triton.decay.segments import segment_length, segment_states
+from fla.backends.triton.decay.slices import WIDEST, sum_slices
 
-BV = tl.constexpr(64)  # value columns a program
 
-
-@triton.jit(do_not_specialize=["T", "H"])
-def scalar_forward_kernel(
-    q,
-    k,
-    v,
-    g,
-    h0,
-    o,
-    ht,
-    cu_seqlens,
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
-    i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
-    start, length = sequence(cu_seqlens, i_n, T)
-    o_c, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def chunk_forward_kernel(
+    q, k, v, g, h0, local, o, ht, cu_seqlens, scale, T, H, L,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    NV: tl.constexpr = (V + TILE - 1) // TILE
+    NK: tl.constexpr = (K + BK - 1) // BK
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
+    S = tl.cdiv(T, L)
+    i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
+    i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
+    states = tl.num_programs(0) // (NV * NK * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE, KIND):
+        return
+    o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] >= o_c[None, :]
+    base = head_base(cu_seqlens, start, i_h, T, H)
+    p_factors = g
+    if PREPARED:
+        p_factors += marks_size(states) + (first_slot(cu_seqlens, start, i_n, T, C) * H + i_h) * (2 * K)
+    elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
+        base += marks_size(states)
+    if NK > 1:  # partial outputs, one tensor a slice
+        o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
 
-    b_S = tl.zeros([BK, BV], tl.float32)
-    if h0 is not None:
-        b_S += load_state(h0, i_state, o_k[:, None], o_v[None, :], K, V)
-    for t in range(0, length, CHUNK):
-        m_t = t + o_c < length
-        row = (start + t + o_c) * H + i_h
-        b_q = load_tile(q, row, m_t, o_k, K)
-        b_k = load_tile(k, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V)
-        b_G, total = scalar_decay(g, row, m_t, i_h, length - t, KIND)
-        b_P = decayed(tl.dot(b_q, tl.trans(b_k)), b_G, m_pair, KIND, False).to(b_v.dtype)
-        b_o = tl.dot(b_q, b_S.to(b_q.dtype))
-        if KIND != NONE:
-            b_o *= tl.exp2(b_G)[:, None]
-        b_o = tl.dot(b_P, b_v, acc=b_o)
-        store_tile(o, row, m_t, o_v, V, b_o * scale)
-        if KIND != NONE:
-            b_v = (b_v * tl.exp2(total - b_G)[:, None]).to(b_v.dtype)
-            b_S *= tl.exp2(total)
-        b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
-    if ht is not None:
-        store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
-
-
-@triton.jit(do_not_specialize=["T", "H"])
-def vector_forward_kernel(
-    q,
-    k,
-    v,
-    g,
-    h0,
-    o,
-    ht,
-    cu_seqlens,
-    far,
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    RANGE: tl.constexpr,
-):
-    C: tl.constexpr = SHORT if RANGE is None else CHUNK
-    # short chunks of fp16 go through the tensor cores as tf32: fp16's digits, but a range that a strong decay fits in
-    OPERAND: tl.constexpr = tl.float32 if RANGE is None and q.dtype.element_ty == tl.float16 else q.dtype.element_ty
-    i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
-    i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
-    if RANGE is None:
-        if tl.load(far + i_state) == 0:
-            return
-    start, length = sequence(cu_seqlens, i_n, T)
-    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_pair = o_c[:, None] >= o_c[None, :]
-
-    b_S = tl.zeros([BV, BK], tl.float32)
-    if h0 is not None:
-        b_S += load_state(h0, i_state, o_k[None, :], o_v[:, None], K, V)
-    for t in range(0, length, C):
-        m_t = t + o_c < length
-        row = (start + t + o_c) * H + i_h
-        b_q = load_tile(q, row, m_t, o_k, K)
-        b_k = load_tile(k, row, m_t, o_k, K)
-        b_v = load_tile(v, row, m_t, o_v, V).to(OPERAND)
-        b_Gm, b_m, b_total = vector_decay(load_tile(g, row, m_t, o_k, K), C)
-        if RANGE is not None:
-            flag_far(far, i_state, b_m, b_total, RANGE)
-        b_qn = (b_q * tl.exp2(b_Gm)).to(OPERAND)
-        b_kn = (b_k * tl.exp2(-b_Gm)).to(OPERAND)
-        b_P = tl.where(m_pair, tl.dot(b_qn, tl.trans(b_kn)), 0.0).to(OPERAND)
-        b_S *= tl.exp2(b_m)[None, :]
-        b_o = tl.dot(b_qn, tl.trans(b_S.to(OPERAND)))
-        b_o = tl.dot(b_P, b_v, acc=b_o)
-        store_tile(o, row, m_t, o_v, V, b_o * scale)
-        b_S = tl.dot(tl.trans(b_v), b_kn, acc=b_S)
-        b_S *= tl.exp2(b_total - b_m)[None, :]
-    if ht is not None:
-        store_state(ht, i_state, o_k[None, :], o_v[:, None], K, V, b_S)
-
-
-def forward(problem: Problem, kind: int, gate: torch.Tensor | None, output_final_state: bool):
-    """`o` `[B, T, H, V]` in v's dtype and the final state float32 `[N, H, K, V]` or None."""
-    q, v = problem.q, problem.v
-    o = torch.empty_like(v, dtype=problem.output_dtype)
-    ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
-    N, H, K, V = problem.state_shape
-    grid = (triton.cdiv(V, BV.value) * N * H,)
-    arguments = (q, problem.k, v, gate, problem.initial_state, o, ht, problem.cu_seqlens)
-    if kind == VECTOR.value:
-        run_vector_kernel(vector_forward_kernel, grid, arguments, problem, stages=1, K=K, V=V, BK=padded(K))
+    b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
+    if PREPARED:
+        b_to, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_S *= b_to[:, None]
+    elif FAR:
+        b_G, total = scalar_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
     else:
-        scalar_forward_kernel[grid](
-            *arguments, problem.scale, q.shape[1], H, K=K, V=V, BK=padded(K), KIND=kind, num_warps=4, num_stages=2
-        )
+        b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
+        b_S *= half
+    for t in range(t_begin, t_end, C):
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
+        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
+        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_P = tl.dot(b_q, tl.trans(b_k))
+        b_o = tl.dot(b_q, operand(b_S, DTYPE))
+        if FAR:
+            b_P = operand(b_P * pair_decay(b_G, m_pair, False), DTYPE)
+            b_o = tl.dot(b_P, b_v, acc=b_o * tl.exp2(b_G)[:, None])
+            store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
+            b_v = (b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE)
+            b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S * tl.exp2(total))
+            b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
+        else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
+            if PREPARED:
+                b_to, b_on_next = factors(p_factors + (t // C + 1) * (2 * K * H), o_k, t + C < t_end, K)
+            elif KIND != NONE:
+                b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
+                b_v = scale_rows(b_v, -b_u, KIND).to(DTYPE)
+            b_o = tl.dot(operand(tl.where(m_pair, b_P, 0.0), DTYPE), b_v, acc=b_o)
+            if not PREPARED:
+                b_o = scale_rows(b_o, b_u, KIND)
+            store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
+            b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
+            if PREPARED:
+                b_S *= (b_on * b_to)[:, None]
+                b_on = b_on_next
+            elif KIND != NONE:
+                b_S *= half * half_next
+                b_u, half = b_u_next, half_next
+    if ht is not None:
+        if t_end == length:
+            store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
+
+
+def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`o` `[B, T, H, V]` in the problem's output dtype and the final state float32 `[N, H, K, V]` or None."""
+    v = problem.v
+    N, H, K, V = problem.state_shape
+    BK = min(padded(K), WIDEST)
+    slices = triton.cdiv(K, BK)
+    tiles = slices * triton.cdiv(V, TILE.value)
+    o = v.new_empty(v.shape, dtype=problem.output_dtype)
+    parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
+    ht = v.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
+    prepared = Prepared(problem)
+    T, L = v.shape[1], segment_length(problem, N * H * tiles)
+    local = segment_states(problem, prepared, L)
+    grid = N * H * triton.cdiv(T, L) * tiles
+    arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
+    arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
+    stages = 3 if grid <= 132 and BK <= 128 else 2
+    for kind in prepared.kinds:
+        launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KIND": kind}, num_stages=stages)
+    if slices > 1:
+        sum_slices(parts, o)
     return o, ht

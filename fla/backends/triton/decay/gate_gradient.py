@@ -1,9 +1,8 @@
-"""The last step of a gate gradient: from rows `r_t` (what the dq role left, minus what the dk role left) to
+"""The last step of the gate gradients, from rows `r_t` (dq's, minus dk's or dv's) that a kernel left:
 
     dg_t = sum_{s >= t} r_s + change          0 where g_t < -16 nats
 
-A program walks a sequence of one head backwards, for one block of channels (scalar kinds: the only one, and `r` is
-the sum of the roles' tiles). The running sum is float64: over long sequences it is a small difference of large terms.
+A program walks a sequence (the vector kind: a segment) of one head backwards.
 """
 
 import torch
@@ -11,13 +10,18 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._lib import DEAD_LOG_DECAY, sequence
+from fla.backends.triton._launch import launch
+from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, load_rows, sequence, store_rows
+from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, segment
+from fla.backends.triton.decay.prepare import Prepared, centred
 
 BT = tl.constexpr(64)
+LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
 
 
 @triton.jit(do_not_specialize=["T", "H"])
-def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr):
+def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr, BD: tl.constexpr):
+    """Per channel: `rows` `[B, T, H, 2, D]`, `change` `[N, H, D]`."""
     i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(D, BD)
     i_n, i_h = i_state // H, i_state % H
     o_d = (tl.program_id(0) % tl.cdiv(D, BD)) * BD + tl.arange(0, BD)
@@ -28,10 +32,8 @@ def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr,
         o_t = length - 1 - i_t * BT - tl.arange(0, BT)  # backwards, so that a plain running sum is the suffix sum
         mask = (o_t >= 0)[:, None] & m_d[None, :]
         row = (start + o_t) * H + i_h
-        b_r = tl.zeros([BT, BD], tl.float32)
-        for i in tl.static_range(TILES):
-            p_row = rows + row[:, None] * (2 * TILES * D) + o_d[None, :]
-            b_r += tl.load(p_row + i * D, mask=mask, other=0.0) - tl.load(p_row + (TILES + i) * D, mask=mask, other=0.0)
+        p_row = rows + row[:, None] * (2 * D) + o_d[None, :]
+        b_r = tl.load(p_row, mask=mask, other=0.0) - tl.load(p_row + D, mask=mask, other=0.0)
         b_dg = (b_sum[None, :] + tl.cumsum(b_r, 0).to(tl.float64)).to(tl.float32)
         b_g = tl.load(g + row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
@@ -39,29 +41,134 @@ def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr,
         b_sum += tl.sum(b_r, 0).to(tl.float64)
 
 
-class GateTerms:
-    """What a backward kernel leaves for the gate gradient, in one float32 buffer: `change` `[N, H, K]`, which is
-    rowsum(S_T * dS_T), and `rows` `[B, T, H, width]` (for the vector kind `[B, T, H, 2, K]`)."""
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def scalar_gate_gradient_kernel(
+    g, rows, dg, cu_seqlens, T, H, L, K: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr, CHANGES: tl.constexpr,
+    HAS_CHANGE: tl.constexpr,
+):  # fmt: skip
+    """Per head: `rows` as `chunk_backward_kernel` leaves them, TERMS of them (the latter half to be subtracted)."""
+    i_state, states = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    i_n, i_h = i_state // H, i_state % H
+    start, length = sequence(cu_seqlens, i_n, T)
+    base = head_base(cu_seqlens, start, i_h, T, H)
+    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
+    S = tl.cdiv(T, L)
+    b_sum = tl.zeros([1], tl.float64)
+    if HAS_CHANGE:
+        o_k = tl.arange(0, BK)
+        i_last = tl.maximum(tl.cdiv(length, L) - 1, 0)
+        for i in tl.static_range(CHANGES):
+            p_change = rows + ((i * states + i_state) * S + i_last) * K + o_k
+            b_change = tl.load(p_change, mask=(o_k < K) & (length > 0), other=0.0).to(tl.float64)
+            b_sum += tl.sum(b_change, 0)
+    rows += (CHANGES * S * K) * states + base
+    for i_t in range(0, tl.cdiv(length, LONG)):
+        o_t = length - 1 - i_t * LONG - tl.arange(0, LONG)
+        mask = o_t >= 0
+        b_r = tl.zeros([LONG], tl.float32)
+        for i in tl.static_range(TERMS):
+            b_term = tl.load(rows + i * tokens * H + o_t, mask=mask, other=0.0)
+            b_r += b_term if i < TERMS // 2 else -b_term
+        b_g = tl.load(g + (start + o_t) * H + i_h, mask=mask, other=0.0).to(tl.float32)
+        b_dg = (b_sum + tl.cumsum(b_r.to(tl.float64), 0)).to(tl.float32)
+        b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
+        tl.store(dg + (start + o_t) * H + i_h, b_dg.to(dg.dtype.element_ty), mask=mask)
+        b_sum += tl.sum(b_r.to(tl.float64), 0)
 
-    def __init__(self, problem: Problem, width: int, dht: torch.Tensor | None):
-        N, H, K, _ = problem.state_shape
-        tokens = problem.q.shape[:3]
-        self.buffer = problem.q.new_empty(N * H * K + tokens.numel() * width, dtype=torch.float32)
-        self.change = self.buffer[: N * H * K].view(N, H, K)
-        self.rows = self.buffer[N * H * K :].view(*tokens, width)
-        if dht is None:
-            self.change.zero_()
+
+@triton.jit
+def _suffix_sums(b_r, b_carry, C: tl.constexpr):
+    """Sums of the rows `b_r` `[C, D]` from each to the last, and `b_carry` (its rows are equal) plus all of them: products
+    with matrices of ones, of high and low halves (a running sum along the token axis is several times slower)."""
+    o_c = tl.arange(0, C)
+    b_U = (o_c[:, None] <= o_c[None, :]).to(tl.float32)
+    if INTERPRETED:
+        return tl.dot(b_U, b_r) + b_carry, tl.sum(b_r, 0)[None, :] + b_carry
+    else:
+        b_high = b_r.to(tl.bfloat16)
+        b_low = (b_r - b_high.to(tl.float32)).to(tl.bfloat16)
+        b_sums = tl.dot(b_U.to(tl.bfloat16), b_low, acc=tl.dot(b_U.to(tl.bfloat16), b_high, acc=b_carry))
+        b_ones = tl.full([C, C], 1.0, tl.bfloat16)
+        return b_sums, tl.dot(b_ones, b_low, acc=tl.dot(b_ones, b_high, acc=b_carry))
 
 
-def close_gate_gradient(problem: Problem, gate: torch.Tensor, rows: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """dg like `gate`, of `rows` `[B, T, H, 2 * TILES]` (scalar) or `[B, T, H, 2, D]` and `change` `[N, H(, D)]`."""
-    scalar = gate.dim() == 3
-    D, tiles = (1, rows.shape[-1] // 2) if scalar else (gate.shape[-1], 1)
-    BD = 1 if scalar else min(64, triton.next_power_of_2(D))
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def finish_vector_kernel(
+    qn, kn, g, factors, rows, dq, dk, dg, cu_seqlens, T, H, L, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
+):
+    """dq, dk and dg of what `chunk_backward_kernel` left for the vector kind, dQn and dKn, a chunk at a time:
+
+    dq = dQn e^{G - m}      dk = dKn e^{m - G}      r = Qn dQn - Kn dKn      the sum restarted at every segment's end
+    """
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    TK: tl.constexpr = (K + TILE - 1) // TILE
+    S = tl.cdiv(T, L)
+    i_k, i_s = tl.program_id(0) % TK, tl.program_id(0) // TK % S
+    i_state, states = tl.program_id(0).to(tl.int64) // (TK * S), tl.num_programs(0) // (TK * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_idle(factors, i_state, i_h, i_s, t_begin, length, qn.dtype.element_ty, KIND):
+        return
+    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)
+    o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
+    b_sum = tl.zeros([C, TILE], tl.float32)
+    if dg is not None:
+        for i in tl.static_range(NV):
+            p_change = rows + ((i * states + i_state) * S + i_s) * K + o_k
+            b_sum += tl.load(p_change, mask=o_k < K, other=0.0)[None, :]
+    rows += NV * states * S * K
+    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=2):
+        t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
+        m_c = t + o_c < t_end
+        row = ((start + t) * H + i_h) * K
+        b_g = load_rows(g + row, o_c, m_c, H, o_k, K)
+        b_Gm, _, _ = centred(b_g, C)
+        b_dq, b_dk = tl.zeros([C, TILE], tl.float32), tl.zeros([C, TILE], tl.float32)
+        for i_v in tl.static_range(NV):
+            b_dq += load_rows(rows + i_v * tokens * H * K + row, o_c, m_c, H, o_k, K)
+            b_dk += load_rows(rows + (NV + i_v) * tokens * H * K + row, o_c, m_c, H, o_k, K)
+        store_rows(dq + row, o_c, m_c, H, o_k, K, b_dq * tl.exp2(b_Gm))
+        store_rows(dk + row, o_c, m_c, H, o_k, K, b_dk * tl.exp2(-b_Gm))
+        if dg is not None:
+            b_r = load_rows(qn + row, o_c, m_c, H, o_k, K) * b_dq - load_rows(kn + row, o_c, m_c, H, o_k, K) * b_dk
+            b_dg, b_sum = _suffix_sums(b_r, b_sum, C)
+            store_rows(dg + row, o_c, m_c, H, o_k, K, tl.where(b_g.to(tl.float32) < DEAD_LOG_DECAY, 0.0, b_dg))
+
+
+def finish_vector(problem: Problem, prepared: Prepared, rows, changes: int, NV: int, L: int, needs_gate: bool, dv):
+    """dq, dk, dv, dg or None of a vector problem, from the buffer `rows` of `chunk_backward_kernel`."""
+    N, H, K, _ = problem.state_shape
+    T = problem.q.shape[1]
+    dq, dk = torch.empty_like(problem.q), torch.empty_like(problem.k)
+    dg = torch.empty_like(problem.gk) if needs_gate else None
+    grid = N * H * triton.cdiv(T, L) * triton.cdiv(K, TILE.value)
+    arguments = (prepared.q, prepared.k, problem.gk, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
+    for kind in prepared.kinds:
+        launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KIND": kind})
+    return dq, dk, dv, dg
+
+
+def close_channel_gradient(
+    problem: Problem, gate: torch.Tensor, rows: torch.Tensor, change: torch.Tensor
+) -> torch.Tensor:
+    """dg like `gate` `[B, T, H, D]`, of `rows` `[B, T, H, 2, D]` and `change` `[N, H, D]`, float32."""
+    D = gate.shape[-1]
+    BD = min(64, triton.next_power_of_2(D))
     N, H = problem.state_shape[:2]
     dg = torch.empty_like(gate)
-    grid = (N * H * triton.cdiv(D, BD),)
-    gate_gradient_kernel[grid](
-        gate, rows, change, dg, problem.cu_seqlens, problem.q.shape[1], H, D=D, BD=BD, TILES=tiles, num_warps=4
+    arguments = (gate, rows, change, dg, problem.cu_seqlens, problem.q.shape[1], H)
+    launch(gate_gradient_kernel, N * H * triton.cdiv(D, BD), arguments, {"D": D, "BD": BD})
+    return dg
+
+
+def close_gate_gradient(
+    problem: Problem, gate: torch.Tensor, rows: torch.Tensor, has_change: bool, terms: int, changes: int, L: int
+) -> torch.Tensor:
+    """dg like `gate` `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
+    N, H, K, _ = problem.state_shape
+    dg = torch.empty_like(gate)
+    constants = {"K": K, "BK": triton.next_power_of_2(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
+    launch(
+        scalar_gate_gradient_kernel, N * H, (gate, rows, dg, problem.cu_seqlens, problem.q.shape[1], H, L), constants
     )
     return dg

@@ -14,7 +14,7 @@ import triton.language as tl
 from fla.backends.decay import Gradients, Problem
 from fla.backends.triton._lib import LOG2E, load_state, sequence, store_state
 from fla.backends.triton.decay._decay import padded
-from fla.backends.triton.decay.gate_gradient import close_gate_gradient
+from fla.backends.triton.decay.gate_gradient import close_channel_gradient
 
 BV = tl.constexpr(16)  # value columns a program, forward
 TILE = tl.constexpr(16)  # channels of K or V a program, backward
@@ -212,4 +212,4 @@ def _suffix_sums(problem: Problem, gate, plus, minus, change):
     if change is None:
         N, H = problem.state_shape[:2]
         change = plus.new_zeros(N, H, gate.shape[-1])
-    return close_gate_gradient(problem, gate, torch.stack((plus, minus), 3), change.contiguous())
+    return close_channel_gradient(problem, gate, torch.stack((plus, minus), 3), change.contiguous())

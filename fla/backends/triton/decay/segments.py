@@ -1,0 +1,131 @@
+"""Sequences cut into segments, where heads alone do not fill the GPU: each segment is walked by a program of its own.
+
+A first launch computes what every segment adds to a state, as if the state before it were zero, and how the segment
+decays what came before. A program of the main launch then begins at its segment's start with
+
+    S = decay_{s-1} (... (decay_0 h0 + local_0) ...) + local_{s-1}
+
+and in the reverse direction likewise with the gradients of the states, in units of `scale`. The number of segments
+follows from shapes alone, and the sums have a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fla.backends.decay import Problem
+from fla.backends.triton._launch import launch
+from fla.backends.triton._lib import load_rows
+from fla.backends.triton.decay._decay import (
+    CHUNK,
+    CONSTANT,
+    FAR_SCALAR,
+    SCALAR,
+    SHORT,
+    SHORT_CHUNK,
+    TILE,
+    VECTOR,
+    factors,
+    first_slot,
+    head_base,
+    is_idle,
+    marks_size,
+    near_decay,
+    scalar_decay,
+    scale_rows,
+    segment,
+)
+from fla.backends.triton.decay.prepare import Prepared
+
+BK = tl.constexpr(128)
+SHORTEST = 8  # chunks a segment has at least
+FULL = 200  # programs that fill the GPU: cutting costs a second read of half the inputs
+
+
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def segment_states_kernel(
+    x, y, g, local, cu_seqlens, T, H, L, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, REVERSE: tl.constexpr
+):
+    """`local` `[N H, S]` slots of a `[K, V]` sum and a `[K]` decay. `x`, `y`: k, v; for REVERSE q, do."""
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    NV: tl.constexpr = (V + TILE - 1) // TILE
+    NK: tl.constexpr = (K + BK - 1) // BK
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    S = tl.cdiv(T, L)
+    i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
+    i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE, KIND):
+        return
+    if REVERSE:  # nothing reads what the first segment, or the last, would leave
+        if i_s == 0:
+            return
+    else:
+        if t_end == length:
+            return
+    o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
+    states = tl.num_programs(0) // (NV * NK * S)
+    base = head_base(cu_seqlens, start, i_h, T, H)
+    if (KIND == SCALAR) or (KIND == FAR_SCALAR):
+        base += marks_size(states)
+    slot = first_slot(cu_seqlens, start, i_n, T, C)
+    b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
+    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+        t = t_begin + i * C
+        if REVERSE:
+            t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_x = load_rows(x + row * K, o_c, m_c, H, o_k, K)
+        b_y = load_rows(y + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        if (KIND == VECTOR) or (KIND == SHORT):
+            p = g + marks_size(states) + ((slot + t // C) * H + i_h) * (2 * K)
+            b_to, b_on = factors(p, o_k, True, K)
+            b_decay *= b_to * b_on
+            b_S *= (b_on if REVERSE else b_to)[None, :]
+            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
+            b_S *= (b_to if REVERSE else b_on)[None, :]
+        elif (KIND == CONSTANT) or (KIND == SCALAR):
+            b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
+            b_x = scale_rows(b_x, b_u if REVERSE else -b_u, KIND).to(DTYPE)
+            b_decay *= half * half
+            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S * half) * half
+        else:
+            b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
+            b_x = (b_x * tl.exp2(b_G if REVERSE else total - b_G)[:, None]).to(DTYPE)
+            b_decay *= tl.exp2(total)
+            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S * tl.exp2(total))
+    p = local + (i_state * S + i_s) * (K * V + K)
+    tl.store(p + o_k[None, :] * V + o_v[:, None], b_S, mask=(o_k < K)[None, :] & (o_v < V)[:, None])
+    tl.store(p + K * V + o_k, b_decay, mask=o_k < K)  # every value tile writes the same
+
+
+def segment_length(problem: Problem, programs: int) -> int:
+    """Tokens a segment, for `programs` of a launch without segments. At least T: no segments."""
+    T = problem.q.shape[1]
+    pieces = 1
+    while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
+        pieces *= 2
+    return triton.cdiv(triton.cdiv(T, pieces), CHUNK.value) * CHUNK.value
+
+
+def segment_states(problem: Problem, prepared: Prepared, L: int, do: torch.Tensor | None = None) -> torch.Tensor | None:
+    """What every segment adds to the states and, where `do` is given, behind that what it adds to their gradients.
+    None where there is one segment."""
+    N, H, K, V = problem.state_shape
+    T = problem.q.shape[1]
+    S = triton.cdiv(T, L)
+    if S == 1:
+        return None
+    size = N * H * S * (K * V + K)
+    local = problem.q.new_empty(size if do is None else 2 * size, dtype=torch.float32)
+    grid = N * H * S * triton.cdiv(K, BK.value) * triton.cdiv(V, TILE.value)
+    for kind in prepared.kinds:
+        constants = {"K": K, "V": V, "KIND": kind, "REVERSE": False}
+        rest = (problem.cu_seqlens, T, H, L)
+        launch(segment_states_kernel, grid, (prepared.k, problem.v, prepared.gate, local, *rest), constants, 4, 3)
+        if do is not None:
+            constants["REVERSE"] = True
+            launch(segment_states_kernel, grid, (prepared.q, do, prepared.gate, local[size:], *rest), constants, 4, 3)
+    return local
