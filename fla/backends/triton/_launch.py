@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
 MIXED = object()  # stands for the device of tensors on several ones
 
+_data_ptr, _get_device = Tensor.data_ptr, Tensor.get_device  # unbound: a fifth faster to call
 _launchers: dict[tuple, "Launcher"] = {}
 _watched = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel  # where hooks are set
 
@@ -67,11 +68,11 @@ class Launcher:
         for x in args:
             kind = x.__class__
             if kind is Tensor or kind is Parameter:
-                pointer = x.data_ptr()
+                pointer = _data_ptr(x)
                 bits |= pointer
                 values.append(pointer)
                 key.append(x.dtype)
-                index = x.get_device()
+                index = _get_device(x)
                 if index != device:
                     device = index if device is None else MIXED
             else:
