@@ -3,6 +3,7 @@
 Triton itself runs up to the driver: it compiles for sm_90 and arranges the arguments, without a GPU.
 """
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -53,6 +54,7 @@ class Machine:
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (object(), 1000 + device, 32, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 232448},
+            unload_module=lambda module: None,
         )
 
     def get_current_target(self):
@@ -86,8 +88,10 @@ def machine(monkeypatch):
     for kernel in (scaled_add_kernel, value_kernel, *decay_kernels()):
         kernel.device_caches.clear()
     yield made
+    _launch._launchers.clear()
     for kernel in (scaled_add_kernel, value_kernel, *decay_kernels()):
         kernel.device_caches.clear()
+    gc.collect()  # compiled kernels unload themselves from the driver
     driver.set_active(before)
 
 
@@ -113,8 +117,8 @@ def decay_kernels() -> list[JITFunction]:
 
 
 def arguments(**changes) -> tuple:
-    given = dict(x=torch.ones(64), y=torch.ones(64), out=torch.ones(64), scale=0.5, n=64, step=1) | changes
-    return tuple(given.values())
+    given = {"x": torch.ones(64), "y": torch.ones(64), "out": torch.ones(64), "scale": 0.5, "n": 64, "step": 1}
+    return tuple((given | changes).values())
 
 
 def plain(launched: tuple) -> tuple:
@@ -283,9 +287,9 @@ def test_kernels_of_another_kind_are_called_as_ever(machine):
 
 def test_a_compiled_kernel_of_another_make_is_called_as_ever(machine, slow, monkeypatch):
     """An AMD kernel, and one of a Triton that is not known to us: without the parts that a launch needs."""
-    known = dict(run=None, function=1, packed_metadata=(), metadata=SimpleNamespace(target=machine.target))
-    amd = SimpleNamespace(target=GPUTarget("hip", "gfx942", 64))
-    for made in (SimpleNamespace(**known), SimpleNamespace(**known | {"metadata": amd, "run": print}), None):
+    cuda, amd = (SimpleNamespace(target=target) for target in (machine.target, GPUTarget("hip", "gfx942", 64)))
+    unknown = SimpleNamespace(metadata=cuda, run=None, function=1, packed_metadata=())
+    for made in (unknown, SimpleNamespace(metadata=amd, run=print, function=1, packed_metadata=()), None):
         monkeypatch.setattr(JITFunction, "run", lambda self, *args, made=made, **kwargs: slow.append(self) or made)
         for _ in range(2):
             launch(scaled_add_kernel, 1, arguments(), SIZE)

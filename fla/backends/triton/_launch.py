@@ -104,8 +104,10 @@ class Launcher:
 
     def _shortcut(self, made: Any, args: tuple) -> Compiled | None:
         target = getattr(getattr(made, "metadata", None), "target", None)
-        parts = tuple(getattr(made, name, None) for name in ("run", "function", "packed_metadata"))
-        if not isinstance(self._kernel, JITFunction) or getattr(target, "backend", None) != "cuda" or None in parts:
+        run, function, metadata = (getattr(made, name, None) for name in ("run", "function", "packed_metadata"))
+        if not isinstance(self._kernel, JITFunction) or getattr(target, "backend", None) != "cuda":
+            return None
+        if run is None or function is None or metadata is None:
             return None
         for x, parameter in zip(args, self._kernel.params, strict=False):
             if not (x is None or isinstance(x, (Tensor, float)) or (type(x) is int and parameter.do_not_specialize)):
@@ -116,7 +118,7 @@ class Launcher:
         current_device = active.get_current_device
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
-        return Compiled(*parts, current_device, active.get_current_stream, tail, made)
+        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, made)
 
 
 def _is_watched(kernel) -> bool:
