@@ -133,6 +133,10 @@ def test_gradients_have_the_dtypes_of_their_inputs(idle, monkeypatch):
     o, _ = chunk_simple_gla(x.q, x.k, x.v, x.g, initial_state=state)
     given = (x.q, x.k, x.v, x.g, state)
     assert [d.dtype for d in torch.autograd.grad(o.sum(), given)] == [y.dtype for y in given]
+    tensors = (x.q, x.k, x.v, x.g, None, None, None, state, None)
+    found = decay._backward(torch.ones_like(o), None, True, *tensors, 0.5, "chunk", False, "torch")
+    empty = found.pop(4), found.pop(4)  # an operator's None
+    assert [d.dtype for d in found] == [y.dtype for y in given] and not any(d.numel() for d in empty)
 
 
 def test_strided_inputs_reach_a_backend_contiguous(idle):
@@ -201,11 +205,14 @@ def random_call(draw: random.Random) -> tuple:
         x = torch.zeros(2, 2) if not isinstance(x, torch.Tensor) or x.dim() == 0 else x
         wrong = (
             x.double(), x.long(), None, [1.0], x.to("meta"), x[0], x[None], x.narrow(0, 0, 1),
-            x.transpose(0, -1), torch.cat((x, x), -1), x.expand(2, *x.shape)[1], torch.cat((x, x), 0),
+            x.transpose(0, -1), torch.cat((x, x), -1), x.clone(), torch.cat((x, x), 0),
+            torch.cat((x, x), min(1, x.dim() - 1)),
         )  # fmt: skip
         tensors[name] = draw.choice(wrong)
         scale = draw.choice((scale, scale, float("nan"), "1"))
         bounds = draw.choice((bounds, bounds, torch.tensor([0.0, 3.0]), torch.tensor([0, 3])))
+    if draw.random() < 0.05:
+        tensors = {name: x.long() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
     return shapes, ("q", "k", "v"), ("q", "k", "v"), bounds, scale, tensors
 
 

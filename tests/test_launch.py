@@ -49,6 +49,7 @@ class Machine:
 
     def __init__(self):
         self.launches: list[tuple] = []
+        self.launched_on: list[int] = []
         self.device, self.tensors_on, self.streams = 0, 0, {0: 70, 1: 71}
         self.target = GPUTarget("cuda", 90, 32)
         self.utils = SimpleNamespace(
@@ -67,7 +68,11 @@ class Machine:
         return self.streams[device]
 
     def launcher_cls(self, src, metadata):
-        return lambda *arguments: self.launches.append(arguments)
+        return self.run
+
+    def run(self, *arguments):
+        self.launches.append(arguments)
+        self.launched_on.append(self.device)
 
     @contextmanager
     def of(self, device: int):
@@ -220,6 +225,7 @@ def test_devices(machine, slow):
     with machine.of(1):
         launch(scaled_add_kernel, 1, arguments(), SIZE)
     assert len(slow) == 2
+    assert machine.launched_on == [0, 1, 1, 0]
     assert [launched[3:5] for launched in machine.launches] == [(70, 1000), (71, 1001), (71, 1001), (70, 1000)]
 
 
@@ -313,7 +319,7 @@ def test_the_family_s_kernels_are_launched_directly(machine, slow, monkeypatch, 
             metadata=SimpleNamespace(target=machine.target),
             function=5,
             packed_metadata=(4, 1, 0),
-            run=lambda *launched: machine.launches.append(launched),
+            run=machine.run,
             launch_metadata=lambda *_: None,
         )
         self.device_caches[device][0][key] = made
