@@ -19,15 +19,21 @@ from torch.compiler import is_compiling
 
 BACKENDS = ("triton", "torch")
 logger = logging.getLogger("fla")
-_chosen = threading.local()
 _modules: dict[tuple[str, str], ModuleType] = {}
 _announced: set[tuple[str, str]] = set()
+
+
+class _Chosen(threading.local):
+    backend: str | None = None  # what every thread starts with; an attribute that is missing is slow to ask for
+
+
+_chosen = _Chosen()
 
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
     """Take `backend` ("triton", "torch" or None for the default) for every op in the block that names none itself."""
-    before = getattr(_chosen, "backend", None)
+    before = _chosen.backend
     _chosen.backend = _check(backend, "use_backend")
     try:
         yield
@@ -38,9 +44,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
 def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
     """The backend that computes family `name` for `tensor`. Raises ValueError when the named one cannot."""
     named = _check(backend, "backend")
-    preferred = (
-        named or getattr(_chosen, "backend", None) or _check(os.environ.get("FLA_BACKEND") or None, "FLA_BACKEND")
-    )
+    preferred = named or _chosen.backend or _from_environment()
     if preferred == "triton" and not tensor.is_cuda and not interpreting():
         raise ValueError(
             f"backend='triton' needs GPU tensors, got a tensor on {tensor.device}; use backend='torch', "
@@ -72,6 +76,17 @@ def family(name: str, backend: str, op: str | None = None) -> ModuleType:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+# `os.environ.get` of a variable that is not set raises and catches inside: microseconds of every call
+_variables = getattr(os.environ, "_data", {})
+_FLA_BACKEND = os.environ.encodekey("FLA_BACKEND")
+
+
+def _from_environment() -> str | None:
+    if _variables and _FLA_BACKEND not in _variables and not is_compiling():
+        return None
+    return _check(os.environ.get("FLA_BACKEND") or None, "FLA_BACKEND")
 
 
 def _check(backend: str | None, argument: str) -> str | None:

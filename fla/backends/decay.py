@@ -14,7 +14,7 @@ module `fla.backends.<backend>.decay` computes `forward(problem, output_final_st
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from fla.varlen import check_cu_seqlens
 FAMILY = "decay"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: that makes it three times as slow to build
 class Problem:
     """One call, all tensors contiguous. `form`: "chunk" or "recurrent"; `wide`: outputs in float32 at least."""
 
@@ -48,7 +48,8 @@ class Problem:
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
-        return (self.num_states, self.q.shape[2], self.q.shape[3], self.v.shape[3])
+        B, _, H, K = self.q.shape
+        return (B if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1, H, K, self.v.shape[3])
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -60,6 +61,8 @@ class Problem:
 
 
 class Gradients(NamedTuple):
+    """Of the inputs, in any dtypes. `final`: a gate's gradient is 0 already where the gate is below -16."""
+
     q: Tensor
     k: Tensor
     v: Tensor
@@ -67,31 +70,83 @@ class Gradients(NamedTuple):
     gk: Tensor | None
     gv: Tensor | None
     initial_state: Tensor | None
+    final: bool = False
 
 
 def chunk(
-    q, k, v, *, scale=None, output_final_state=False, backend=None, op=None, **options
+    q,
+    k,
+    v,
+    *,
+    g=None,
+    gk=None,
+    g_gamma=None,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    state_v_first=False,
+    cu_seqlens=None,
+    wide=False,
+    backend=None,
+    op=None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Parallel over chunks of tokens: training and prefill.
-
-    Options: `g`, `gk`, `g_gamma`, `initial_state`, `state_v_first` (states are `[N, H, V, K]`), `cu_seqlens`, `wide`.
-    """
-    return _call("chunk", q, k, v, scale, output_final_state, backend, op, **options)
+    """Parallel over chunks of tokens: training and prefill. `state_v_first`: states are `[N, H, V, K]`."""
+    decays = (g, gk, None, g_gamma)
+    return _call(
+        "chunk", q, k, v, decays, scale, initial_state, output_final_state, state_v_first, cu_seqlens, wide, backend, op
+    )
 
 
 def recurrent(
-    q, k, v, *, scale=None, output_final_state=False, reverse=False, backend=None, op=None, **options
+    q,
+    k,
+    v,
+    *,
+    g=None,
+    gk=None,
+    gv=None,
+    g_gamma=None,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    reverse=False,
+    state_v_first=False,
+    cu_seqlens=None,
+    wide=False,
+    backend=None,
+    op=None,
 ) -> tuple[Tensor, Tensor | None]:
     """Token by token: decoding and short inputs.
 
     Options as in `chunk`, and `gv`; `reverse` runs from the last token to the first.
     """
+    packed = cu_seqlens is not None
     if reverse:
-        q, k, v, options = _flip(q, k, v, options)
-    o, state = _call("recurrent", q, k, v, scale, output_final_state, backend, op, **options)
+        # the problem backwards in time: a packed row is read from its end, so its sequences change places too
+        q, k, v = q.flip(1), k.flip(1), v.flip(1)
+        g, gk, gv = (None if x is None else x.flip(1) for x in (g, gk, gv))
+        if packed:
+            cu_seqlens = q.shape[1] - cu_seqlens.flip(0)
+            initial_state = None if initial_state is None else initial_state.flip(0)
+    decays = (g, gk, gv, g_gamma)
+    o, state = _call(
+        "recurrent",
+        q,
+        k,
+        v,
+        decays,
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        cu_seqlens,
+        wide,
+        backend,
+        op,
+    )
     if reverse:
         o = o.flip(1)
-        state = state if state is None or options.get("cu_seqlens") is None else state.flip(0)
+        state = state.flip(0) if packed and state is not None else state
     return o, state
 
 
@@ -105,16 +160,6 @@ def parallel(
         )
     o, _ = chunk(q, k, v, g=g, g_gamma=g_gamma, scale=scale, cu_seqlens=cu_seqlens, backend=backend, op=op)
     return o, attention_matrix(q, k, g, g_gamma, scale=scale) if output_attentions else None
-
-
-def _flip(q, k, v, options):
-    """The problem backwards in time: a packed row is read from its end, so its sequences change places too."""
-    options = {name: x.flip(1) if x is not None and name in ("g", "gk", "gv") else x for name, x in options.items()}
-    cu_seqlens, state = options.get("cu_seqlens"), options.get("initial_state")
-    if cu_seqlens is not None:
-        options["cu_seqlens"] = q.shape[1] - cu_seqlens.flip(0)
-        options["initial_state"] = None if state is None else state.flip(0)
-    return q.flip(1), k.flip(1), v.flip(1), options
 
 
 @torch.no_grad()
@@ -135,48 +180,157 @@ DEAD_LOG_DECAY = -16.0  # nats a step: what survives such a decay is below float
 MIN_LOG_DECAY = -1000.0  # exp(-1000) is 0 in every dtype; finite, so that running sums of -inf gates stay numbers
 
 
-def _call(
-    form,
-    q,
-    k,
-    v,
-    scale,
-    output_final_state,
-    backend,
-    op,
-    g=None,
-    gk=None,
-    gv=None,
-    g_gamma=None,
-    initial_state=None,
-    state_v_first=False,
-    cu_seqlens=None,
-    wide=False,
-):
-    if state_v_first and initial_state is not None:
-        initial_state = initial_state.mT
+def _call(form, q, k, v, decays, scale, state, output_final_state, state_v_first, cu_seqlens, wide, backend, op):
+    g, gk, gv, g_gamma = decays
+    if state_v_first and state is not None:
+        state = state.mT
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = resolve(FAMILY, q, backend)
     if g_gamma is not None and g_gamma.requires_grad:
         # one number a head, summed over all tokens: its terms need more digits than 16 bits
         g, g_gamma = g_gamma.to(torch.promote_types(g_gamma.dtype, torch.float32)).expand(q.shape[:3]), None
-    tensors = (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens)
     if torch.compiler.is_compiling():
+        tensors = (q, k, v, g, gk, gv, g_gamma, state, cu_seqlens)
         o, state = _operator(*tensors, scale, form, wide, output_final_state, backend)
     else:
-        family(FAMILY, backend, op)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            o, state = _Function.apply(*tensors, scale, form, wide, output_final_state, backend)
+        module = family(FAMILY, backend, op)
+        if torch.is_grad_enabled() and _needs_gradient(q, k, v, g, gk, gv, state):
+            settings = (scale, form, wide, module)
+            o, state = _Function.apply(q, k, v, g, gk, gv, state, g_gamma, cu_seqlens, settings, output_final_state)
         else:
-            o, state = _forward(*tensors, scale, form, wide, output_final_state, backend)
+            problem = _problem(q, k, v, g, gk, gv, g_gamma, state, cu_seqlens, scale, form, wide)
+            o, state = _run(problem, output_final_state, module)
     if not output_final_state:
         return o, None
     return o, state.mT if state_v_first else state
 
 
-def _problem(*args: Any) -> Problem:
-    made: Any = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
-    return Problem(*made)
+def _needs_gradient(q, k, v, g, gk, gv, state) -> bool:
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return any(x is not None and x.requires_grad for x in (g, gk, gv, state))
+
+
+def _problem(q, k, v, g, gk, gv, g_gamma, state, cu_seqlens, scale, form, wide) -> Problem:
+    return Problem(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        None if g is None else g.contiguous(),
+        None if gk is None else gk.contiguous(),
+        None if gv is None else gv.contiguous(),
+        None if g_gamma is None else g_gamma.contiguous(),
+        None if state is None else state.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        scale,
+        form,
+        wide,
+    )
+
+
+def _run(problem: Problem, output_final_state: bool, module) -> tuple[Tensor, Tensor | None]:
+    """The backend's forward."""
+    q, v = problem.q, problem.v
+    if problem.cu_seqlens is not None:
+        check_cu_seqlens(problem.cu_seqlens, q.shape[1])
+    if q.numel() == 0 or v.numel() == 0:
+        return v.new_zeros(v.shape, dtype=problem.output_dtype), _idle_state(problem) if output_final_state else None
+    if _autocasts(q):
+        with torch.autocast(q.device.type, enabled=False):  # the kernels choose their precision themselves
+            return module.forward(problem, output_final_state)
+    return module.forward(problem, output_final_state)
+
+
+def _autocasts(x: Tensor) -> bool:
+    # asked first, for the context costs more than the rest of a call
+    return torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
+
+
+def _idle_state(problem: Problem) -> Tensor:
+    """The final state of a call without tokens: the initial one."""
+    state = problem.q.new_zeros(problem.state_shape, dtype=problem.state_dtype)
+    return state if problem.initial_state is None else state + problem.initial_state
+
+
+def _gradients(
+    problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, module
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, g, gk, gv, initial_state in their dtypes."""
+    q, v, state = problem.q, problem.v, problem.initial_state
+    if q.numel() == 0 or v.numel() == 0:
+        inputs = (q, problem.k, v, problem.g, problem.gk, problem.gv, None if dht is not None else state)
+        *found, dh0 = (None if x is None else torch.zeros_like(x) for x in inputs)
+        return (*found, dh0 if dht is None or state is None else dht.to(state.dtype))
+    do = do.contiguous() if do.dtype == v.dtype else do.to(v.dtype).contiguous()
+    dht = None if dht is None else dht.contiguous()
+    if _autocasts(q):
+        with torch.autocast(q.device.type, enabled=False):
+            found = module.backward(problem, do, dht, needs_gates)
+    else:
+        found = module.backward(problem, do, dht, needs_gates)
+    dq, dk, dv, dg, dgk, dgv, dh0, final = found
+    dead = not final and q.dtype != torch.float64
+    return (
+        _as(dq, q),
+        _as(dk, problem.k),
+        _as(dv, v),
+        _gate_gradient(dg, problem.g, dead),
+        _gate_gradient(dgk, problem.gk, dead),
+        _gate_gradient(dgv, problem.gv, dead),
+        None if dh0 is None or state is None else _as(dh0, state),
+    )
+
+
+def _as(gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient if gradient.dtype == x.dtype else gradient.to(x.dtype)
+
+
+def _gate_gradient(gradient: Tensor | None, gate: Tensor | None, dead: bool) -> Tensor | None:
+    """In the gate's dtype, and if `dead` 0 where the gate is below -16: there it is rounding noise (its true size is
+    under e^-16)."""
+    if gradient is None or gate is None:
+        return None
+    return _as(gradient.masked_fill(gate < DEAD_LOG_DECAY, 0.0) if dead else gradient, gate)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, gk, gv, state, g_gamma, cu_seqlens, settings, output_final_state):
+        scale, form, wide, module = settings
+        problem = _problem(q, k, v, g, gk, gv, g_gamma, state, cu_seqlens, scale, form, wide)
+        ctx.save_for_backward(
+            problem.q,
+            problem.k,
+            problem.v,
+            problem.g,
+            problem.gk,
+            problem.gv,
+            problem.g_gamma,
+            problem.initial_state,
+            problem.cu_seqlens,
+        )
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return _run(problem, output_final_state, module)
+
+    @staticmethod
+    def backward(ctx, do, dht):
+        if torch.is_grad_enabled():
+            return _differentiated_twice(ctx, do, dht)
+        return _input_gradients(ctx, do, dht)
+
+
+def _input_gradients(ctx, do, dht):
+    tensors = ctx.saved_tensors
+    scale, form, wide, module = ctx.settings
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    needs = ctx.needs_input_grad
+    found = _gradients(Problem(*tensors, scale, form, wide), do, dht, needs[3] or needs[4] or needs[5], module)
+    return (*found, None, None, None, None)
+
+
+# Apart, because its wrapping costs 4 us a call and matters only when the gradient itself is to be differentiated.
+_differentiated_twice = torch.autograd.function.once_differentiable(_input_gradients)
 
 
 def _forward(
@@ -196,22 +350,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`o`, and the final state (an empty tensor when it is not wanted: an operator returns tensors)."""
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q.shape[1])
     problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide)
-    if q.numel() == 0 or v.numel() == 0:
-        return v.new_zeros(v.shape, dtype=problem.output_dtype), _idle_state(problem, output_final_state)
-    with torch.autocast(q.device.type, enabled=False):  # the kernels choose their precision themselves
-        o, state = family(FAMILY, backend).forward(problem, output_final_state)
+    o, state = _run(problem, output_final_state, family(FAMILY, backend))
     return o, o.new_empty(0, dtype=problem.state_dtype) if state is None else state
-
-
-def _idle_state(problem: Problem, wanted: bool) -> Tensor:
-    """The final state of a call without tokens: the initial one."""
-    if not wanted:
-        return problem.q.new_empty(0, dtype=problem.state_dtype)
-    state = problem.q.new_zeros(problem.state_shape, dtype=problem.state_dtype)
-    return state if problem.initial_state is None else state + problem.initial_state
 
 
 def _backward(
@@ -234,58 +375,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, gv, initial_state; an empty tensor stands for none."""
     problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide)
-    inputs = (q, k, v, g, gk, gv, initial_state)
-    if q.numel() == 0 or v.numel() == 0:
-        found = tuple(None if x is None else torch.zeros_like(x) for x in inputs[:6])
-        found = (*found, None if initial_state is None else torch.zeros_like(initial_state) if dht is None else dht)
-    else:
-        dht = None if dht is None else dht.contiguous()
-        with torch.autocast(q.device.type, enabled=False):
-            found = family(FAMILY, backend).backward(problem, do.to(v.dtype).contiguous(), dht, needs_gates)
-    if q.dtype != torch.float64:
-        found = (*found[:3], *(_alive(d, x) for d, x in zip(found[3:6], inputs[3:6], strict=True)), found[6])
-    return [q.new_empty(0) if d is None or x is None else d.to(x.dtype) for d, x in zip(found, inputs, strict=True)]
-
-
-def _alive(gradient: Tensor | None, gate: Tensor | None) -> Tensor | None:
-    """A gate's gradient, 0 where the gate is below -16: there it is rounding noise (its true size is under e^-16)."""
-    if gradient is None or gate is None:
-        return gradient
-    return gradient.masked_fill(gate < DEAD_LOG_DECAY, 0.0)
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide, output_final_state, backend
-    ):
-        tensors = tuple(
-            x if x is None else x.contiguous() for x in (q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens)
-        )
-        o, state = _forward(*tensors, scale, form, wide, output_final_state, backend)
-        ctx.needs_gates = any(ctx.needs_input_grad[3:6])
-        ctx.save_for_backward(*tensors)
-        ctx.settings = (scale, form, wide, backend)
-        ctx.set_materialize_grads(False)
-        return o, state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dht):
-        tensors = ctx.saved_tensors
-        if dht is not None and dht.numel() == 0:
-            dht = None
-        do = torch.zeros_like(tensors[2]) if do is None else do
-        found = _backward(do, dht, ctx.needs_gates, *tensors, *ctx.settings)
-        return _arrange(found, ctx.needs_input_grad)
-
-
-def _arrange(found: list[Tensor], needed) -> tuple:
-    """The seven gradients at the places of the fourteen inputs."""
-    dq, dk, dv, dg, dgk, dgv, dh0 = found
-    gradients = (dq, dk, dv, dg, dgk, dgv, None, dh0)
-    kept = tuple(d if need and d is not None else None for d, need in zip(gradients, needed, strict=False))
-    return (*kept, None, None, None, None, None, None)
+    found = _gradients(problem, do, dht, needs_gates, family(FAMILY, backend))
+    return [q.new_empty(0) if d is None else d for d in found]
 
 
 _operator = torch.library.custom_op("fla::decay", _forward, mutates_args=())
@@ -322,9 +413,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _operator_gradient(ctx, do, dht):
+    """The seven gradients at the places of the fourteen inputs."""
     tensors = ctx.saved_tensors
     dht = dht if ctx.output_final_state else None
-    return _arrange(_operator_backward(do, dht, ctx.needs_gates, *tensors, *ctx.settings), ctx.needs_input_grad)
+    found = _operator_backward(do, dht, ctx.needs_gates, *tensors, *ctx.settings)
+    dq, dk, dv, dg, dgk, dgv, dh0 = found
+    gradients = (dq, dk, dv, dg, dgk, dgv, None, dh0)
+    kept = tuple(d if need else None for d, need in zip(gradients, ctx.needs_input_grad, strict=False))
+    return (*kept, None, None, None, None, None, None)
 
 
 _operator.register_autograd(_operator_gradient, setup_context=_setup_context)

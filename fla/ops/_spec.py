@@ -4,17 +4,20 @@ A shape is a string of axes, "B T H K": a letter stands for one size across all 
 `N` is the number of states: the batch, or the sequences of a pack when `cu_seqlens` is given.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 REGISTRY: dict[str, "OpSpec"] = {}
+Op = TypeVar("Op", bound=Callable)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,73 @@ def check_shapes(
     Raises TypeError for what is no floating tensor or has another dtype than it must, ValueError for ranks, sizes,
     devices, `scale` and the form of `cu_seqlens`. Its values are checked where they are read (`fla.varlen`).
     """
+    if not is_compiling():
+        dims = _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors)
+        if dims is not None:
+            return dims
+    return _check_one_by_one(shapes, same_dtype, required, cu_seqlens, scale, tensors)
+
+
+def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int] | None:
+    """The sizes of the axes when all is as it must be, and None when something may not be: in a third of the time of
+    the checks that can say what. Every rule here is one of `_check_one_by_one`."""
+    dims: dict[Any, int] = {}
+    first = None
+    for name, x in tensors.items():
+        if x is None and name not in required:
+            continue
+        if not isinstance(x, Tensor):
+            return None
+        shape, dtype, sizes = shapes[name], x.dtype, x.shape
+        if first is None:
+            first, first_dtype, first_sizes, device = shape, dtype, sizes, x.device
+            if not dtype.is_floating_point:
+                return None
+            if cu_seqlens is not None:
+                try:
+                    _check_packing(cu_seqlens, x, name)
+                except (TypeError, ValueError):
+                    return None
+                dims["N"] = cu_seqlens.shape[0] - 1
+        else:
+            if x.device != device:
+                return None
+            if dtype is not first_dtype and (name in same_dtype or not dtype.is_floating_point):
+                return None
+            if shape == first:
+                if sizes != first_sizes:
+                    return None
+                continue
+        axes = _AXES.get(shape) or _parse(shape)
+        if len(sizes) != len(axes):
+            return None
+        for axis, size in zip(axes, sizes, strict=False):
+            if axis in dims:
+                if dims[axis] != size:
+                    return None
+            elif axis == "N":
+                dims[axis] = dims.get("B", size)
+                if dims[axis] != size:
+                    return None
+            elif axis.__class__ is str:
+                dims[axis] = size
+            elif axis != size:
+                return None
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        return None
+    return dims
+
+
+def _parse(shape: str) -> tuple[str | int, ...]:
+    axes = tuple(int(axis) if axis.isdigit() else axis for axis in shape.split())
+    _AXES[shape] = axes
+    return axes
+
+
+_AXES: dict[str, tuple[str | int, ...]] = {}  # of every shape string met
+
+
+def _check_one_by_one(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int]:
     dims: dict[str, int] = {}
     first = None
     for name, x in tensors.items():
@@ -131,6 +201,24 @@ def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
             f"cu_seqlens packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
             "flatten the batch with x.reshape(1, -1, *x.shape[2:])"
         )
+
+
+def current_names(function: Op) -> Op:
+    """A public op that answers the spellings of former years, `head_first=` and `offsets=`, with today's: TypeError."""
+
+    @functools.wraps(function)
+    def call(*args, **keywords):
+        if "head_first" in keywords or "offsets" in keywords:
+            raise TypeError(_renamed(function.__name__, keywords))
+        return function(*args, **keywords)
+
+    return cast(Op, call)
+
+
+def _renamed(op: str, keywords: dict[str, Any]) -> str:
+    if "head_first" in keywords:
+        return f"{op} takes no head_first (got {keywords['head_first']!r}): inputs are [B, T, H, D], gates [B, T, H]"
+    return f"{op} takes no offsets (got {type(keywords['offsets']).__name__}): packed sequences are given as cu_seqlens"
 
 
 def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay
-from fla.ops._spec import OpSpec, Variant, check_shapes, register
+from fla.ops._spec import OpSpec, Variant, check_shapes, current_names, register
 
 SHAPES = {
     "q": "B T H K",
@@ -53,6 +53,7 @@ def naive_recurrent_gla(
     return o, state if output_final_state else None
 
 
+@current_names
 def chunk_gla(
     q: Tensor,
     k: Tensor,
@@ -106,6 +107,7 @@ def chunk_gla(
     )
 
 
+@current_names
 def fused_chunk_gla(
     q: Tensor,
     k: Tensor,
@@ -126,6 +128,7 @@ def fused_chunk_gla(
     )
 
 
+@current_names
 def fused_recurrent_gla(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fla.backends import decay
-from fla.ops._spec import OpSpec, Variant, check_shapes, register
+from fla.ops._spec import OpSpec, Variant, check_shapes, current_names, register
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V", "z": "N 1 H K"}
 EPS = 1e-10
@@ -63,6 +63,7 @@ def naive_chunk_linear_attn(
     return (o / ((q * k.cumsum(1)).sum(-1, keepdim=True) + EPS) if normalize else o).to(out_dtype)
 
 
+@current_names
 def chunk_linear_attn(
     q: Tensor,
     k: Tensor,
@@ -108,6 +109,7 @@ def chunk_linear_attn(
     )
 
 
+@current_names
 def fused_chunk_linear_attn(
     q: Tensor,
     k: Tensor,
@@ -124,6 +126,7 @@ def fused_chunk_linear_attn(
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
 
 
+@current_names
 def fused_recurrent_linear_attn(
     q: Tensor,
     k: Tensor,
@@ -158,20 +161,20 @@ def fused_recurrent_linear_attn(
     )
 
 
-def _linear_attn(form, q, k, v, initial_state, normalize, *, scale, output_final_state, cu_seqlens, **options):
+def _linear_attn(form, q, k, v, initial_state, normalize, **options):
     state, z = _parts(initial_state, normalize)
-    check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
-    # a quotient of two rounded numbers would have twice the error: both stay wide until they are divided
-    options = dict(scale=scale, output_final_state=output_final_state, cu_seqlens=cu_seqlens, wide=normalize, **options)
-    o, state = form(q, k, v, initial_state=state, **options)
+    packing, scale = options["cu_seqlens"], options["scale"]
+    check_shapes(SHAPES, cu_seqlens=packing, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
     if not normalize:
-        return o, state
+        return form(q, k, v, initial_state=state, **options)
+    # a quotient of two rounded numbers would have twice the error: both stay wide until they are divided
+    o, state = form(q, k, v, initial_state=state, wide=True, **options)
     # the normaliser is the same recurrence with the value 1: its state is a K x 1 column, its output a sum of scores.
     # Two such columns, because the gradient of that sum needs twice the digits of v's dtype: see `_Quotient`.
     z = None if z is None else z.transpose(1, 2).mT.expand(-1, -1, -1, 2)
-    total, z = form(q, k, v.new_ones(*v.shape[:3], 2), initial_state=z, **options)
+    total, z = form(q, k, v.new_ones(*v.shape[:3], 2), initial_state=z, wide=True, **options)
     o = _Quotient.apply(o, total, v.dtype)
-    return o, (state, z[..., :1].mT.transpose(1, 2)) if output_final_state else None
+    return o, (state, z[..., :1].mT.transpose(1, 2)) if options["output_final_state"] else None
 
 
 class _Quotient(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fla.backends import decay
-from fla.ops._spec import OpSpec, check_shapes, register
+from fla.ops._spec import OpSpec, check_shapes, current_names, register
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
@@ -48,6 +48,7 @@ def naive_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhv->bihv", (scores * ratio).tril(), v.to(dtype)).to(v.dtype)
 
 
+@current_names
 def chunk_retention(
     q: Tensor,
     k: Tensor,
@@ -91,6 +92,7 @@ def chunk_retention(
     )
 
 
+@current_names
 def fused_chunk_retention(
     q: Tensor,
     k: Tensor,
@@ -106,6 +108,7 @@ def fused_chunk_retention(
     return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend=backend)
 
 
+@current_names
 def fused_recurrent_retention(
     q: Tensor,
     k: Tensor,
@@ -143,6 +146,7 @@ def fused_recurrent_retention(
     )
 
 
+@current_names
 def parallel_retention(
     q: Tensor,
     k: Tensor,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay
-from fla.ops._spec import OpSpec, Variant, check_shapes, register
+from fla.ops._spec import OpSpec, Variant, check_shapes, current_names, register
 
 SHAPES = {
     "q": "B T H K",
@@ -95,6 +95,7 @@ def naive_chunk_simple_gla(
     return torch.cat(outputs, 1).to(v.dtype), state if output_final_state else None
 
 
+@current_names
 def chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -152,6 +153,7 @@ def chunk_simple_gla(
     )
 
 
+@current_names
 def fused_chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -171,6 +173,7 @@ def fused_chunk_simple_gla(
     )
 
 
+@current_names
 def fused_recurrent_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -213,6 +216,7 @@ def fused_recurrent_simple_gla(
     )
 
 
+@current_names
 def parallel_simple_gla(
     q: Tensor,
     k: Tensor,

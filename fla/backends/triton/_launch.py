@@ -1,0 +1,132 @@
+"""Launching a kernel without Triton's binder: the first call of a signature compiles, later ones go to the driver.
+
+`kernel[grid](*args, **constants)` spends more time on types, alignments and cache keys than a small kernel runs. What
+that work decides is remembered here per signature: the types of the arguments, their device, and that every pointer is
+aligned to 16 bytes, as torch allocates them. A call that differs in any of it, a watched one (launch hooks) and one in
+the interpreter or on another vendor's GPU goes Triton's way.
+
+The call of a compiled kernel is the same in Triton 3.3 to 3.9:
+`run(grid x, y, z, stream, function, packed metadata, launch metadata, enter hook, exit hook, *all arguments)`, where a
+pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import Parameter
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
+MIXED = object()  # stands for the device of tensors on several ones
+
+_data_ptr, _get_device = Tensor.data_ptr, Tensor.get_device  # unbound: a fifth faster to call
+_launchers: dict[tuple, "Launcher"] = {}
+_watched = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel  # where hooks are set
+
+
+def launch(kernel, grid: int, args: tuple, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 1) -> None:
+    """`kernel[(grid,)](*args, **constants, num_warps=..., num_stages=...)` on the device of the tensors.
+
+    `args`: the arguments before the constexpr ones: tensors, None, ints and floats. `constants`: the constexpr ones.
+    """
+    key = (id(kernel), num_warps, num_stages, *constants.items())  # the launcher keeps the kernel, so its id stays
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = Launcher(kernel, constants, num_warps, num_stages)
+    launcher(grid, args)
+
+
+class Compiled(NamedTuple):
+    """What a launch on one device needs of the compiled kernel."""
+
+    run: Callable
+    function: Any
+    metadata: Any
+    current_device: Callable[[], int]
+    current_stream: Callable[[int], int]
+    tail: tuple  # the values of the arguments behind `args`
+    owner: Any  # keeps the module of `function` loaded
+
+
+class Launcher:
+    """A kernel with its constants and settings, for a call site that launches it often: `launcher(grid, args)`."""
+
+    __slots__ = ("_compiled", "_constants", "_kernel", "_settings")
+
+    def __init__(self, kernel, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 1):
+        self._kernel, self._constants = kernel, dict(constants)
+        self._settings = {"num_warps": num_warps, "num_stages": num_stages}
+        self._compiled: dict[tuple, Compiled] = {}
+
+    def __call__(self, grid: int, args: tuple) -> None:
+        device: Any = None
+        bits, key, values = 0, [], []
+        for x in args:
+            kind = x.__class__
+            if kind is Tensor or kind is Parameter:
+                pointer = _data_ptr(x)
+                bits |= pointer
+                values.append(pointer)
+                key.append(x.dtype)
+                index = _get_device(x)
+                if index != device:
+                    device = index if device is None else MIXED
+            else:
+                values.append(x)
+                key.append(kind)
+                if kind is int and not -0x80000000 <= x <= 0x7FFFFFFF:  # would be 64 bits wide
+                    bits = 1
+        key.append(device)
+        compiled = None if bits % ALIGNMENT else self._compiled.get(tuple(key))
+        if compiled is None or _is_watched(self._kernel):
+            compiled = self._launch_slowly(grid, args, device)
+            if compiled is not None and not bits % ALIGNMENT:
+                self._compiled[tuple(key)] = compiled
+            return
+        run, function, metadata, current_device, current_stream, tail, _ = compiled
+        if current_device() != device:
+            with torch.cuda.device(device):
+                return self(grid, args)
+        run(grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
+
+    def _launch_slowly(self, grid: int, args: tuple, device: Any) -> Compiled | None:
+        """Triton's own launch; what the next one of this signature can do without it, or None."""
+        if isinstance(device, int) and device >= 0:
+            with torch.cuda.device(device):
+                made = self._kernel[(grid,)](*args, **self._constants, **self._settings)
+            return self._shortcut(made, args)
+        self._kernel[(grid,)](*args, **self._constants, **self._settings)  # no tensor, a mixture, or the interpreter
+        return None
+
+    def _shortcut(self, made: Any, args: tuple) -> Compiled | None:
+        target = getattr(getattr(made, "metadata", None), "target", None)
+        run, function, metadata = (getattr(made, name, None) for name in ("run", "function", "packed_metadata"))
+        if not isinstance(self._kernel, JITFunction) or getattr(target, "backend", None) != "cuda":
+            return None
+        if run is None or function is None or metadata is None:
+            return None
+        for x, parameter in zip(args, self._kernel.params, strict=False):
+            if not (x is None or isinstance(x, (Tensor, float)) or (type(x) is int and parameter.do_not_specialize)):
+                return None  # compiled for this very value, or a kind of argument that the loop above cannot tell apart
+        rest = self._kernel.params[len(args) :]
+        tail = tuple(self._constants.get(parameter.name, parameter.default) for parameter in rest)
+        active = driver.active
+        current_device = active.get_current_device
+        if current_device is torch.cuda.current_device:
+            current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
+        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, made)
+
+
+def _is_watched(kernel) -> bool:
+    """Whether someone asked to see launches: such ones go through Triton, which calls the hooks."""
+    enter, leave = _watched.launch_enter_hook, _watched.launch_exit_hook
+    # up to 3.4 a hook or None, then a chain of hooks
+    if enter is not None and getattr(enter, "calls", True):
+        return True
+    if leave is not None and getattr(leave, "calls", True):
+        return True
+    return bool(kernel.pre_run_hooks)
