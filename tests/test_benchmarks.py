@@ -129,7 +129,7 @@ def test_warming_alone_after_running_out_of_memory(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(Run, "start_peer", lambda self: Full())
-    ops_ = dict.fromkeys(("gla", "retention"), ["chunk"])
+    ops_ = {"gla": ["chunk"], "retention": ["chunk"]}
     run = Run(settings(tmp_path), _plan.jobs(ops_, [], _plan.expand([TINY, "B1 T4 H2 D16"]), ["float32"], False))
     run.peer_name = "full 1.0"
     _warming.warm_up(run)
