@@ -97,6 +97,16 @@ class _Clock:
         self.laps[name], self.last = now - self.last, now
 
 
+def checked(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor], str]:
+    """A target, inputs on which it was found right, and its backend. Raises AssertionError where it is wrong."""
+    target = find(request["op"], request["form"], request["backend"])
+    shapes = sizes(target.shapes, request["dims"])
+    tensors, _ = _inputs(target, shapes, getattr(torch, request["dtype"]), request)
+    backend = _backend(target, tensors, request["backend"])
+    _check(target, tensors, _reference(target, tensors, request), backend, request)
+    return target, tensors, backend or "torch"
+
+
 def _inputs(target: Target, shapes: dict[str, list[int]], dtype: torch.dtype, request: dict[str, Any]):
     """Legal inputs, and those of them that are not plain seeded noise (the gates)."""
     noise = timing.noise(shapes, dtype, request["device"], request["seed"])
