@@ -85,6 +85,7 @@ def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
         assert row["ms"] > 0 and row["shape"] == TINY and row["dtype"] == "float32" and row["commit"] == "abc"
         assert (row["gpu"], row["torch"], row["peak_mb"]) == ("cpu", torch.__version__, None)
         assert any(line.startswith(name) and f" {mode} " in line for line in printed.splitlines())
+    assert printed.count("  seconds: inputs ") == len(names) and printed.count(", peer ") == 2
     ours = rows["chunk_gla", "fwdbwd"]
     assert ours["floor_x"] > 1 and ours["first_call_s"] > 0
     assert ours["peer"] == "toy-peer 9.9" and ours["ratio"] == pytest.approx(ours["peer_ms"] / ours["ms"], rel=1e-2)
