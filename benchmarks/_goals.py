@@ -16,6 +16,7 @@ GROUPS = {
     "memory": "Working memory of forward and backward, over the peer's",
     "first call": "First call, forward and backward, on an empty compile cache",
     "host": "Host overhead of a tiny forward without autograd",
+    "packing": "1,000 packed sequences of skewed lengths, over the time of one long sequence",
     "decode": "Decoding one token: share of copy bandwidth on the state, and time per call in a CUDA graph",
 }
 # quantity -> unit behind a value
@@ -25,6 +26,7 @@ UNITS = {
     "softmax_x": "x",  # time of cuDNN's softmax attention over ours
     "work_x": "x",  # working memory over the peer's
     "first_call_s": " s",
+    "packed_x": "x",  # time of packed sequences over that of one
     "us": " us",
     "bandwidth": " of copy",  # share of copy bandwidth
 }
@@ -49,7 +51,15 @@ class Goal:
     def keys(self) -> tuple[Key, ...]:
         """The records that it is read from."""
         own = (self.op, self.shape, self.mode)
-        return (own, (SOFTMAX, self.shape, self.mode)) if self.quantity == "softmax_x" else (own,)
+        beside = self._beside
+        return (own,) if beside is None else (own, beside)
+
+    @property
+    def _beside(self) -> Key | None:
+        """The record that the goal's own is compared with, where it is not part of it."""
+        if self.quantity == "softmax_x":
+            return (SOFTMAX, self.shape, self.mode)
+        return (self.op, self.shape, self.mode.replace("packed", "whole")) if self.quantity == "packed_x" else None
 
     def value(self, records: Records) -> float | None:
         """What was measured, or None."""
@@ -64,8 +74,10 @@ class Goal:
             return 1 / own["floor_x"] if own["floor_x"] else None
         if self.quantity == "work_x":
             return own["work_mb"] / own["peer_work_mb"] if own["peer_work_mb"] and own["work_mb"] is not None else None
-        softmax = records.get((SOFTMAX, self.shape, self.mode))
-        return softmax["ms"] / own["ms"] if softmax is not None and softmax["ms"] else None
+        beside = records.get(self._beside) if self._beside else None
+        if beside is None or not beside["ms"]:
+            return None
+        return own["ms"] / beside["ms"] if self.quantity == "packed_x" else beside["ms"] / own["ms"]
 
     def verdict(self, records: Records) -> str:
         """ "met", "not met" or "no record"; "met, and the aim" where there is one and it is reached."""
@@ -128,6 +140,11 @@ GOALS: tuple[Goal, ...] = (
     ),
     *(Goal("memory", op, "B4 T4096 H64 D128", "fwdbwd", "work_x", 0.4) for op in ALL),
     *(Goal("first call", op, "B4 T4096 H64 D128", "fwdbwd", "first_call_s", 8) for op in ALL),
+    *(
+        Goal("packing", op, "B1 T65536 H16 D128", mode, "packed_x", 1.3)
+        for op in ALL
+        for mode in ("packed_fwd", "packed_fwdbwd")
+    ),
     *(Goal("host", op, "B1 T64 H1 D64", "host_fwd", "us", 30) for op in ALL),
     *(Goal("decode", op, "B64 T1 H32 D128", "decode", "bandwidth", 0.8) for op in RECURRENT),
     *(Goal("decode", op, "B1 T1 H16 D128", "decode_graph", "us", 12) for op in RECURRENT),

@@ -26,8 +26,8 @@ MODELS = ("generate", "train")
 HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.ops --report` from `benchmarks/results/*.jsonl`; do not edit. The records come from
-`python -m benchmarks.ops` and its neighbours `benchmarks.host`, `benchmarks.decode`, `benchmarks.benchmark_generation`
-and `benchmarks.benchmark_training_throughput`, which check a result before they time it.
+`python -m benchmarks.ops` and its neighbours `benchmarks.host`, `.packed`, `.decode`, `.benchmark_generation`
+and `.benchmark_training_throughput`, which check a result before they time it.
 
 - **ms**: median time of a call with a cold L2 cache; `fwd` without autograd, `fwdbwd` with the gradient of every input.
 - **floors**: time over the memory floor, which is to read every input once and write every output once at the copy
@@ -195,13 +195,22 @@ class Section:
         ]
 
     def small(self) -> list[str]:
-        """Host overhead and decoding."""
+        """Host overhead, packed sequences and decoding."""
         parts = []
-        for title, about, mode in (
-            ("Host overhead", "Wall time per call in a loop on tiny inputs.", "host_"),
-            ("Decoding", "One token from a state and back; bandwidth: share of copy bandwidth on the state.", "decode"),
+        for title, about, modes in (
+            ("Host overhead", "Wall time per call in a loop on tiny inputs.", ("host_",)),
+            (
+                "Packed sequences",
+                "Many sequences of skewed lengths in one row, and as many tokens as one sequence.",
+                ("packed", "whole"),
+            ),
+            (
+                "Decoding",
+                "One token from a state and back; bandwidth: share of copy bandwidth on the state.",
+                ("decode",),
+            ),
         ):
-            said, rows = self.of_one_commit(lambda r, mode=mode: r["mode"].startswith(mode))  # type: ignore[misc]
+            said, rows = self.of_one_commit(lambda r, modes=modes: r["mode"].startswith(modes))  # type: ignore[misc]
             parts += [f"### {title}\n", f"{about}\n", said]
             if not rows:
                 continue

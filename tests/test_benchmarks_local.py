@@ -1,10 +1,12 @@
 """Host overhead and decoding on tiny CPU inputs: the rows they write, and that a wrong result gets no number."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from benchmarks import _records, _report, _timing, decode, host
+from benchmarks import _records, _report, _timing, decode, host, packed
+from benchmarks._goals import Goal
 from fla.ops._spec import REGISTRY
 
 OPS = ["gla", "linear_attn"]
@@ -79,7 +81,54 @@ def test_wrong_op_gets_no_host_time(tmp_path, monkeypatch):
     assert [r["ms"] for r in rows(tmp_path).values()] == [None]
 
 
-@pytest.mark.parametrize("command", [host.main, decode.main])
+def test_packed_sequences_beside_one(tmp_path):
+    words = ["--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--shape", "B1 T64 H2 D8"]
+    assert packed.main([*words, "--op", *OPS, "--sequences", "9"]) == 0
+    found = rows(tmp_path)
+    modes = ("whole_fwd", "packed_fwd", "whole_fwdbwd", "packed_fwdbwd")
+    assert list(found) == [(f"chunk_{op}", mode) for op in OPS for mode in modes]
+    times = [found["chunk_gla", mode]["ms"] for mode in modes]
+    said = re.search(r"9 sequences take (\S+)x the time of one", found["chunk_gla", "packed_fwdbwd"]["note"])
+    assert float(said[1]) == pytest.approx(times[3] / times[2], rel=1e-2)
+    goal = Goal("packing", "chunk_gla", "B1 T64 H2 D8", "packed_fwdbwd", "packed_x", 1.3)
+    records = {(r["op"], r["shape"], r["mode"]): r for r in found.values()}
+    assert goal.value(records) == times[3] / times[2] and set(goal.keys) <= set(records)
+    page, _ = _report.build(list(found.values()))
+    assert "| chunk_gla | B1 T64 H2 D8 | float32 | packed_fwdbwd |" in page
+
+
+def test_skewed_lengths():
+    bounds = packed.skewed_bounds(65536, 1000, 0)
+    lengths = bounds.diff()
+    assert len(lengths) == 1000 and bounds[0] == 0 and bounds[-1] == 65536 and lengths.min() >= 1
+    assert lengths.max() > 20 * lengths.median()
+    assert packed.skewed_bounds(5, 5, 0).tolist() == list(range(6))
+
+
+def test_packing_that_leaks_gets_no_number(tmp_path, monkeypatch):
+    right = packed.find
+
+    def leaking(*arguments):
+        target = right(*arguments)
+        return replace(target, call=lambda cu_seqlens=None, **tensors: target.call(**tensors))
+
+    monkeypatch.setattr(packed, "find", leaking)
+    words = ["--device", "cpu", "--out", str(tmp_path), "--shape", "B1 T64 H2 D8", "--sequences", "9", "--op", "gla"]
+    assert packed.main(words) == 1
+    (row,) = rows(tmp_path).values()
+    assert row["ms"] is None and "FAILED: AssertionError: " in row["note"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--shape", "B2 T8 H1 D4"], "must have B1"), (["--sequences", "9999"], "from 1 to the 512")]
+)
+def test_bad_packing(words, message, capsys):
+    with pytest.raises(SystemExit):
+        packed.main(["--device", "cpu", *words])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [host.main, decode.main, packed.main])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
