@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fla
 from benchmarks import _local
@@ -79,7 +79,7 @@ def build_config(name: str, a: argparse.Namespace, tokens: int, where: str) -> A
     return config
 
 
-def build_model(name: str, config: Any, a: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+def build_model(name: str, config: Any, a: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     """A saved model with its weights, or a seeded random one, on the device."""
     torch.manual_seed(a.seed)
     if name in model_types():
@@ -108,7 +108,7 @@ class Codec:
     def decode(self, ids: list[int]) -> str:
         """The text of tokens; what is no byte is shown as `?`."""
         if self.tokenizer is not None:
-            return self.tokenizer.decode(ids)
+            return str(self.tokenizer.decode(ids))
         return bytes(i if i < BYTES else ord("?") for i in ids).decode(errors="replace")
 
 

@@ -106,7 +106,9 @@ def bars(
         rows += [(bar.shape, bar.op) for bar in given if (bar.shape, bar.op) not in rows]
     shapes = list(dict.fromkeys(shape for shape, _ in rows))
     rows.sort(key=lambda row: (shapes.index(row[0]), ops.index(row[1])))
-    places, place, heads = {}, 0.0, {}
+    place = 0.0
+    places: dict[tuple[str, str], float] = {}
+    heads: dict[str, float] = {}
     for row in rows:
         if row[0] not in heads:
             place += 0.9 if heads else 0.0

@@ -117,7 +117,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def line(fields: dict[str, Any]) -> str:
     """A record as one line of progress."""
-    what = f"{fields['op']:<28} {fields['shape']:<24} {fields['dtype']:<9} {fields['mode']:<7}"
+    what = f"{fields['op']:<28} {fields['shape']:<24} {fields['dtype']:<9} {fields['mode']:<11}"
     parts = [f"{_cell('ms', fields['ms']):>9} ms" if fields["ms"] is not None else "no number"]
     parts += [f"{_cell('floor_x', fields['floor_x'])} x floor"] if fields["floor_x"] is not None else []
     parts += [f"peer {_cell('peer_ms', fields['peer_ms'])} ms"] if fields["peer_ms"] is not None else []

@@ -55,7 +55,8 @@ def write(everything: list[Record], docs: Path, commit: str | None = None) -> li
 
 def build(everything: list[Record], commit: str | None = None) -> tuple[str, dict[str, Callable[[Path], None]]]:
     """The page's text, and for every picture's file name what draws it."""
-    parts, pictures = [HEAD], {}
+    parts: list[str] = [HEAD]
+    pictures: dict[str, Callable[[Path], None]] = {}
     gpus = sorted(dict.fromkeys(r["gpu"] for r in everything), key=lambda gpu: (gpu == "cpu", gpu))
     for gpu in gpus:
         here = Section([r for r in everything if r["gpu"] == gpu and _counts(r)], records.slug(gpu), commit)
@@ -119,7 +120,12 @@ class Section:
         parts = ["### Time against sequence length (B8 H32 D128)\n"]
         chosen = {*self.ops, *SOFTMAX}
         said, rows = self.of_one_commit(
-            lambda r: r["dtype"] == DTYPE and r["op"] in chosen and r["mode"] in MODES and LENGTH.fullmatch(r["shape"])
+            lambda r: (
+                r["dtype"] == DTYPE
+                and r["op"] in chosen
+                and r["mode"] in MODES
+                and LENGTH.fullmatch(r["shape"]) is not None
+            )
         )
         parts.append(said)
         if not rows:

@@ -98,6 +98,6 @@ def describe(run: "Run", unit: list[Job]) -> dict[str, Any]:
     """The request that warms either side for jobs of one op."""
     job = unit[0]
     target = find(job.op, job.form, run.settings.backend)
-    described = {"function": target.name, "settings": target.settings, "gates": target.gates}
+    described: dict[str, Any] = {"function": target.name, "settings": target.settings, "gates": target.gates}
     described |= {"all_shapes": [sizes(target.shapes, other.sizes) for other in unit]}
     return run.request(job, do="warm", all_dims=[other.sizes for other in unit], **described)

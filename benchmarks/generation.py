@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -40,7 +40,7 @@ def prompt_of(codec: models.Codec, a: argparse.Namespace) -> Tensor:
     return torch.tensor([ids]).repeat(a.batch_size, 1)
 
 
-def generate(model: nn.Module, ids: Tensor, new: int, a: argparse.Namespace, what: str) -> tuple[Tensor, float]:
+def generate(model: Any, ids: Tensor, new: int, a: argparse.Namespace, what: str) -> tuple[Tensor, float]:
     """The tokens after a generation of `new` tokens, and its seconds."""
     torch.manual_seed(a.seed)
     with tqdm(total=new, desc=what, disable=None, leave=False) as bar, torch.inference_mode():
