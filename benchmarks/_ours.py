@@ -62,19 +62,49 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 def _run(target: Target, request: dict[str, Any], reply: dict[str, Any]) -> None:
     """Fill the reply step by step, so that a step that raises leaves what came before it."""
+    clock = _Clock(request["device"], reply.setdefault("seconds", {}))
     shapes = sizes(target.shapes, request["dims"])
     tensors, replaced = _inputs(target, shapes, getattr(torch, request["dtype"]), request)
     backend = _backend(target, tensors, request["backend"])
     reply |= {"shapes": shapes, "backend": backend or "torch"}
+    clock.lap("inputs")
+    reference: dict[str, Tensor] = {}
+    if target.checked or request["peer"]:
+        reference = _reference(target, tensors, request)
     if request["peer"]:
-        reply |= _handed_to_peer(target, tensors, replaced, Path(request["scratch"]))
-    output = _check(target, tensors, backend, request) if target.checked else None
+        reply |= _handed_to_peer(tensors, replaced, reference["o"], Path(request["scratch"]))
+    clock.lap("reference")
+    output = _check(target, tensors, reference, backend, request) if target.checked else None
+    clock.lap("check")
     for mode in request["modes"]:
         call = timing.make_call(target.call, tensors, mode, request["seed"])
         row = timing.measure(call, request["device"], timing.Budget(*request["budget"]))
         if target.linear and output is not None:
             row["floor_s"] = timing.floor_bytes(tensors, output, mode) / request["bandwidth"]
         reply["rows"][mode] = row
+        clock.lap(mode)
+
+
+class _Clock:
+    """Where a row's seconds go."""
+
+    def __init__(self, device: str, laps: dict[str, float]) -> None:
+        self.device, self.laps, self.last = device, laps, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        _wait(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def checked(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor], str]:
+    """A target, inputs on which it was found right, and its backend. Raises AssertionError where it is wrong."""
+    target = find(request["op"], request["form"], request["backend"])
+    shapes = sizes(target.shapes, request["dims"])
+    tensors, _ = _inputs(target, shapes, getattr(torch, request["dtype"]), request)
+    backend = _backend(target, tensors, request["backend"])
+    _check(target, tensors, _reference(target, tensors, request), backend, request)
+    return target, tensors, backend or "torch"
 
 
 def _inputs(target: Target, shapes: dict[str, list[int]], dtype: torch.dtype, request: dict[str, Any]):
@@ -94,10 +124,15 @@ def _backend(target: Target, tensors: dict[str, Tensor], backend: str | None) ->
         return backend  # the call itself says why it cannot run
 
 
-def _handed_to_peer(target: Target, tensors: dict[str, Tensor], replaced: dict[str, Tensor], scratch: Path):
-    """What the peer's process needs to draw the same inputs and to be compared with the same reference."""
+def _reference(target: Target, tensors: dict[str, Tensor], request: dict[str, Any]) -> dict[str, Tensor]:
+    """The beginning's output, and where a backward is timed its gradients, by the naive recurrence in float64."""
     begin = first_tokens(target.shapes, tensors)
-    reference = target.reference(**{name: x.double() for name, x in begin.items()})
+    with_gradients = target.checked and "fwdbwd" in request["modes"]
+    return _results(target.reference, begin, torch.float64, with_gradients, request["seed"])
+
+
+def _handed_to_peer(tensors: dict[str, Tensor], replaced: dict[str, Tensor], reference: Tensor, scratch: Path):
+    """What the peer's process needs to draw the same inputs and to be compared with the same reference."""
     torch.save(replaced, scratch / "replaced.pt")
     torch.save(reference, scratch / "reference.pt")
     return {
@@ -107,13 +142,18 @@ def _handed_to_peer(target: Target, tensors: dict[str, Tensor], replaced: dict[s
     }
 
 
-def _check(target: Target, tensors: dict[str, Tensor], backend: str | None, request: dict[str, Any]) -> Tensor:
+def _check(
+    target: Target,
+    tensors: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    backend: str | None,
+    request: dict[str, Any],
+) -> Tensor:
     """Raise AssertionError unless the row is right; returns its full-size output."""
     begin = first_tokens(target.shapes, tensors)
     with_gradients = "fwdbwd" in request["modes"]
     dtype = next(iter(begin.values())).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    reference = _results(target.reference, begin, torch.float64, with_gradients, request["seed"])
     naive = _results(target.reference, begin, wide, with_gradients, request["seed"])
     actual = _results(target.call, begin, dtype, with_gradients, request["seed"])
     for name, value in actual.items():
@@ -151,6 +191,20 @@ def _assert_finite(name: str, x: Tensor | None) -> None:
         raise AssertionError(f"{name} has NaN or infinite values")
 
 
+def warm(request: dict[str, Any]) -> dict[str, Any]:
+    """Run forward and backward once on every set of sizes, the smallest first, so that all kernels are compiled."""
+    target, start = find(request["op"], request["form"], request["backend"]), time.perf_counter()
+    for dims in sorted(request["all_dims"], key=lambda x: x["B"] * x["T"] * x["H"]):
+        tensors, _ = _inputs(target, sizes(target.shapes, dims), getattr(torch, request["dtype"]), request)
+        for mode in request["modes"]:
+            timing.make_call(target.call, tensors, mode, request["seed"])()
+        _wait(request["device"])
+        del tensors
+        if request["device"] == "cuda":
+            torch.cuda.empty_cache()
+    return {"status": "ok", "seconds": time.perf_counter() - start}
+
+
 def first_call(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the first forward and backward in this process. Imports, inputs and the CUDA context come before."""
     target = find(request["op"], request["form"], request["backend"])
@@ -177,4 +231,4 @@ def _wait(device: str) -> None:
 
 
 if __name__ == "__main__":
-    serve({"info": info, "run": run, "first_call": first_call})
+    serve({"info": info, "run": run, "warm": warm, "first_call": first_call})

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 def warm(request: dict[str, Any]) -> dict[str, Any]:
     """Run forward and backward once on every set of shapes: the peer tunes itself and keeps what it found on disk."""
     function, start = _function(request), time.perf_counter()
-    for shapes in request["all_shapes"]:
+    for shapes in sorted(request["all_shapes"], key=lambda x: sum(math.prod(size) for size in x.values())):
         # The gates of a warm-up are noise made negative: tuning depends on sizes, not on values.
         tensors = {name: -x.abs() if name in request["gates"] else x for name, x in _inputs(request, shapes).items()}
         for mode in MODES:

@@ -9,9 +9,11 @@ from typing import Any
 FIELDS = (
     *("date", "commit", "gpu", "torch", "triton", "op", "shape", "dtype", "mode"),
     *("ms", "floor_x", "peak_mb", "first_call_s", "peer", "peer_ms", "ratio", "note"),
+    *("work_mb", "peer_work_mb"),
 )
+LATER = ("work_mb", "peer_work_mb")  # the first records have no such fields: they are read as None
 KEY = ("gpu", "op", "shape", "dtype", "mode")
-_NUMBERS = ("ms", "floor_x", "peak_mb", "first_call_s", "peer_ms", "ratio")
+_NUMBERS = ("ms", "floor_x", "peak_mb", "first_call_s", "peer_ms", "ratio", "work_mb", "peer_work_mb")
 COLUMNS = {
     "op": "op",
     "shape": "shape",
@@ -20,6 +22,8 @@ COLUMNS = {
     "ms": "ms",
     "floor_x": "x floor",
     "peak_mb": "peak MiB",
+    "work_mb": "work MiB",
+    "peer_work_mb": "peer work MiB",
     "first_call_s": "first s",
     "peer_ms": "peer ms",
     "ratio": "peer/ours",
@@ -62,16 +66,37 @@ def read(path: Path, **where: Any) -> list[dict[str, Any]]:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name} line {number} is no JSON object: {error}") from None
-        if not isinstance(fields, dict) or set(fields) != set(FIELDS):
+        if not isinstance(fields, dict) or set(fields) | set(LATER) != set(FIELDS):
             raise ValueError(f"{path.name} line {number} must have exactly the fields {', '.join(FIELDS)}")
+        fields = {name: fields.get(name) for name in FIELDS}
         if all(fields[name] == value for name, value in where.items()):
             found.append(fields)
     return found
 
 
+def read_all(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, or of every `.jsonl` in a folder. Raises ValueError where there is none."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise ValueError(f"records must be a .jsonl file or a folder of such files, got {path}")
+    return [fields for file in files for fields in read(file)]
+
+
+def backend(fields: dict[str, Any]) -> str:
+    """The backend that a record names in its note, or ""."""
+    found = re.search(r"\b(\w+) backend\b", fields["note"] or "")
+    return found[1] if found else ""
+
+
+def key(fields: dict[str, Any]) -> tuple[str, ...]:
+    """What makes two records comparable: gpu, op, shape, dtype and mode, and the backend."""
+    return (*(fields[name] for name in KEY), backend(fields))
+
+
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last record with a number of every (gpu, op, shape, dtype, mode)."""
-    last = {tuple(r[name] for name in KEY): r for r in records if r["ms"] is not None}
+    """The last record with a number of every key, in the order in which the keys first came."""
+    last = {key(r): r for r in records if r["ms"] is not None}
     return list(last.values())
 
 
@@ -92,7 +117,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def line(fields: dict[str, Any]) -> str:
     """A record as one line of progress."""
-    what = f"{fields['op']:<28} {fields['shape']:<24} {fields['dtype']:<9} {fields['mode']:<7}"
+    what = f"{fields['op']:<28} {fields['shape']:<24} {fields['dtype']:<9} {fields['mode']:<11}"
     parts = [f"{_cell('ms', fields['ms']):>9} ms" if fields["ms"] is not None else "no number"]
     parts += [f"{_cell('floor_x', fields['floor_x'])} x floor"] if fields["floor_x"] is not None else []
     parts += [f"peer {_cell('peer_ms', fields['peer_ms'])} ms"] if fields["peer_ms"] is not None else []
@@ -110,4 +135,4 @@ def _cell(name: str, value: Any) -> str:
         return f"{value:.1f}"
     if name == "ratio":
         return f"{value:.2f}"
-    return f"{value:.0f}" if name == "peak_mb" else str(value)
+    return f"{value:.0f}" if name.endswith("_mb") else str(value)

@@ -2,23 +2,22 @@
 
 import datetime
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _records as records
+from benchmarks import _warming
 from benchmarks._plan import Job
-from benchmarks._targets import find, sizes
-from benchmarks._worker import Worker, WorkerError, WorkerTimeout
+from benchmarks._progress import progress, say
+from benchmarks._worker import ROOT, Worker, WorkerError, WorkerTimeout
 
-ROOT = Path(__file__).resolve().parent.parent
-MOST_WARMING = 12  # processes of the peer at once: together they must fit in the GPU's memory
 ROW_LIMIT = {"cuda": 150.0, "cpu": 600.0}  # seconds for one side of one job; what takes longer is broken
 
 
@@ -39,6 +38,8 @@ class Settings:
     peer: Path | None
     peer_jobs: int | None
     peer_warm_limit: float
+    peer_tuned: bool = False  # its tuning came from a file
+    save_peer_cache: Path | None = None
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Run:
     def run(self) -> int:
         """Everything; the table at the end also after Ctrl-C or the time limit."""
         code, left = 0, 0
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=in_memory()) as scratch:
             self.scratch = scratch
             try:
                 self._prepare()
@@ -94,9 +95,13 @@ class Run:
             f"copy {self.info['bandwidth'] / 1e12:.3g} TB/s; records in {self.path.name}"
         )
         if self.settings.first_call:
-            self._first_calls()
+            _warming.first_calls(self)
         if self.settings.peer is not None:
-            self._meet_peer(self.settings.peer)
+            self._meet_peer()
+        if self.settings.device == "cuda":
+            _warming.warm_up(self)
+        if self.peer_name is not None:
+            self.peer = self.start_peer()  # it imports while ours has the first row
 
     def remaining(self) -> float:
         """Seconds left. Raises WorkerTimeout when there are none."""
@@ -109,7 +114,8 @@ class Run:
         """Seconds to wait for one answer."""
         return min(self.remaining(), ROW_LIMIT[self.settings.device])
 
-    def _request(self, job: Job, **fields: Any) -> dict[str, Any]:
+    def request(self, job: Job, **fields: Any) -> dict[str, Any]:
+        """What either side's process is asked about a job."""
         s = self.settings
         common = {"op": job.op, "form": job.form, "dims": job.sizes, "dtype": job.dtype, "backend": s.backend}
         return common | {"device": s.device, "modes": s.modes, "seed": s.seed, "budget": s.budget} | fields
@@ -117,7 +123,7 @@ class Run:
     def _ask_ours(self, request: dict[str, Any]) -> dict[str, Any]:
         """A reply of our process; a failed one where it died or hung. It is started afresh after anything fatal."""
         if self.ours is None:
-            self.ours = Worker([sys.executable, "-m", "benchmarks._ours"], str(ROOT))
+            self.ours = self.start_ours()
         try:
             reply = self.ours.ask(request, self.patience())
         except WorkerError as error:
@@ -132,8 +138,9 @@ class Run:
     def _job(self, job: Job) -> None:
         peered = self.peer_name is not None and not job.baseline
         extra = {"peer": peered, "scratch": self.scratch, "bandwidth": self.info["bandwidth"]}
-        ours = self._ask_ours(self._request(job, do="run", **extra))
+        ours = self._ask_ours(self.request(job, do="run", **extra))
         peer: dict[str, Any] = {"rows": {}, "why": ""}
+        start = time.monotonic()
         stop: BaseException | None = None
         if peered and "checksums" in ours:
             try:
@@ -144,6 +151,9 @@ class Run:
             self.failures += not job.baseline
         for mode in self.settings.modes:
             self._record(job, mode, ours, peer)
+        spent = ours.get("seconds", {}) | ({"peer": time.monotonic() - start} if peered else {})
+        if spent:
+            say("  seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent.items()))
         if stop is not None:
             raise stop
 
@@ -166,11 +176,13 @@ class Run:
             ms=ms,
             floor_x=ms * 1e-3 / row["floor_s"] if "floor_s" in row else None,
             peak_mb=row.get("peak_mb"),
-            first_call_s=self.first_calls.get((job.op, job.form, job.dtype, job.sizes["K"], job.sizes["V"])),
+            first_call_s=self.first_calls.get(job.compile_key),
             peer=self.peer_name if peer_ms else None,
             peer_ms=peer_ms,
             ratio=peer_ms / ms if ms and peer_ms else None,
             note="; ".join(self._notes(job, mode, ours, peer)),
+            work_mb=row.get("work_mb"),
+            peer_work_mb=peer_row.get("work_mb"),
         )
         records.append(self.path, fields)
         self.rows.append(fields)
@@ -194,97 +206,39 @@ class Run:
             if self.guard_lifted and mode == "fwdbwd":
                 yield "peer's Triton guard lifted"
             if job.tuning_key in self.warm:
-                yield f"peer's warm-up {self.warm[job.tuning_key]:.0f} s"
+                before = ", tuned before" if self.settings.peer_tuned else ""
+                yield f"peer's warm-up {self.warm[job.tuning_key]:.0f} s{before}"
             if not peer.get("error", 0.0) < 0.02:
                 yield f"peer's output differs from the reference by {peer['error']:.2g}"
         elif peer["why"]:
             yield f"peer: {peer['why']}"
 
-    def _first_calls(self) -> None:
-        """Time the first call of every op at its first head size, in a fresh process with an empty compile cache."""
-        wanted: dict[Any, Job] = {}
-        for job in self.jobs:
-            if not job.baseline:
-                wanted.setdefault((job.op, job.form, job.dtype), job)
+    def start_ours(self) -> Worker:
+        """A process of ours."""
+        return Worker([sys.executable, "-m", "benchmarks._ours"], str(ROOT))
 
-        def time_one(job: Job) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as cache:
-                env = os.environ | dict.fromkeys(("TRITON_CACHE_DIR", "FLA_CACHE_DIR"), cache)
-                worker = Worker([sys.executable, "-m", "benchmarks._ours"], str(ROOT), env)
-                try:
-                    request = self._request(job, do="first_call", dims=job.sizes | {"B": 1, "T": 512, "H": 4})
-                    return worker.ask(request, self.patience())
-                except WorkerError as error:
-                    return {"status": "failed", "why": str(error)}
-                finally:
-                    worker.close()
-
-        found = in_parallel(time_one, list(wanted.values()), max(1, (os.cpu_count() or 1) // 4), "first calls")
-        for job, reply in zip(wanted.values(), found, strict=True):
-            name = f"first call of {job.form} {job.op}, forward and backward, empty compile cache"
-            say(f"{name}: {reply['seconds']:.1f} s" if reply["status"] == "ok" else f"{name}: none, {reply['why']}")
-            if reply["status"] == "ok":
-                self.first_calls[job.op, job.form, job.dtype, job.sizes["K"], job.sizes["V"]] = reply["seconds"]
-
-    def _start_peer(self) -> Worker:
+    def start_peer(self) -> Worker:
+        """A process of the peer's."""
         path = str(self.settings.peer)
         behind = os.environ.get("PYTHONPATH")
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (path, behind)))}
         script = str(Path(__file__).with_name("_peer.py"))
         return Worker([sys.executable, script, "--path", path], self.scratch, env)
 
-    def _meet_peer(self, path: Path) -> None:
-        """Ask the peer who it is, then have it tune itself: processes in parallel, one for each op and head size."""
-        self.peer = self._start_peer()
+    def _meet_peer(self) -> None:
+        """Ask the peer who it is. What is timed starts in a fresh process, after tuning."""
+        worker = self.start_peer()
         try:
-            who = self.peer.ask({"do": "info"}, self.patience())
+            who = worker.ask({"do": "info"}, self.patience())
         except WorkerError as error:
             self.remaining()
             who = {"status": "failed", "why": str(error)}
+        worker.close()
         if who["status"] != "ok":
             self.failures += 1
             say(f"FAILED: the peer cannot be run: {who['why']}")
-            self.peer = None
             return
         self.peer_name, self.guard_lifted = who["peer"], who["guard_lifted"]
-        self.peer.close()  # what is timed starts in a fresh process, after tuning
-        self.peer = None
-        if self.settings.device == "cuda":
-            self._warm_peer()
-
-    def _warm_peer(self) -> None:
-        units: dict[Any, list[Job]] = {}
-        for job in self.jobs:
-            if not job.baseline:
-                units.setdefault(job.tuning_key, []).append(job)
-        end = time.monotonic() + min(self.settings.peer_warm_limit, self.remaining())
-
-        def warm(unit: list[Job]) -> dict[str, Any]:
-            left = end - time.monotonic()
-            if left <= 0:
-                return {"status": "failed", "why": "no time left"}
-            worker = self._start_peer()
-            try:
-                reply = worker.ask(self._describe(unit), left)
-            except WorkerError as error:
-                reply = {"status": "failed", "why": str(error)}
-            finally:
-                worker.close()
-            how = f"warm after {reply['seconds']:.0f} s" if reply["status"] == "ok" else f"not warm: {reply['why']}"
-            say(f"peer: {unit[0].form} {unit[0].op} {', '.join(job.shape for job in unit)}: {how}")
-            return reply
-
-        workers = self.settings.peer_jobs or min(MOST_WARMING, os.cpu_count() or 1)
-        for key, reply in zip(units, in_parallel(warm, list(units.values()), workers, "peer"), strict=True):
-            if reply["status"] == "ok":
-                self.warm[key] = reply["seconds"]
-
-    def _describe(self, unit: list[Job]) -> dict[str, Any]:
-        job = unit[0]
-        target = find(job.op, job.form, self.settings.backend)
-        shapes = [sizes(target.shapes, other.sizes) for other in unit]
-        described = {"function": target.name, "settings": target.settings, "gates": target.gates, "all_shapes": shapes}
-        return self._request(job, do="warm", **described)
 
     def _ask_peer(self, job: Job, ours: dict[str, Any]) -> dict[str, Any]:
         """The peer's times for a job. A WorkerTimeout leaves only when the whole run is out of time."""
@@ -292,10 +246,10 @@ class Run:
         if self.settings.device == "cuda" and job.tuning_key not in self.warm:
             return none | {"why": "not tuned within --peer-warm-limit"}
         if self.peer is None:
-            self.peer = self._start_peer()
+            self.peer = self.start_peer()
         handed = {key: ours[key] for key in ("shapes", "settings", "replaced", "reference", "checksums")}
         try:
-            reply = self.peer.ask(self._request(job, do="run", function=ours["name"], **handed), self.patience())
+            reply = self.peer.ask(self.request(job, do="run", function=ours["name"], **handed), self.patience())
         except WorkerError as error:
             self.peer = None
             self.remaining()
@@ -309,40 +263,18 @@ class Run:
         say(records.table(self.rows))
         say(
             "ms: median; x floor: over the time to read inputs and write outputs once at copy bandwidth; peak MiB: "
-            "beyond the inputs; first s: forward+backward on an empty compile cache"
+            "beyond the inputs; work MiB: of that neither outputs nor gradients; first s: forward+backward on an empty "
+            "compile cache"
         )
         if self.failures:
             say(f"FAILED: {self.failures}")
 
 
-def in_parallel(function: Callable[[Any], Any], items: list[Any], workers: int, what: str) -> list[Any]:
-    """`function` of every item, in order, some at a time."""
-    pool = ThreadPoolExecutor(max_workers=max(1, workers))
-    try:
-        return list(progress(pool.map(function, items), what, len(items)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """A progress bar on a terminal, where tqdm is installed."""
-    if not sys.stderr.isatty():
-        return items
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=what, total=total, leave=False)
-
-
-def say(text: str) -> None:
-    """Print a line above the progress bar, at once."""
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
-        print(text, flush=True)
-    else:
-        tqdm.tqdm.write(text)
-        sys.stdout.flush()
+def in_memory(least: int = 8 * 2**30) -> str | None:
+    """A folder in memory for what the two sides hand over (gates of a gigabyte), where the machine has a roomy one."""
+    shared = Path("/dev/shm")
+    roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= least
+    return str(shared) if roomy else None
 
 
 def git_commit() -> str:

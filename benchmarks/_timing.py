@@ -17,7 +17,17 @@ from torch import Tensor
 MIB = 2**20
 FLUSH_BYTES = 128 * MIB  # more than any L2: every run starts with its inputs in device memory
 BANDWIDTH_BYTES = {"cuda": 2**30, "cpu": 2**26}
-Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a mode times, and the bytes of what it makes: the output, and with a backward every gradient."""
+
+    run: Callable[[], Any]
+    result_bytes: int
+
+    def __call__(self) -> Any:
+        return self.run()
 
 
 @dataclass(frozen=True)
@@ -57,16 +67,16 @@ def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: st
 
     Gradients are returned, not accumulated. The incoming gradient is drawn here, outside of what is timed.
     """
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return first_output(function(**tensors))
+
+    o = forward()
+    size = o.numel() * o.element_size()
     if mode == "fwd":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return first_output(function(**tensors))
-
-        return forward
+        return Call(forward, size)
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    with torch.no_grad():
-        o = first_output(function(**tensors))
     do = noise({"do": list(o.shape)}, o.dtype, o.device.type, seed)["do"]
     del o
 
@@ -74,11 +84,14 @@ def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: st
         output = first_output(function(**leaves))
         return torch.autograd.grad(output, tuple(leaves.values()), do, allow_unused=True)
 
-    return forward_backward
+    return Call(forward_backward, size + sum(x.numel() * x.element_size() for x in tensors.values()))
 
 
-def measure(call: Call, device: str, budget: Budget) -> dict[str, Any]:
-    """Median milliseconds, number of runs, and peak memory in MiB beyond what was allocated before (None on CPU)."""
+def measure(call: Callable[[], Any], device: str, budget: Budget) -> dict[str, Any]:
+    """Median milliseconds, number of runs, and peak memory in MiB beyond what was allocated before (None on CPU).
+
+    Of a `Call` also the working memory: the peak without outputs and gradients.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -89,10 +102,12 @@ def measure(call: Call, device: str, budget: Budget) -> dict[str, Any]:
     finally:
         if collecting:
             gc.enable()
-    return {"ms": statistics.median(times), "runs": len(times), "peak_mb": peak}
+    size = call.result_bytes if isinstance(call, Call) else None
+    work = None if peak is None or size is None else max(peak - size / MIB, 0.0)
+    return {"ms": statistics.median(times), "runs": len(times), "peak_mb": peak, "work_mb": work}
 
 
-def _cpu_times(call: Call, budget: Budget) -> list[float]:
+def _cpu_times(call: Callable[[], Any], budget: Budget) -> list[float]:
     first = _seconds(call)  # warms caches and thread pools, and does not count
     least = 3 if first < 30 * budget.seconds else 1
     times: list[float] = []
@@ -102,13 +117,13 @@ def _cpu_times(call: Call, budget: Budget) -> list[float]:
     return times
 
 
-def _seconds(call: Call) -> float:
+def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _gpu_times(call: Call, budget: Budget) -> tuple[list[float], float]:
+def _gpu_times(call: Callable[[], Any], budget: Budget) -> tuple[list[float], float]:
     call()  # compiles, loads, fills the allocator's cache
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -117,12 +132,12 @@ def _gpu_times(call: Call, budget: Budget) -> tuple[list[float], float]:
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / MIB
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    estimate = sum(_event_times(call, flush, 5)) / 5e3
+    estimate = sum(event_times(call, flush, 5)) / 5e3
     runs = max(5, min(budget.runs, int(budget.seconds / max(estimate, 1e-6))))
-    return _event_times(call, flush, runs), peak
+    return event_times(call, flush, runs), peak
 
 
-def _event_times(call: Call, flush: Tensor, runs: int) -> list[float]:
+def event_times(call: Callable[[], Any], flush: Tensor, runs: int) -> list[float]:
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(runs)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(runs)]
     for start, end in zip(starts, ends, strict=True):

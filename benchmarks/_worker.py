@@ -10,8 +10,10 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 

@@ -2,8 +2,11 @@
 
 Every row is checked for correctness on its own inputs, timed, and with `--peer FOLDER` (into which the peer was
 installed) the peer is timed right after it on the same inputs with the same code. Rows are printed and appended to
-`<out>/<gpu>.jsonl` as they end; a table comes last. Exit code 1: a row was wrong or broke, or no row got a number;
-2: bad arguments.
+`<out>/<gpu>.jsonl` as they end; a table comes last. Exit code 1: a row was wrong or broke, no row got a number, or
+with `--base` an op lost more than a tenth against the records there; 2: bad arguments.
+
+Two things run no benchmark: `--base THEN --against NOW` compares records, `--report` writes `docs/benchmarks.md` and
+its plots from them.
 """
 
 import argparse
@@ -12,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._plan import SHAPES, expand, jobs
+from benchmarks import _compare, _records, _tuning
+from benchmarks._plan import SHAPES, Job, expand, jobs
 from benchmarks._run import Run, Settings
 from benchmarks._targets import SOFTMAX, find, sizes
 from fla.backends import BACKENDS
@@ -21,6 +25,7 @@ from fla.ops._spec import REGISTRY
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 MODES = ("fwd", "fwdbwd")
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peer", type=Path, help="folder into which the peer was installed; it runs in its own process")
     p.add_argument("--peer-jobs", type=int, help="processes that warm the peer at once; default one per CPU, to 12")
     p.add_argument("--peer-warm-limit", type=float, default=300.0, metavar="SECONDS", help="default 300")
+    p.add_argument("--peer-cache", type=Path, metavar="FOLDER_OR_TGZ", help="what the peer's tuning found before")
+    p.add_argument("--save-peer-cache", type=Path, metavar="FILE", help="write what the peer's tuning found, as a tgz")
     p.add_argument(
         "--first-call",
         action=argparse.BooleanOptionalAction,
@@ -51,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--commit", help="what the record names; default git's, or unknown")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the records; default benchmarks/results")
+    p.add_argument("--base", type=Path, metavar="RESULTS", help="compare with the last records of a .jsonl or folder")
+    p.add_argument("--against", type=Path, metavar="RESULTS", help="compare these with --base, and run nothing")
+    p.add_argument("--report", action="store_true", help="write docs/benchmarks.md from the records, and run nothing")
+    p.add_argument("--docs", type=Path, default=DOCS, help="folder of the report; default docs")
     return p
 
 
@@ -58,21 +69,50 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     p = parser()
     a = p.parse_args(arguments)
+    try:
+        if a.against is not None and a.base is None:
+            raise ValueError("--against needs --base, the records to compare with")
+        if (a.peer_cache or a.save_peer_cache) and a.peer is None:
+            raise ValueError("--peer-cache and --save-peer-cache need --peer")
+        if a.report:
+            return _report(a)
+        base = _records.read_all(a.base) if a.base is not None else None  # before the run appends to it
+        if base is not None and a.against is not None:
+            return _compare.guard(base, _records.read_all(a.against))
+        settings, plan = _prepare(a)
+    except ValueError as error:
+        p.error(str(error))
+    run = Run(settings, plan)
+    code = run.run()
+    guarded = 0 if base is None else _compare.guard(base, run.rows)
+    return code or guarded
+
+
+def _report(a: argparse.Namespace) -> int:
+    from benchmarks import _report  # needs matplotlib
+
+    for path in _report.write(_records.read_all(a.out), a.docs, a.commit):
+        print(f"wrote {path.name}")
+    return 0
+
+
+def _prepare(a: argparse.Namespace) -> tuple[Settings, list[Job]]:
+    """What is to be run, and how. Raises ValueError for arguments that cannot be."""
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
-        p.error("--device cuda needs a CUDA GPU")
+        raise ValueError("--device cuda needs a CUDA GPU")
     if a.peer is not None and not (a.peer / "fla").is_dir():
-        p.error(f"--peer must be a folder that holds the package fla, got {a.peer}")
-    try:
-        shapes = expand(a.shapes or ["peer" if gpu else "cpu"])
-        ops = _ops(a.op, a.form)
-        for op, forms in ops.items():
-            for form in forms:
-                for dims in shapes:
-                    sizes(find(op, form, a.backend).shapes, dims)
-    except ValueError as error:
-        p.error(str(error))
+        raise ValueError(f"--peer must be a folder that holds the package fla, got {a.peer}")
+    shapes = expand(a.shapes or ["peer" if gpu else "cpu"])
+    ops = _ops(a.op, a.form)
+    for op, forms in ops.items():
+        for form in forms:
+            for dims in shapes:
+                sizes(find(op, form, a.backend).shapes, dims)
+    if a.peer_cache is not None:
+        written, kept = _tuning.unpack(a.peer_cache, _tuning.triton_cache())
+        print(f"peer: {written} tuning results from {a.peer_cache.name}, {kept} more were there already")
     baselines = [name for name in SOFTMAX if (name == "sdpa") != gpu] if a.baselines else []
     plan = jobs(ops, baselines, shapes, a.dtype or ["bfloat16" if gpu else "float32"], naive=a.baselines and not gpu)
     settings = Settings(
@@ -89,8 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
         peer=None if a.peer is None else a.peer.resolve(),
         peer_jobs=a.peer_jobs,
         peer_warm_limit=a.peer_warm_limit,
+        peer_tuned=a.peer_cache is not None,
+        save_peer_cache=a.save_peer_cache,
     )
-    return Run(settings, plan).run()
+    return settings, plan
 
 
 def _ops(names: list[str] | None, forms: list[str]) -> dict[str, list[str]]:

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import _ours, _plan, _records, _run, _targets, _timing, ops
+from benchmarks import _ours, _plan, _records, _run, _targets, _timing, _warming, ops
 from benchmarks._run import Run, Settings
 from benchmarks._worker import Worker, WorkerError, WorkerTimeout
 from fla.ops._spec import REGISTRY
@@ -84,6 +85,7 @@ def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
         assert row["ms"] > 0 and row["shape"] == TINY and row["dtype"] == "float32" and row["commit"] == "abc"
         assert (row["gpu"], row["torch"], row["peak_mb"]) == ("cpu", torch.__version__, None)
         assert any(line.startswith(name) and f" {mode} " in line for line in printed.splitlines())
+    assert printed.count("  seconds: inputs ") == len(names) and printed.count(", peer ") == 2
     ours = rows["chunk_gla", "fwdbwd"]
     assert ours["floor_x"] > 1 and ours["first_call_s"] > 0
     assert ours["peer"] == "toy-peer 9.9" and ours["ratio"] == pytest.approx(ours["peer_ms"] / ours["ms"], rel=1e-2)
@@ -96,23 +98,50 @@ def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
     assert rows["naive_gla", "fwd"]["peer_ms"] is None and rows["sdpa", "fwd"]["floor_x"] is None
 
 
-def test_peer_is_warmed_for_every_head_size(tmp_path, peer):
+def test_peer_is_warmed_for_every_head_size(tmp_path, peer, monkeypatch, capsys):
     plan = _plan.jobs(
         {"gla": ["chunk"]}, [], _plan.expand([TINY, "B1 T40 H2 D16", "B1 T40 H1 D16"]), ["float32"], False
     )
-    run = Run(settings(tmp_path, peer=peer), plan)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "A").mkdir(parents=True)
+    (tmp_path / "cache" / "A" / "kernel.autotune.json").write_text("{}")
+    run = Run(settings(tmp_path, peer=peer, save_peer_cache=tmp_path / "tuned.tgz"), plan)
     run.scratch = str(tmp_path)
-    run._meet_peer(peer)
-    run._warm_peer()
+    run._meet_peer()
+    _warming.warm_up(run)
     assert run.peer_name == "toy-peer 9.9" and run.guard_lifted and not run.failures
     assert sorted(dict(key[3:])["H"] for key in run.warm) == [1, 2]
     assert all(seconds > 0 for seconds in run.warm.values())
+    with tarfile.open(tmp_path / "tuned.tgz") as archive:
+        assert archive.getnames() == ["A/kernel.autotune.json"]
+    assert "1 tuning results saved in tuned.tgz" in capsys.readouterr().out
+
+
+def test_warming_alone_after_running_out_of_memory(tmp_path, monkeypatch):
+    asked = []
+
+    class Full:
+        def ask(self, request, timeout):
+            asked.append((request["op"], len(request["all_dims"])))
+            out = request["op"] == "gla" and asked.count(asked[-1]) == 1
+            return {"status": "failed", "why": "OutOfMemoryError: no"} if out else {"status": "ok", "seconds": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(Run, "start_peer", lambda self: Full())
+    ops_ = {"gla": ["chunk"], "retention": ["chunk"]}
+    run = Run(settings(tmp_path), _plan.jobs(ops_, [], _plan.expand([TINY, "B1 T4 H2 D16"]), ["float32"], False))
+    run.peer_name = "full 1.0"
+    _warming.warm_up(run)
+    assert sorted(key[0] for key in run.warm) == ["gla", "retention"]
+    assert sorted(asked) == [("gla", 2), ("gla", 2), ("retention", 2)]
 
 
 def test_wrong_op_gets_no_number(monkeypatch, tmp_path):
     right = _targets.find("gla", "chunk")
     job = _plan.jobs({"gla": ["chunk"]}, [], [_plan.parse(TINY)], ["float32"], False)[0]
-    request = Run(settings(tmp_path), [job])._request(job, peer=False, scratch=str(tmp_path), bandwidth=1e9)
+    request = Run(settings(tmp_path), [job]).request(job, peer=False, scratch=str(tmp_path), bandwidth=1e9)
     assert set(_ours.run(request)["rows"]) == {"fwd", "fwdbwd"}
 
     def detached(q, k, v, g):  # right values, wrong gradient
@@ -161,9 +190,12 @@ def test_time_limit_stops_cleanly(tmp_path, capsys):
         (["--op", "gla", "--form", "parallel"], "--form of gla must be among"),
         (["--form", "chunky"], "--form names none"),
         (["--shapes", "B1 T2"], "--shapes must give B, T, H and D"),
-        (["--shapes", "B1 T0 H1 D4"], "--shapes takes peer, seed"),
+        (["--shapes", "B1 T0 H1 D4"], "--shapes takes targets, peer, seed"),
         (["--shapes", "B1 B2 T1 H1 D4"], "--shapes must name an axis once"),
         (["--peer", "nowhere"], "--peer must be a folder"),
+        (["--against", "x"], "--against needs --base"),
+        (["--base", "nowhere"], "records must be a .jsonl file or a folder"),
+        (["--save-peer-cache", "x.tgz"], "need --peer"),
     ],
 )
 def test_bad_arguments(words, message, capsys):
@@ -200,9 +232,10 @@ def test_plan_puts_what_was_asked_for_first():
     plan = _plan.jobs({"gla": ["chunk"], "retention": ["chunk"]}, ["sdpa_flash"], shapes, ["bfloat16"], True)
     assert [job.op for job in plan[:4]] == ["gla", "retention", "gla", "retention"]
     assert not any(job.form == "naive" for job in plan)  # the loop would take minutes there
-    large = [job.sizes["K"] > 128 for job in plan]
-    assert large == sorted(large) and sum(large) == 3
-    assert {job.op for job in plan[-8:-3]} == {"sdpa_flash"}
+    assert [job.shape for job in plan] == [text for text in _plan.SHAPES["peer"] for _ in "12"] + _plan.SHAPES["peer"]
+    assert {job.op for job in plan[-6:]} == {"sdpa_flash"}
+    softmax = _plan.jobs({}, ["sdpa_flash"], _plan.expand(["targets", "seed"]), ["bfloat16"], False)
+    assert softmax[0].shape == "B8 T16384 H32 D128" and softmax[8].shape == "B4 T4096 H64 D128"  # the report's first
 
 
 @pytest.mark.parametrize("op", sorted(REGISTRY))

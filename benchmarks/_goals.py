@@ -1,0 +1,151 @@
+"""The targets as data: what must be reached, what is aimed at, and how a record answers. H200, bfloat16."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GPU = "NVIDIA H200"
+SCALAR = ("chunk_linear_attn", "chunk_retention", "chunk_simple_gla")
+ALL = (*SCALAR, "chunk_gla")
+RECURRENT = tuple(op.replace("chunk", "fused_recurrent") for op in ALL)
+SOFTMAX = "sdpa_cudnn"
+
+GROUPS = {
+    "speed": "Against the peer and the memory floor",
+    "softmax": "Against cuDNN's softmax attention (its time over ours)",
+    "memory": "Working memory of forward and backward, over the peer's",
+    "first call": "First call, forward and backward, on an empty compile cache",
+    "host": "Host overhead of a tiny forward without autograd",
+    "packing": "1,000 packed sequences of skewed lengths, over the time of one long sequence",
+    "decode": "Decoding one token: share of copy bandwidth on the state, and time per call in a CUDA graph",
+}
+# quantity -> unit behind a value
+UNITS = {
+    "ratio": "x",  # the peer's time over ours
+    "floor_x": " floors",  # time over the memory floor
+    "softmax_x": "x",  # time of cuDNN's softmax attention over ours
+    "work_x": "x",  # working memory over the peer's
+    "first_call_s": " s",
+    "packed_x": "x",  # time of packed sequences over that of one
+    "us": " us",
+    "bandwidth": " of copy",  # share of copy bandwidth
+}
+LARGER_IS_BETTER = ("ratio", "softmax_x", "bandwidth")
+Key = tuple[str, str, str]  # op, shape, mode
+Records = Mapping[Key, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One number that a record has to reach."""
+
+    group: str
+    op: str
+    shape: str
+    mode: str
+    quantity: str
+    must: float
+    aim: float | None = None
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The records that it is read from."""
+        own = (self.op, self.shape, self.mode)
+        beside = self._beside
+        return (own,) if beside is None else (own, beside)
+
+    @property
+    def _beside(self) -> Key | None:
+        """The record that the goal's own is compared with, where it is not part of it."""
+        if self.quantity == "softmax_x":
+            return (SOFTMAX, self.shape, self.mode)
+        return (self.op, self.shape, self.mode.replace("packed", "whole")) if self.quantity == "packed_x" else None
+
+    def value(self, records: Records) -> float | None:
+        """What was measured, or None."""
+        own = records.get((self.op, self.shape, self.mode))
+        if own is None or own["ms"] is None:
+            return None
+        if self.quantity in ("ratio", "floor_x", "first_call_s"):
+            return own[self.quantity]
+        if self.quantity == "us":
+            return own["ms"] * 1e3
+        if self.quantity == "bandwidth":
+            return 1 / own["floor_x"] if own["floor_x"] else None
+        if self.quantity == "work_x":
+            return own["work_mb"] / own["peer_work_mb"] if own["peer_work_mb"] and own["work_mb"] is not None else None
+        beside = records.get(self._beside) if self._beside else None
+        if beside is None or not beside["ms"]:
+            return None
+        return own["ms"] / beside["ms"] if self.quantity == "packed_x" else beside["ms"] / own["ms"]
+
+    def verdict(self, records: Records) -> str:
+        """ "met", "not met" or "no record"; "met, and the aim" where there is one and it is reached."""
+        value = self.value(records)
+        if value is None:
+            return "no record"
+        if not self._reached(value, self.must):
+            return "not met"
+        return "met, and the aim" if self.aim is not None and self._reached(value, self.aim) else "met"
+
+    def _reached(self, value: float, bar: float) -> bool:
+        return value >= bar if self.quantity in LARGER_IS_BETTER else value <= bar
+
+    def shown(self, bar: float | None) -> str:
+        """A bar with its direction and unit."""
+        if bar is None:
+            return ""
+        sign = "≥" if self.quantity in LARGER_IS_BETTER else "≤"
+        return f"{sign} {number(self.quantity, bar)}{UNITS[self.quantity]}"
+
+
+def number(quantity: str, value: float | None) -> str:
+    """A value as it is written in tables, without its unit."""
+    if value is None:
+        return "no record"
+    return f"{value:.1%}" if quantity == "bandwidth" else f"{value:.4g}"
+
+
+def _speed(
+    ops: Iterable[str],
+    shape: str,
+    forward: tuple[float, float | None],
+    both: tuple[float, float | None],
+    floors: tuple[float, float] | None = None,
+) -> list[Goal]:
+    """Ratios (must, aim) of forward and forward+backward, and the most floors of each."""
+    made = []
+    for op in ops:
+        for number, (mode, (must, aim)) in enumerate((("fwd", forward), ("fwdbwd", both))):
+            made.append(Goal("speed", op, shape, mode, "ratio", must, aim))
+            if floors is not None:
+                made.append(Goal("speed", op, shape, mode, "floor_x", floors[number]))
+    return made
+
+
+GOALS: tuple[Goal, ...] = (
+    *_speed(SCALAR, "B4 T4096 H64 D128", (2.2, 2.6), (2.2, 3), (1.7, 2.5)),
+    *_speed(SCALAR, "B8 T16384 H32 D128", (2.2, 2.6), (2.2, 3), (1.7, 2.5)),
+    *_speed(SCALAR, "B2 T16384 H16 D128", (2.0, 2.6), (2.0, 3)),
+    *_speed(SCALAR, "B4 T2048 H16 D128", (6, 8), (4, 6)),
+    *_speed(SCALAR, "B8 T1024 H8 D64", (6, None), (4, None)),
+    *_speed(["chunk_gla"], "B4 T4096 H64 D128", (3.6, 5), (3.2, 4.5), (2.6, 4)),
+    *_speed(["chunk_gla"], "B2 T16384 H16 D128", (3, 5), (3, 4.5)),
+    *_speed(["chunk_gla"], "B4 T2048 H16 D128", (5, 8), (4.5, 8)),
+    *_speed(ALL, "B8 T2048 H32 D256", (1.8, None), (1.8, None)),
+    *_speed(ALL, "B1 T65536 H16 D128", (1.8, None), (1.8, None)),
+    *(
+        Goal("softmax", "chunk_retention", f"B8 T{t} H32 D128", "fwdbwd", "softmax_x", 15 if t == 16384 else 1)
+        for t in (1024, 2048, 4096, 8192, 16384)
+    ),
+    *(Goal("memory", op, "B4 T4096 H64 D128", "fwdbwd", "work_x", 0.4) for op in ALL),
+    *(Goal("first call", op, "B4 T4096 H64 D128", "fwdbwd", "first_call_s", 8) for op in ALL),
+    *(
+        Goal("packing", op, "B1 T65536 H16 D128", mode, "packed_x", 1.3)
+        for op in ALL
+        for mode in ("packed_fwd", "packed_fwdbwd")
+    ),
+    *(Goal("host", op, "B1 T64 H1 D64", "host_fwd", "us", 30) for op in ALL),
+    *(Goal("decode", op, "B64 T1 H32 D128", "decode", "bandwidth", 0.8) for op in RECURRENT),
+    *(Goal("decode", op, "B1 T1 H16 D128", "decode_graph", "us", 12) for op in RECURRENT),
+)

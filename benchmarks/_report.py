@@ -1,0 +1,306 @@
+"""`docs/benchmarks.md` and its plots, from the records alone: nothing is run, nothing is typed by hand.
+
+Every table holds records of one commit and says which: the newest that has any of its rows (or `--commit`). Quick
+looks, runs of a named other backend, uncommitted code and rows without a number are left out. A gap says "no record".
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _plots
+from benchmarks import _records as records
+from benchmarks._goals import ALL, GOALS, GPU, GROUPS, UNITS, Goal, Records, number
+from benchmarks._plan import SHAPES
+from benchmarks._targets import find
+from fla.ops._spec import REGISTRY
+
+Record = dict[str, Any]
+NONE = "no record"
+DTYPE = "bfloat16"  # of plots and targets
+LENGTH = re.compile(r"B8 T(\d+) H32 D128")
+SOFTMAX = {"sdpa_flash": "softmax (flash)", "sdpa_cudnn": "softmax (cuDNN)"}
+MODES = ("fwd", "fwdbwd")
+MODELS = ("generate", "train")
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks.ops --report` from `benchmarks/results/*.jsonl`; do not edit. The records come from
+`python -m benchmarks.ops` and its neighbours `benchmarks.host`, `.packed`, `.decode`, `.benchmark_generation`
+and `.benchmark_training_throughput`, which check a result before they time it.
+
+- **ms**: median time of a call with a cold L2 cache; `fwd` without autograd, `fwdbwd` with the gradient of every input.
+- **floors**: time over the memory floor, which is to read every input once and write every output once at the copy
+  bandwidth of the same run.
+- **peer**: the library that the records name, timed in the same run on the same inputs, its autotuning finished before.
+  **peer/ours** above 1: ours is faster.
+- **work**: peak memory of a call less inputs, outputs and gradients, in MiB.
+- **first call**: seconds of forward and backward on an empty compile cache.
+- Every table holds records of one commit. "no record": nothing was measured there on that commit.
+"""
+
+
+def write(everything: list[Record], docs: Path, commit: str | None = None) -> list[Path]:
+    """Write the page and its pictures into `docs`; the files. Pictures of an earlier report are removed."""
+    docs.mkdir(parents=True, exist_ok=True)
+    page, pictures = build(everything, commit)
+    for old in docs.glob("benchmarks-*.png"):
+        if old.name not in pictures:
+            old.unlink()
+    for name, draw in pictures.items():
+        draw(docs / name)
+    (docs / "benchmarks.md").write_text(page, encoding="utf-8")
+    return [docs / "benchmarks.md", *(docs / name for name in pictures)]
+
+
+def build(everything: list[Record], commit: str | None = None) -> tuple[str, dict[str, Callable[[Path], None]]]:
+    """The page's text, and for every picture's file name what draws it."""
+    parts: list[str] = [HEAD]
+    pictures: dict[str, Callable[[Path], None]] = {}
+    gpus = sorted(dict.fromkeys(r["gpu"] for r in everything), key=lambda gpu: (gpu == "cpu", gpu))
+    for gpu in gpus:
+        here = Section([r for r in everything if r["gpu"] == gpu and _counts(r)], records.slug(gpu), commit)
+        parts.append(f"## {gpu}\n")
+        if gpu == GPU:
+            parts += here.targets()
+        parts += [*here.lengths(), *here.shapes(), *here.small(), *here.models()]
+        pictures |= here.pictures
+    return "\n".join(parts), pictures
+
+
+def _counts(r: Record) -> bool:
+    named = records.backend(r)
+    usual = named in ("", "triton") or r["gpu"] == "cpu"
+    return r["ms"] is not None and "--quick" not in r["note"] and usual
+
+
+def op_names() -> list[str]:
+    """What the chunk form of every registered op is called in records, those with targets first."""
+    names = [find(op, "chunk").name for op, spec in REGISTRY.items() if "chunk" in spec.forms]
+    return [*ALL, *(name for name in names if name not in ALL)]
+
+
+class Section:
+    """The part of the page about one GPU."""
+
+    def __init__(self, rows: list[Record], slug: str, commit: str | None) -> None:
+        self.rows, self.slug, self.commit = rows, slug, commit
+        self.ops = op_names()
+        self.pictures: dict[str, Callable[[Path], None]] = {}
+
+    def of_one_commit(self, wanted: Callable[[Record], bool]) -> tuple[str, list[Record]]:
+        """A line that says where the rows come from, and the last of each; empty where there is none."""
+        found = [r for r in self.rows if wanted(r)]
+        commit = self.commit
+        if commit is None:
+            clean = [r for r in found if not r["commit"].endswith("-dirty")]
+            commit = max(clean, key=lambda r: r["date"])["commit"] if clean else None
+        found = [r for r in found if r["commit"] == commit]
+        if not found:
+            return f"{NONE[0].upper()}{NONE[1:]}.\n", []
+        days = sorted({r["date"][:10] for r in found})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        versions = "; ".join(sorted({f"torch {r['torch']}, triton {r['triton']}" for r in found}))
+        peers = ", ".join(sorted({r["peer"] for r in found if r["peer"]}))
+        where = f"Commit `{commit}`, {when}, {versions}"
+        return f"{where}{f'; peer: {peers}' if peers else ''}.\n", records.latest(found)
+
+    def targets(self) -> list[str]:
+        """What must be reached, group by group, with met or not."""
+        parts = ["### Targets\n"]
+        for group, about in GROUPS.items():
+            goals = [goal for goal in GOALS if goal.group == group]
+            keys = {key for goal in goals for key in goal.keys}
+            said, rows = self.of_one_commit(lambda r, keys=keys: r["dtype"] == DTYPE and _key(r) in keys)  # type: ignore[misc]
+            parts += [f"#### {about}\n", said, *goal_table(goals, {_key(r): r for r in rows})]
+        return parts
+
+    def lengths(self) -> list[str]:
+        """Time against sequence length, beside softmax attention and the peer."""
+        parts = ["### Time against sequence length (B8 H32 D128)\n"]
+        chosen = {*self.ops, *SOFTMAX}
+        said, rows = self.of_one_commit(
+            lambda r: (
+                r["dtype"] == DTYPE
+                and r["op"] in chosen
+                and r["mode"] in MODES
+                and LENGTH.fullmatch(r["shape"]) is not None
+            )
+        )
+        parts.append(said)
+        if not rows:
+            return parts
+        name = f"benchmarks-{self.slug}-time.png"
+        lines = {mode: self._lines(rows, mode) for mode in MODES}
+        title = "Time against sequence length, B8 H32 D128, bfloat16 (dashed: the peer's same op)"
+        self.pictures[name] = lambda path: _plots.time_against_tokens(path, lines, title)
+        parts.append(f"![Time against sequence length]({name})\n")
+        found = {_key(r): r for r in rows}
+        shown = {*ALL, *(r["op"] for r in rows)}
+        columns = [op for op in (*self.ops, *SOFTMAX) if op in shown or op in SOFTMAX]
+        for mode in MODES:
+            parts.append(f"{_plots.TITLES[mode].capitalize()}, ms (in brackets the peer's):\n")
+            table = [["T", *columns]]
+            for shape in SHAPES["seed"]:
+                match = LENGTH.fullmatch(shape)
+                cells = [_time(found.get((op, shape, mode))) for op in columns]
+                table.append([match[1] if match else shape, *cells])
+            parts.append(markdown(table))
+        return parts
+
+    def _lines(self, rows: list[Record], mode: str) -> list[_plots.Line]:
+        lines = []
+        for op in (*self.ops, *SOFTMAX):
+            mine = [(int(LENGTH.fullmatch(r["shape"])[1]), r) for r in rows if (r["op"], r["mode"]) == (op, mode)]  # type: ignore[index]
+            mine.sort(key=lambda pair: pair[0])
+            colour, marker = _plots.style(op, self.ops)
+            ours = [(tokens, r["ms"]) for tokens, r in mine]
+            peers = [(tokens, r["peer_ms"]) for tokens, r in mine if r["peer_ms"]]
+            if peers:
+                lines.append(_plots.Line(op, colour, marker, peers, dashed=True))
+            if ours:
+                lines.append(_plots.Line(SOFTMAX.get(op) or op.removeprefix("chunk_"), colour, marker, ours))
+        return lines
+
+    def shapes(self) -> list[str]:
+        """Every op at every shape: ratio to the peer and multiple of the floor, as pictures and in one table."""
+        parts = ["### Every op and shape\n"]
+        said, rows = self.of_one_commit(lambda r: r["mode"] in MODES)
+        parts.append(said)
+        if not rows:
+            return parts
+        rows.sort(key=lambda r: (_place(r["shape"]), r["op"], r["mode"]))
+        pictures = (
+            ("ratio", "ratio", "Peer's time over ours, bfloat16 (longer to the right: ours is faster; tick: target)",
+             "peer's time / our time", (1.0, "as fast as the peer")),
+            ("floor", "floor_x", "Time over the memory floor, bfloat16 (shorter is better; tick: target)",
+             "time / memory floor", (1.0, "memory floor")),
+        )  # fmt: skip
+        for short, quantity, title, unit, line in pictures:
+            bars = {mode: self._bars(rows, mode, quantity) for mode in MODES}
+            if not any(bars.values()):
+                parts.append(f"{title.split(',')[0]}: {NONE}.\n")
+                continue
+            name = f"benchmarks-{self.slug}-{short}.png"
+            self.pictures[name] = lambda path, bars=bars, title=title, unit=unit, line=line: _plots.bars(  # type: ignore[misc]
+                path, bars, self.ops, title, unit, line
+            )
+            parts.append(f"![{title.split(',')[0]}]({name})\n")
+        return [*parts, _all_rows(rows), *_remarks(rows)]
+
+    def _bars(self, rows: list[Record], mode: str, quantity: str) -> list[_plots.Bar]:
+        must = {(g.op, g.shape): g.must for g in GOALS if (g.mode, g.quantity) == (mode, quantity)}
+        mine = [r for r in rows if r["mode"] == mode and r["dtype"] == DTYPE and r["op"] in self.ops]
+        # the lengths have a picture of their own
+        mine = [r for r in mine if r["shape"] in SHAPES["targets"] or not LENGTH.fullmatch(r["shape"])]
+        on_target = must if any(r["gpu"] == GPU for r in rows) else {}
+        return [
+            _plots.Bar(r["op"], r["shape"], r[quantity], on_target.get((r["op"], r["shape"])))
+            for r in mine
+            if r[quantity] is not None
+        ]
+
+    def small(self) -> list[str]:
+        """Host overhead, packed sequences and decoding."""
+        parts = []
+        for title, about, modes in (
+            ("Host overhead", "Wall time per call in a loop on tiny inputs.", ("host_",)),
+            (
+                "Packed sequences",
+                "Many sequences of skewed lengths in one row, and as many tokens as one sequence.",
+                ("packed", "whole"),
+            ),
+            (
+                "Decoding",
+                "One token from a state and back; bandwidth: share of copy bandwidth on the state.",
+                ("decode",),
+            ),
+        ):
+            said, rows = self.of_one_commit(lambda r, modes=modes: r["mode"].startswith(modes))  # type: ignore[misc]
+            parts += [f"### {title}\n", f"{about}\n", said]
+            if not rows:
+                continue
+            table = [["op", "shape", "dtype", "mode", "us per call", "bandwidth"]]
+            for r in rows:
+                share = number("bandwidth", 1 / r["floor_x"]) if r["floor_x"] else ""
+                table.append([r["op"], r["shape"], r["dtype"], r["mode"], f"{r['ms'] * 1e3:.4g}", share])
+            parts.append(markdown(table, numbers=(4, 5)))
+        return parts
+
+    def models(self) -> list[str]:
+        """Whole models."""
+        said, rows = self.of_one_commit(lambda r: r["mode"] in MODELS)
+        parts = ["### Models\n", "`train`: one optimizer step. `generate`: one token of every sequence.\n", said]
+        if not rows:
+            return parts
+        table = [["model", "shape", "dtype", "mode", "ms", "tokens/s", "peak MiB", "what"]]
+        for r in rows:
+            sizes = dict(re.findall(r"([A-Z]+)(\d+)", r["shape"]))
+            tokens = int(sizes["B"]) * (int(sizes["T"]) if r["mode"] == "train" else 1)
+            speed = f"{tokens / r['ms'] * 1e3:,.0f}"
+            memory = "" if r["peak_mb"] is None else f"{r['peak_mb']:,.0f}"
+            table.append(
+                [r["op"], r["shape"], r["dtype"], r["mode"], f"{r['ms']:.4g}", speed, memory, r["note"]]
+            )  # fmt: skip
+        return [*parts, markdown(table, numbers=(4, 5, 6))]
+
+
+def goal_table(goals: Sequence[Goal], found: Records) -> list[str]:
+    """The goals of one group with what was measured, and how many are met."""
+    table = [["op", "shape", "mode", "must", "aim", "measured", ""]]
+    verdicts = [goal.verdict(found) for goal in goals]
+    for goal, verdict in zip(goals, verdicts, strict=True):
+        value = goal.value(found)
+        measured = "" if value is None else number(goal.quantity, value) + UNITS[goal.quantity]
+        said = f"**{verdict}**" if verdict == "not met" else verdict
+        table.append([goal.op, goal.shape, goal.mode, goal.shown(goal.must), goal.shown(goal.aim), measured, said])
+    count = {name: sum(verdict.startswith(name) for verdict in verdicts) for name in ("met", "not met", NONE)}
+    summary = ", ".join(f"{name}: {n}" for name, n in count.items())
+    return [f"{summary}; of {len(goals)}.\n", markdown(table, numbers=(3, 4, 5))]
+
+
+def _all_rows(rows: Sequence[Record]) -> str:
+    table = [
+        ["op", "shape", "dtype", "mode", "ms", "floors", "peer ms", "peer/ours", "work", "peer's work", "first call s"]
+    ]
+    for r in rows:
+        cells = [f"{r['ms']:.4g}"]
+        for name, form in (("floor_x", ".3g"), ("peer_ms", ".4g"), ("ratio", ".3g"), ("work_mb", ",.0f"),
+                           ("peer_work_mb", ",.0f"), ("first_call_s", ".3g")):  # fmt: skip
+            cells.append("" if r[name] is None else format(r[name], form))
+        table.append([r["op"], r["shape"], r["dtype"], r["mode"], *cells])
+    return markdown(table, numbers=tuple(range(4, 11)))
+
+
+def _remarks(rows: Sequence[Record]) -> list[str]:
+    """What the records note, each remark once with the ops and modes that it is about."""
+    about: dict[str, dict[str, None]] = {}
+    for r in rows:
+        for remark in filter(None, (r["note"] or "").split("; ")):
+            if not re.fullmatch(r"\w+ backend|peer's warm-up .*", remark):
+                about.setdefault(remark, {})[f"{r['op']} {r['mode']}"] = None
+    if not about:
+        return []
+    return ["Notes of the records:\n", *(f"- {remark}: {', '.join(names)}" for remark, names in about.items()), ""]
+
+
+def _key(r: Record) -> tuple[str, str, str]:
+    return r["op"], r["shape"], r["mode"]
+
+
+def _place(shape: str) -> tuple[int, str]:
+    known = [*SHAPES["targets"], *SHAPES["peer"], *SHAPES["seed"]]
+    return (known.index(shape) if shape in known else len(known)), shape
+
+
+def _time(r: Record | None) -> str:
+    if r is None:
+        return NONE
+    return f"{r['ms']:.4g}" + (f" ({r['peer_ms']:.4g})" if r["peer_ms"] else "")
+
+
+def markdown(table: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A Markdown table; the columns `numbers` to the right."""
+    rows = [list(row) for row in table]
+    ruler = ["---:" if i in numbers else "---" for i in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ruler, *rows[1:]]) + "\n"

@@ -1,0 +1,8 @@
+"""`python -m benchmarks.benchmark_generation`: see `benchmarks.generation`."""
+
+import sys
+
+from benchmarks.generation import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Decoding: `python -m benchmarks.decode`. One token through `fused_recurrent_*`, from a state to the next.
+
+Mode `decode`: one call with a cold L2; its floor is reading and writing the state once, so `1 / floor_x` is the share
+of copy bandwidth on state traffic. Mode `decode_graph`: time per call inside a CUDA graph of many calls, each fed the
+state of the one before; where there is no GPU it is a plain loop, mode `decode_loop`. Output and state are checked
+against the float64 recurrence first. Exit code 1: a row failed.
+"""
+
+import argparse
+import inspect
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import _local
+from benchmarks import _timing as timing
+from benchmarks._local import Recorder
+from benchmarks._plan import parse, show
+from benchmarks._progress import progress, say
+from benchmarks._targets import find, sizes
+from benchmarks.host import per_call
+from fla.backends import resolve
+from fla.ops._spec import REGISTRY
+from fla.testing import assert_within_budget
+
+FORM = "fused_recurrent"
+WIDE = {"cuda": "B64 T1 H32 D128", "cpu": "B2 T1 H4 D16"}
+SINGLE = {"cuda": "B1 T1 H16 D128", "cpu": "B1 T1 H2 D16"}
+GRAPH_CALLS = 100
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def make_step(op: str, dims: dict[str, int], a: argparse.Namespace) -> tuple[Step, Tensor, str]:
+    """`step(state) -> (o, next state)` on seeded inputs, a first state, and the backend; checked. AssertionError."""
+    spec, target = REGISTRY[op], find(op, FORM, a.backend)
+    dtype = getattr(torch, a.dtype)
+    noise = timing.noise(sizes(target.shapes, dims), dtype, a.device, a.seed)
+    legal = target.inputs(dict(noise))
+    tensors = {name: legal[name].to(dtype).contiguous() for name in target.shapes}
+    state_shape = sizes({"state": spec.shapes["initial_state"]}, dims | {"N": dims["B"]})
+    state = timing.noise(state_shape, torch.float32, a.device, a.seed)["state"]
+    taken = inspect.signature(spec.reference).parameters
+    settings = {name: value for name, value in target.settings.items() if name in taken}
+
+    def step(state: Tensor) -> tuple[Tensor, Tensor]:
+        return target.call(**tensors, initial_state=state, output_final_state=True)
+
+    def naive(wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        given = {name: x.to(wide) for name, x in tensors.items()}
+        return spec.reference(**given, **settings, initial_state=state.to(wide), output_final_state=True)
+
+    with torch.no_grad():
+        (o, after), reference, usual = step(state), naive(torch.float64), naive(torch.float32)
+    backend = resolve(spec.family, o, a.backend)
+    assert_within_budget("o", o, reference[0], usual[0].to(dtype), backend=backend)
+    assert_within_budget("final state", after, reference[1], usual[1].float(), dtype=dtype, backend=backend)
+    return step, state, backend
+
+
+def wide_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
+    """One call on many states."""
+    dims = parse(a.wide)
+    step, state, backend = make_step(op, dims, a)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return step(state)
+
+    row = timing.measure(call, a.device, timing.Budget(a.seconds))
+    moved = 2 * state.numel() * state.element_size()
+    share = moved / (row["ms"] * 1e-3) / recorder.info["bandwidth"]
+    note = f"{backend} backend; {share:.0%} of copy bandwidth on state traffic"
+    add(op, dims, "decode", a, recorder, ms=row["ms"], floor_x=1 / share, peak_mb=row["peak_mb"], note=note)
+
+
+def single_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
+    """Many calls one after the other on few states."""
+    dims = parse(a.single)
+    step, state, backend = make_step(op, dims, a)
+    with torch.no_grad():
+        if a.device == "cuda":
+            mode, ms = "decode_graph", graph_ms(step, state)
+            note = f"{backend} backend; a CUDA graph of {GRAPH_CALLS} calls"
+        else:
+            mode, ms = "decode_loop", per_call(lambda: step(state), a.device, a.seconds) * 1e3
+            note = f"{backend} backend; {recorder.info['machine']}"
+    add(op, dims, mode, a, recorder, ms=ms, note=note)
+
+
+def graph_ms(step: Step, state: Tensor) -> float:
+    """Milliseconds per call in a CUDA graph, each call fed the state of the one before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and fills what is kept per stream
+            step(state)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = state
+        for _ in range(GRAPH_CALLS):
+            _, x = step(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    flush = torch.empty(timing.FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return statistics.median(timing.event_times(graph.replay, flush, 20)) / GRAPH_CALLS
+
+
+def add(op: str, dims: dict[str, int], mode: str, a: argparse.Namespace, recorder: Recorder, **fields: Any) -> None:
+    name = REGISTRY[op].forms[FORM].__name__
+    recorder.add(op=name, shape=show(dims), dtype=a.dtype, mode=mode, **fields)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Time decoding, one token at a time.")
+    _local.op_arguments(p)
+    p.add_argument("--wide", metavar="SHAPE", help=f"many states; default {WIDE['cuda']!r} on a GPU")
+    p.add_argument("--single", metavar="SHAPE", help=f"few states; default {SINGLE['cuda']!r} on a GPU")
+    p.add_argument("--seconds", type=float, default=0.3, help="about how long a row is timed; default 0.3")
+    a = p.parse_args(arguments)
+    try:
+        _local.settle(a)
+        ops = _local.with_form(a.op, FORM)
+        a.wide, a.single = a.wide or WIDE[a.device], a.single or SINGLE[a.device]
+        for shape in (a.wide, a.single):
+            parse(shape)
+    except ValueError as error:
+        p.error(str(error))
+    recorder, failures = Recorder(a.device, a.out, a.commit), 0
+    for op in progress(ops, "ops"):
+        for row, shape in ((wide_row, a.wide), (single_row, a.single)):
+            try:
+                row(op, a, recorder)
+            except Exception as error:
+                note, failed = _local.why_not(error)
+                failures += failed
+                add(op, parse(shape), "decode" if row is wide_row else "decode_graph", a, recorder, note=note)
+    say("\nus per call, and share of copy bandwidth on state traffic")
+    for r in recorder.rows:
+        time = "-" if r["ms"] is None else f"{r['ms'] * 1e3:.1f}"
+        share = "" if not r["floor_x"] else f"{1 / r['floor_x']:.0%}"
+        say(f"  {r['op']:<30}{r['shape']:<20}{r['mode']:<14}{time:>9}{share:>6}")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
