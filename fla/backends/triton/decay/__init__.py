@@ -30,7 +30,8 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
     if problem.gv is not None or problem.q.dtype == torch.float32:
         return recurrent.backward(problem, do, dht, needs_gates)
     dq, dk, dv, dg, dh0 = chunk_backward.backward(problem, do, dht, needs_gates)
-    return Gradients(dq, dk, dv, dg if problem.gk is None else None, dg if problem.gk is not None else None, None, dh0)
+    vector = problem.gk is not None
+    return Gradients(dq, dk, dv, None if vector else dg, dg if vector else None, None, dh0, final=True)
 
 
 def _is_recurrent(problem: Problem) -> bool:

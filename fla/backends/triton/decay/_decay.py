@@ -9,6 +9,8 @@ their own: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 toke
 A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`).
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -162,6 +164,7 @@ def add_segment(b_S, slot, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
     return b_S * b_decay + load_state(slot, 0, o_k, o_v, K, V)
 
 
+@functools.cache
 def padded(size: int) -> int:
     """The tile that holds a head dimension."""
     return max(TILE.value, triton.next_power_of_2(size))

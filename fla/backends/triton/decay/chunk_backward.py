@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import launch
+from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import dot_split, load_rows, load_state, operand, store_rows, store_state
 from fla.backends.triton.decay._decay import (
     CHUNK,
@@ -301,10 +301,10 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
     prepared = Prepared(problem)
     vector = problem.gk is not None
-    NK, NV = triton.cdiv(K, min(padded(K), WIDEST_BACKWARD)), triton.cdiv(V, min(padded(V), WIDEST_BACKWARD))
-    keys, values = triton.cdiv(K, TILE.value) * NV, triton.cdiv(V, TILE.value) * NK
+    NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
+    keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
     L = segment_length(problem, N * H * (2 * keys + values))
-    S = triton.cdiv(T, L)
+    S = ceil_div(T, L)
     local = segment_states(problem, prepared, L, do)
     dh0 = None if problem.initial_state is None else v.new_empty(problem.state_shape, dtype=torch.float32)
     sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]

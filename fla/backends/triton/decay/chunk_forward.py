@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import launch
+from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import load_rows, operand, store_rows, store_state
 from fla.backends.triton.decay._decay import (
     CHUNK,
@@ -130,15 +130,15 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     v = problem.v
     N, H, K, V = problem.state_shape
     BK = min(padded(K), WIDEST)
-    slices = triton.cdiv(K, BK)
-    tiles = slices * triton.cdiv(V, TILE.value)
+    slices = ceil_div(K, BK)
+    tiles = slices * ceil_div(V, TILE.value)
     o = v.new_empty(v.shape, dtype=problem.output_dtype)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     prepared = Prepared(problem)
     T, L = v.shape[1], segment_length(problem, N * H * tiles)
     local = segment_states(problem, prepared, L)
-    grid = N * H * triton.cdiv(T, L) * tiles
+    grid = N * H * ceil_div(T, L) * tiles
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
     stages = 3 if grid <= 132 and BK <= 128 else 2

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import launch
+from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, load_rows, sequence, store_rows
 from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, segment
 from fla.backends.triton.decay.prepare import Prepared, centred
@@ -141,7 +141,7 @@ def finish_vector(problem: Problem, prepared: Prepared, rows, changes: int, NV: 
     T = problem.q.shape[1]
     dq, dk = torch.empty_like(problem.q), torch.empty_like(problem.k)
     dg = torch.empty_like(problem.gk) if needs_gate else None
-    grid = N * H * triton.cdiv(T, L) * triton.cdiv(K, TILE.value)
+    grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
     arguments = (prepared.q, prepared.k, problem.gk, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
     for kind in prepared.kinds:
         launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KIND": kind})
@@ -157,7 +157,7 @@ def close_channel_gradient(
     N, H = problem.state_shape[:2]
     dg = torch.empty_like(gate)
     arguments = (gate, rows, change, dg, problem.cu_seqlens, problem.q.shape[1], H)
-    launch(gate_gradient_kernel, N * H * triton.cdiv(D, BD), arguments, {"D": D, "BD": BD})
+    launch(gate_gradient_kernel, N * H * ceil_div(D, BD), arguments, {"D": D, "BD": BD})
     return dg
 
 

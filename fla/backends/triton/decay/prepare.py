@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem, is_mild
-from fla.backends.triton._launch import launch
+from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import (
     INTERPRETED,
     LOG2E,
@@ -155,13 +155,13 @@ class Prepared:
     def _centre(self, problem: Problem) -> None:
         q, k = problem.q, problem.k
         N, H, K, _ = problem.state_shape
-        T, tiles = q.shape[1], triton.cdiv(K, TILE.value)
+        T, tiles = q.shape[1], ceil_div(K, TILE.value)
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.q, self.k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
-        slots = N * triton.cdiv(T, SHORT_CHUNK.value) if problem.cu_seqlens is None else T // SHORT_CHUNK.value + N
-        pieces = triton.cdiv(T, CHUNK.value)
+        slots = N * ceil_div(T, SHORT_CHUNK.value) if problem.cu_seqlens is None else T // SHORT_CHUNK.value + N
+        pieces = ceil_div(T, CHUNK.value)
         R = max(1, min(pieces, PROGRAMS * 16 // (N * H * tiles)))
-        size = marks_size.fn(N * H) + triton.cdiv(slots * H * 2 * K, 4) * 4
+        size = marks_size.fn(N * H) + ceil_div(slots * H * 2 * K, 4) * 4
         small = q.new_empty(size + N * H * R * tiles, dtype=torch.float32)
         self.gate, marks = small[:size], small[size:].view(torch.int32)
         arguments = (q, k, problem.gk, self.q, self.k, self.gate, marks, problem.cu_seqlens, T, H, R)

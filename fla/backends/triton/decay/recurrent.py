@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Gradients, Problem
+from fla.backends.triton._launch import ceil_div
 from fla.backends.triton._lib import LOG2E, load_state, sequence, store_state
 from fla.backends.triton.decay._decay import padded
 from fla.backends.triton.decay.gate_gradient import close_channel_gradient
@@ -145,7 +146,7 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | Non
     o = torch.empty_like(v, dtype=dtype or problem.output_dtype)
     ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     N, H, K, V = problem.state_shape
-    recurrent_forward_kernel[(triton.cdiv(V, BV.value) * N * H,)](
+    recurrent_forward_kernel[(ceil_div(V, BV.value) * N * H,)](
         q,
         problem.k,
         v,
@@ -174,7 +175,7 @@ def backward(problem: Problem, do, dht, needs_gates: bool) -> Gradients:
     N, H, K, V = problem.state_shape
     dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
-    grid = (N * H * (2 * triton.cdiv(K, TILE.value) + triton.cdiv(V, TILE.value)),)
+    grid = (N * H * (2 * ceil_div(K, TILE.value) + ceil_div(V, TILE.value)),)
     recurrent_backward_kernel[grid](
         q,
         k,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import launch
+from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import load_rows
 from fla.backends.triton.decay._decay import (
     CHUNK,
@@ -107,7 +107,7 @@ def segment_length(problem: Problem, programs: int) -> int:
     pieces = 1
     while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
         pieces *= 2
-    return triton.cdiv(triton.cdiv(T, pieces), CHUNK.value) * CHUNK.value
+    return ceil_div(ceil_div(T, pieces), CHUNK.value) * CHUNK.value
 
 
 def segment_states(problem: Problem, prepared: Prepared, L: int, do: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -115,12 +115,12 @@ def segment_states(problem: Problem, prepared: Prepared, L: int, do: torch.Tenso
     None where there is one segment."""
     N, H, K, V = problem.state_shape
     T = problem.q.shape[1]
-    S = triton.cdiv(T, L)
+    S = ceil_div(T, L)
     if S == 1:
         return None
     size = N * H * S * (K * V + K)
     local = problem.q.new_empty(size if do is None else 2 * size, dtype=torch.float32)
-    grid = N * H * S * triton.cdiv(K, BK.value) * triton.cdiv(V, TILE.value)
+    grid = N * H * S * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
     for kind in prepared.kinds:
         constants = {"K": K, "V": V, "KIND": kind, "REVERSE": False}
         rest = (problem.cu_seqlens, T, H, L)
