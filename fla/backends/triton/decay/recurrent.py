@@ -66,7 +66,7 @@ def _walk(
     if REVERSE:
         if s_end is not None:
             tl.store(s_end + o_S, b_S.to(s_end.dtype.element_ty), mask=m_S)
-    elif s_end is not None:
+    elif change is not None:
         b_dS = tl.load(s_end + o_S, mask=m_S, other=0.0).to(ACC)
         tl.store(change + o_r, tl.sum(b_S * b_dS, 1), mask=m_r)
 
@@ -210,7 +210,7 @@ def forward(
 
 
 def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:
-    """All gradients, those of gates like the gates. A constant decay has none here: it comes as `g` where it needs one."""
+    """All gradients, those of gates like the gates (a constant decay has none: it comes as `g` where it needs one)."""
     q, k, v, gk, gv = problem.q, problem.k, problem.v, problem.gk, problem.gv
     N, H, K, V = problem.state_shape
     g, g_gamma = combine(problem.g, problem.g_gamma)

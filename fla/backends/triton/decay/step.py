@@ -17,7 +17,7 @@ from fla.backends.triton._lib import LOG2E, sequence
 
 MAX_KEY_DIM = 512  # a program holds all of K
 FILLED = 264  # programs that keep an H200 (132 processors) busy
-V_FIRST, IN_PLACE = tl.constexpr(1), tl.constexpr(2)  # flags: states are [., H, V, K]; the final state goes to h0
+V_FIRST, IN_PLACE = 1, 2  # FLAGS of the kernel: states are [., H, V, K]; the final state goes to h0
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def recurrent_forward_kernel(
     i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
-    if FLAGS & V_FIRST:
+    if FLAGS & 1:
         o_S = o_v[None, :] * K + o_k[:, None]
     else:
         o_S = o_k[:, None] * V + o_v[None, :]
@@ -102,7 +102,7 @@ def recurrent_forward_kernel(
         if indices is not None:
             b_o = tl.where(live, b_o, idle)
         tl.store(o + here * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
-    if FLAGS & IN_PLACE:
+    if FLAGS & 2:
         tl.store(h0 + i_slot * K * V + o_S, b_S, mask=m_S & live)
     elif ht is not None:
         if indices is not None:
@@ -143,7 +143,7 @@ def launch(
         K=K,
         V=V,
         BV=BV,
-        FLAGS=(V_FIRST.value if v_first else 0) | (IN_PLACE.value if in_place else 0),
+        FLAGS=V_FIRST * v_first + IN_PLACE * in_place,
         num_warps=warps,
     )
 
