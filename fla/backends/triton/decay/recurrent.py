@@ -158,10 +158,9 @@ def gate_kernel(
     i_state = tl.program_id(0).to(tl.int64) // (1 if SCALAR else NB)
     i_n, i_h = i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
+    b_sum = tl.zeros([BD], tl.float64)
     if SCALAR:
-        b_sum = tl.zeros([1], tl.float64)
-    else:
-        b_sum = tl.zeros([BD], tl.float64)
+        b_sum = tl.sum(b_sum, 0)
     for j in tl.static_range(NB if SCALAR else 1):
         o_d = (j if SCALAR else tl.program_id(0) % NB) * BD + tl.arange(0, BD)
         if change is not None:
@@ -174,7 +173,7 @@ def gate_kernel(
         o_t = length - 1 - i_t * BT - tl.arange(0, BT)  # backwards, so that a plain running sum is the suffix sum
         m_t, row = o_t >= 0, (start + o_t) * H + i_h
         if SCALAR:
-            b_r = tl.zeros([BT, 1], tl.float64)
+            b_r = tl.zeros([BT], tl.float64)  # not [BT, 1]: the running sum of one column does not compile
         else:
             b_r = tl.zeros([BT, BD], tl.float64)
         for j in tl.static_range(NB if SCALAR else 1):
@@ -185,18 +184,17 @@ def gate_kernel(
             b_x *= _slices(ahead + row[:, None] * AHEAD + COLUMN + o_e[None, :], mask, D, SLICES).to(tl.float64)
             b_y *= _slices(back + row[:, None] * BACK + COLUMN + o_e[None, :], mask, D, SLICES).to(tl.float64)
             if SCALAR:
-                b_r += tl.sum(b_x - b_y, 1)[:, None]
+                b_r += tl.sum(b_x - b_y, 1)
             else:
                 b_r += b_x - b_y
-        b_dg = b_sum[None, :] + tl.cumsum(b_r, 0)
-        b_sum += tl.sum(b_r, 0)
         if SCALAR:
-            p_g, m_g = row[:, None], m_t[:, None]
+            b_dg, o_g, m_g = b_sum + tl.cumsum(b_r, 0), row, m_t
         else:
-            p_g, m_g = row[:, None] * D + o_e[None, :], mask
-        b_g = tl.load(gate + p_g, mask=m_g, other=0.0).to(tl.float32)
+            b_dg, o_g, m_g = b_sum[None, :] + tl.cumsum(b_r, 0), row[:, None] * D + o_e[None, :], mask
+        b_sum += tl.sum(b_r, 0)
+        b_g = tl.load(gate + o_g, mask=m_g, other=0.0).to(tl.float32)
         b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
-        tl.store(dg + p_g, b_dg.to(dg.dtype.element_ty), mask=m_g)
+        tl.store(dg + o_g, b_dg.to(dg.dtype.element_ty), mask=m_g)
 
 
 def forward(
