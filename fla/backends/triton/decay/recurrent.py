@@ -90,8 +90,8 @@ def recurrent_backward_kernel(
     VALUES: tl.constexpr = NRV * NSK
     ROLES: tl.constexpr = (2 if WITH_O else 1) * (KEYS + VALUES) + (0 if WITH_O else KEYS)
     i_role = tl.program_id(0) % ROLES
-    i_state = tl.program_id(0).to(tl.int64) // ROLES
-    i_n, i_h = i_state // H, i_state % H
+    i_nh = tl.program_id(0) // ROLES
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H
     start, length = sequence(cu_seqlens, i_n, T)
     first = start * H + i_h
     last = first + (length - 1) * H.to(tl.int64)
@@ -155,8 +155,8 @@ def gate_kernel(
     """`dg_t = sum_{s >= t} (x ahead - y back)_s + change` of a block of channels, or SCALAR, of all of them; 0 where
     the gate is below -16. The partial results begin at COLUMN."""
     NB: tl.constexpr = (D + BD - 1) // BD
-    i_state = tl.program_id(0).to(tl.int64) // (1 if SCALAR else NB)
-    i_n, i_h = i_state // H, i_state % H
+    i_nh = tl.program_id(0) // (1 if SCALAR else NB)
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H
     start, length = sequence(cu_seqlens, i_n, T)
     b_sum = tl.zeros([BD], tl.float64)
     if SCALAR:

@@ -53,8 +53,8 @@ def recurrent_forward_kernel(
         16 if K <= 16 else 32 if K <= 32 else 64 if K <= 64 else 128 if K <= 128 else 256 if K <= 256 else 512
     )
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
-    i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
+    i_v, i_nh = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H  # 64-bit divisions are slow
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     if FLAGS & 1:
@@ -119,7 +119,8 @@ def launch(
     in_place: bool = False,
     v_first: bool = False,
 ) -> None:
-    """Fill `o`, and `ht` or, in place, the initial states."""
+    """Fill `o`, and `ht` or, in place, the initial states. ValueError for what the kernel does not cover."""
+    check(problem)
     q, v, states = problem.q, problem.v, problem.initial_state
     N, H, K, V = problem.state_shape
     BV, warps = tiles(N * H, K, V)
@@ -163,10 +164,7 @@ def tiles(states: int, K: int, V: int) -> tuple[int, int]:
 def step(
     problem: Problem, state_indices: Tensor | None, output_final_state: bool, in_place: bool, v_first: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`o`, and the fresh final states or None; `problem.initial_state` is a pool where `state_indices` say so.
-
-    ValueError for what the kernel does not cover."""
-    check(problem)
+    """`o`, and the fresh final states or None; `problem.initial_state` is a pool where `state_indices` say so."""
     q, v = problem.q, problem.v
     o = torch.empty_like(v, dtype=problem.output_dtype)
     N, H, K, V = problem.state_shape
