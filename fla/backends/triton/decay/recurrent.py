@@ -30,14 +30,20 @@ BT, BD = tl.constexpr(32), tl.constexpr(32)  # tokens and channels of a block of
 
 @triton.jit
 def _walk(
-    a, b, x, g, ga, gb, s0, out, change, s_end, row, step, length, scale, o_r, o_c, o_S, m_S,
-    A: tl.constexpr, B: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr,
+    a, b, x, g, ga, gb, s0, out, change, s_end, row, step, length, scale, o_r, o_c,
+    A: tl.constexpr, B: tl.constexpr, W: tl.constexpr, ROLE: tl.constexpr,
 ):  # fmt: skip
     """One role: `a` and the gate `ga` are `[tokens, A]`, `b`, `x` and `gb` `[tokens, B]`, `out` `[tokens, W]` (at the
     role's first column). `change`: `<S, dS>` of the final state per row, where `s_end` is its gradient."""
+    REVERSE: tl.constexpr = ROLE == "dk" or ROLE == "dv"
     PRECISE: tl.constexpr = a.dtype.element_ty == tl.float32
     ACC: tl.constexpr = out.dtype.element_ty
     m_r, m_c = o_r < A, o_c < B
+    m_S = m_r[:, None] & m_c[None, :]
+    if ROLE == "dq" or ROLE == "dk":  # rows are keys
+        o_S = o_r[:, None] * B + o_c[None, :]
+    else:
+        o_S = o_c[None, :] * A + o_r[:, None]
     b_S = tl.zeros([o_r.shape[0], o_c.shape[0]], ACC)
     if s0 is not None:
         b_S += tl.load(s0 + o_S, mask=m_S, other=0.0).to(ACC)
@@ -107,34 +113,32 @@ def recurrent_backward_kernel(
     if i_role < 2 * KEYS:
         i = i_role % KEYS
         o_r, o_c, column = (i % NRK) * TILE + o_R, (i // NRK) * SLICE + tl.arange(0, CV), (i // NRK) * K
-        o_S, m_S = o_r[:, None] * V + o_c[None, :], (o_r < K)[:, None] & (o_c < V)[None, :]
         if i_role < KEYS:
             if change is not None:
                 change += column
             _walk(
-                k, v, do, g, gk, gv, h0, ahead + column, change, dht, first, H, length, scale, o_r, o_c, o_S, m_S,
-                K, V, AHEAD, False,
+                k, v, do, g, gk, gv, h0, ahead + column, change, dht, first, H, length, scale, o_r, o_c,
+                K, V, AHEAD, "dq",
             )  # fmt: skip
         else:
             _walk(
-                q, do, v, g, gk, gv, dht, back + column, None, dh0, last, -H, length, scale, o_r, o_c, o_S, m_S,
-                K, V, BACK, True,
+                q, do, v, g, gk, gv, dht, back + column, None, dh0, last, -H, length, scale, o_r, o_c,
+                K, V, BACK, "dk",
             )  # fmt: skip
     else:
         j = (i_role - 2 * KEYS) % VALUES
         o_rv, o_ck, at = (j % NRV) * TILE + o_R, (j // NRV) * SLICE + tl.arange(0, CK), NSV * K + (j // NRV) * V
-        o_St, m_St = o_ck[None, :] * V + o_rv[:, None], (o_rv < V)[:, None] & (o_ck < K)[None, :]
         if i_role < 2 * KEYS + VALUES:
             _walk(
-                do, q, k, g, gv, gk, dht, back + at, None, None, last, -H, length, scale, o_rv, o_ck, o_St, m_St,
-                V, K, BACK, True,
+                do, q, k, g, gv, gk, dht, back + at, None, None, last, -H, length, scale, o_rv, o_ck,
+                V, K, BACK, "dv",
             )  # fmt: skip
         elif WITH_O:
             if change is not None:
                 change += at
             _walk(
-                v, k, q, g, gv, gk, h0, ahead + at, change, dht, first, H, length, scale, o_rv, o_ck, o_St, m_St,
-                V, K, AHEAD, False,
+                v, k, q, g, gv, gk, h0, ahead + at, change, dht, first, H, length, scale, o_rv, o_ck,
+                V, K, AHEAD, "o",
             )  # fmt: skip
 
 
