@@ -160,9 +160,7 @@ def _in_place(
     problem = _problem((q, k, v, g, gk, gv, g_gamma, states, cu_seqlens), scale, wide)
     if q.numel() == 0 or v.numel() == 0:
         return v.new_zeros(v.shape, dtype=problem.output_dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        o, _ = family(MODULE, backend).step(problem, _contiguous(state_indices), True, True, v_first)
-    return o
+    return family(MODULE, backend).step(problem, _contiguous(state_indices), True, True, v_first)[0]
 
 
 def _fresh(
@@ -192,9 +190,8 @@ def _fresh(
             if state_indices is not None:
                 state.masked_fill_((state_indices < 0)[:, None, None, None], 0.0)
     else:
-        with torch.autocast(q.device.type, enabled=False):
-            indices = _contiguous(state_indices)
-            o, state = family(MODULE, backend).step(problem, indices, output_final_state, False, v_first)
+        indices = _contiguous(state_indices)
+        o, state = family(MODULE, backend).step(problem, indices, output_final_state, False, v_first)
     return o, states.new_empty(0) if state is None else state
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fla.backends.decay import Problem
@@ -19,7 +20,8 @@ def step(
     states = gather(pool, state_indices)
     problem = replace(problem, initial_state=states.mT if v_first else states)
     compute = chunk if problem.gv is None else steps
-    o, final = compute.forward(problem, True, problem.state_dtype)
+    with torch.autocast(problem.q.device.type, enabled=False):
+        o, final = compute.forward(problem, True, problem.state_dtype)
     assert final is not None
     final = final.mT if v_first else final
     skipped = None if state_indices is None else state_indices < 0

@@ -221,14 +221,14 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
     needs_gates = needs_gates and (problem.g is not None or gk is not None or gv is not None)
     with_o = needs_gates and gv is not None
     wide = torch.float64 if needs_gates and q.dtype == torch.float32 else torch.float32
-    key_slices, value_slices = triton.cdiv(K, SLICE.value), triton.cdiv(V, SLICE.value)
+    key_slices, value_slices = -(-K // SLICE.value), -(-V // SLICE.value)
     at = value_slices * K  # the columns before it belong to key channels, those from it on to value channels
     back = q.new_empty((*q.shape[:3], at + key_slices * V), dtype=wide)
     ahead = torch.empty_like(back) if with_o else q.new_empty((*q.shape[:3], at), dtype=wide)
     change = q.new_empty((N, H, ahead.shape[-1]), dtype=wide) if needs_gates and dht is not None else None
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
-    keys = triton.cdiv(K, TILE.value) * value_slices
-    values = triton.cdiv(V, TILE.value) * key_slices
+    keys = -(-K // TILE.value) * value_slices
+    values = -(-V // TILE.value) * key_slices
     roles = 2 * keys + (2 if with_o else 1) * values
     recurrent_backward_kernel[(N * H * roles,)](
         q,
@@ -283,7 +283,7 @@ def _gate_gradient(gate: Tensor, x: Tensor, y: Tensor, problem: Problem, ahead, 
     N, H = problem.state_shape[:2]
     D, scalar = x.shape[-1], gate.dim() == 3
     dg = torch.empty_like(gate)
-    gate_kernel[(N * H * (1 if scalar else triton.cdiv(D, BD.value)),)](
+    gate_kernel[(N * H * (1 if scalar else -(-D // BD.value)),)](
         x,
         ahead,
         y,

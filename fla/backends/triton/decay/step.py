@@ -124,7 +124,7 @@ def launch(
     q, v, states = problem.q, problem.v, problem.initial_state
     N, H, K, V = problem.state_shape
     BV, warps = tiles(N * H, K, V)
-    recurrent_forward_kernel[(triton.cdiv(V, BV) * N * H,)](
+    recurrent_forward_kernel[(-(-V // BV) * N * H,)](
         q,
         problem.k,
         v,
@@ -152,11 +152,10 @@ def launch(
 def tiles(states: int, K: int, V: int) -> tuple[int, int]:
     """Value columns and warps of a program: 128 bytes a row where there are states enough, at most 64 registers of
     state a thread, at least 16 kB of state in flight a processor."""
-    BK = max(16, triton.next_power_of_2(K))
-    BV = max(16, min(triton.next_power_of_2(V), 64, 4096 // BK))
-    if BK == 256:
-        BV = min(32, triton.next_power_of_2(max(V, 16)))
-    while BV > 16 and states * triton.cdiv(V, BV) < FILLED:
+    BK = max(16, 1 << (K - 1).bit_length())  # plain integers: Triton's own helpers take microseconds on the host
+    widest = max(16, 1 << (V - 1).bit_length())
+    BV = min(widest, 32 if BK == 256 else max(16, min(64, 4096 // BK)))
+    while BV > 16 and states * -(-V // BV) < FILLED:
         BV //= 2
     return BV, max(1, min(4, BK * BV // 1024))
 
