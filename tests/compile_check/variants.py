@@ -124,7 +124,9 @@ def _vector(dtype: str, K: int, V: int) -> Iterator[Variant]:
 
 
 def _recurrent(dtype: str, K: int, V: int) -> Iterator[Variant]:
-    """All decays at once."""
+    """All decays at once. float32 has no variants of its own yet: it comes with bf16."""
+    if dtype == "bf16":
+        yield from (variant._replace(name=f"{variant.name}-fp32") for variant in _recurrent("fp32", K, V))
     forward, backward = _types(dtype)
     size, p = {"K": K, "V": V}, f"*{dtype}"
     rest = {"is_matrix": False, "uses_wgmma": False}

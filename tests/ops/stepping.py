@@ -152,7 +152,7 @@ def hold(served: Served, o: Tensor, states: tuple[Tensor, ...]) -> None:
 
 def check_against_separate_calls(served: Served) -> None:
     """Every sequence alone, through the ordinary path from the state in its slot: within the same budget, and the same
-    bits where a program computes one sequence in one way (Triton, states in one layout)."""
+    bits where a program computes one sequence in one way (Triton, one state, in one layout)."""
     assert served.indices is not None
     case, (o, states, _) = served.case, served.run(False)
     bounds = None if case.cu_seqlens is None else case.cu_seqlens.tolist()
@@ -170,7 +170,7 @@ def check_against_separate_calls(served: Served) -> None:
         for part, found in zip(finals, final if isinstance(final, tuple) else (final,), strict=True):
             part[n : n + 1] = found
     hold(served, apart, finals)
-    if case.backend == "triton" and not served.v_first:
+    if case.backend == "triton" and not served.v_first and len(served.names) == 1:
         assert torch.equal(apart, o)
         assert all(torch.equal(*pair) for pair in zip(finals, states, strict=True))
 
