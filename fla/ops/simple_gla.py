@@ -194,9 +194,9 @@ def fused_recurrent_simple_gla(
         reverse: run from the last token to the first (within every packed sequence).
         inplace_final_state: the final state overwrites `initial_state` (float32, contiguous, no gradient) and is
             returned as that same tensor, whether or not `output_final_state` asks for it.
-        state_indices: int `[N]`; `initial_state` is then a pool `[P, H, K, V]` (float32, contiguous), sequence n reads
-            slot `state_indices[n]` and in place writes it. -1 skips a sequence: its outputs are 0, its fresh final
-            state too, and no slot is touched. Not in place the final states are a fresh `[N, H, K, V]`.
+        state_indices: int `[N]`; `initial_state` is then a pool, P slots in place of N (float32, contiguous). Sequence
+            n reads slot `state_indices[n]`, and in place writes it. -1 skips a sequence: its outputs are 0, a fresh
+            final state too, and no slot is touched. Not in place the final states are N fresh ones, if asked for.
             Slots must be distinct in place. On a CPU a slot outside the pool raises; on a GPU its outputs are NaN.
 
     The last two are for inference (ValueError where a gradient is needed) and not for `reverse`. A serving loop owns

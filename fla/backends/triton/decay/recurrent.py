@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fla.backends.decay import Gradients, Problem, combine
 from fla.backends.triton._lib import DEAD_LOG_DECAY, sequence
-from fla.backends.triton.decay.step import factor, launch
+from fla.backends.triton.decay.step import factor, launch, while_positive
 
 TILE = tl.constexpr(32)  # rows of a backward tile
 SLICE = tl.constexpr(128)  # columns of a backward tile, at most
@@ -47,16 +47,16 @@ def _walk(
     b_S = tl.zeros([o_r.shape[0], o_c.shape[0]], ACC)
     if s0 is not None:
         b_S += tl.load(s0 + o_S, mask=m_S, other=0.0).to(ACC)
-    more = length > 0
-    n_a = tl.load(a + row * A + o_r, mask=m_r & more, other=0.0)
-    n_b = tl.load(b + row * B + o_c, mask=m_c & more, other=0.0)
-    n_x = tl.load(x + row * B + o_c, mask=m_c & more, other=0.0)
-    for t in range(0, length):
+    left = length
+    n_a = tl.load(a + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+    n_b = tl.load(b + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+    n_x = tl.load(x + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+    for _ in range(0, length):
         b_a, b_b, b_x, here = n_a.to(ACC), n_b.to(ACC), n_x.to(ACC), row
-        row, more = row + step, t + 1 < length
-        n_a = tl.load(a + row * A + o_r, mask=m_r & more, other=0.0)
-        n_b = tl.load(b + row * B + o_c, mask=m_c & more, other=0.0)
-        n_x = tl.load(x + row * B + o_c, mask=m_c & more, other=0.0)
+        row, left = row + step, left - 1
+        n_a = tl.load(a + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+        n_b = tl.load(b + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+        n_x = tl.load(x + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
         if REVERSE:
             b_S += (b_a * scale)[:, None] * b_b[None, :]
             tl.store(out + here * W + o_r, tl.sum(b_S * b_x[None, :], 1), mask=m_r)

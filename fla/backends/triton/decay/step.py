@@ -31,17 +31,24 @@ def factor(x, dtype: tl.constexpr, PRECISE: tl.constexpr):
 
 @triton.jit
 def _where_states(indices, i_n, i_h, H, P):
-    """State of this program in the pool (64 bits), whether there is one, and what its outputs are if not."""
+    """State of this program in the pool (64 bits), 1 if there is one, else 0, and what its outputs are then."""
     if indices is None:
         i_slot = i_n
-        live = i_n >= 0
+        live = 1
         idle = 0.0
     else:
         i_slot = tl.load(indices + i_n).to(tl.int64)
-        live = (i_slot >= 0) & (i_slot < P)
+        live = tl.where((i_slot >= 0) & (i_slot < P), 1, 0)
         idle = tl.where(i_slot < 0, 0.0, float("nan"))  # a slot outside the pool must not look like a result
-        i_slot = tl.where(live, i_slot, 0)
+        i_slot *= live
     return i_slot * H + i_h, live, idle
+
+
+@triton.jit
+def while_positive(mask, number):
+    """`mask` if the number is positive, else nowhere. (A comparison of two numbers is no mask in the interpreter of
+    Triton 3.9.)"""
+    return mask & (tl.zeros(mask.shape, tl.int32) < number)
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
@@ -66,47 +73,47 @@ def recurrent_forward_kernel(
     if h0 is None:
         b_S = tl.zeros([BK, BV], tl.float32)
     else:
-        b_S = tl.load(h0 + i_slot * K * V + o_S, mask=m_S & live, other=0.0).to(tl.float32)
+        b_S = tl.load(h0 + i_slot * K * V + o_S, mask=while_positive(m_S, live), other=0.0).to(tl.float32)
     start, length = sequence(cu_seqlens, i_n, T)
-    row, more = start * H + i_h, length > 0
-    n_q = tl.load(q + row * K + o_k, mask=m_k & more, other=0.0)
-    n_k = tl.load(k + row * K + o_k, mask=m_k & more, other=0.0)
-    n_v = tl.load(v + row * V + o_v, mask=m_v & more, other=0.0)
+    row, left = start * H + i_h, length
+    n_q = tl.load(q + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+    n_k = tl.load(k + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+    n_v = tl.load(v + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
     if g is not None:
-        n_g = tl.load(g + row, mask=more, other=0.0)
+        n_g = tl.load(g + row, mask=left > 0, other=0.0)
     if gk is not None:
-        n_gk = tl.load(gk + row * K + o_k, mask=m_k & more, other=0.0)
+        n_gk = tl.load(gk + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
     if gv is not None:
-        n_gv = tl.load(gv + row * V + o_v, mask=m_v & more, other=0.0)
+        n_gv = tl.load(gv + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
     if g_gamma is not None:
         gamma = factor(tl.load(g_gamma + i_h), tl.float32, True)
-    for t in range(0, length):
-        here, row, more = row, row + H, t + 1 < length
+    for _ in range(0, length):
+        here, row, left = row, row + H, left - 1
         b_q, b_k, b_v = n_q.to(tl.float32), n_k.to(tl.float32), n_v.to(tl.float32)
-        n_q = tl.load(q + row * K + o_k, mask=m_k & more, other=0.0)
-        n_k = tl.load(k + row * K + o_k, mask=m_k & more, other=0.0)
-        n_v = tl.load(v + row * V + o_v, mask=m_v & more, other=0.0)
+        n_q = tl.load(q + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+        n_k = tl.load(k + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+        n_v = tl.load(v + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
         if g is not None:
             b_S *= factor(n_g, tl.float32, PRECISE)
-            n_g = tl.load(g + row, mask=more, other=0.0)
+            n_g = tl.load(g + row, mask=left > 0, other=0.0)
         if g_gamma is not None:
             b_S *= gamma
         if gk is not None:
             b_S *= factor(n_gk, tl.float32, PRECISE)[:, None]
-            n_gk = tl.load(gk + row * K + o_k, mask=m_k & more, other=0.0)
+            n_gk = tl.load(gk + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
         if gv is not None:
             b_S *= factor(n_gv, tl.float32, PRECISE)[None, :]
-            n_gv = tl.load(gv + row * V + o_v, mask=m_v & more, other=0.0)
+            n_gv = tl.load(gv + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
         b_S += b_k[:, None] * b_v[None, :]
         b_o = tl.sum(b_S * b_q[:, None], 0) * scale
         if indices is not None:
-            b_o = tl.where(live, b_o, idle)
+            b_o = tl.where(live > 0, b_o, idle)
         tl.store(o + here * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
     if FLAGS & 2:
-        tl.store(h0 + i_slot * K * V + o_S, b_S, mask=m_S & live)
+        tl.store(h0 + i_slot * K * V + o_S, b_S, mask=while_positive(m_S, live))
     elif ht is not None:
         if indices is not None:
-            b_S = tl.where(live, b_S, idle)
+            b_S = tl.where(live > 0, b_S, idle)
         tl.store(ht + i_state * K * V + o_S, b_S, mask=m_S)
 
 
