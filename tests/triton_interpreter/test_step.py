@@ -23,6 +23,7 @@ DIRECT = [
     Direct(260, 4, ("gk",), tokens=2),
     Direct(4, 260, ("g",), tokens=2),
     Direct(16, 16, ("gk", "gv"), tokens=3, states=False),
+    Direct(8, 8, ("g", "gk"), torch.bfloat16, tokens=(2, 1, 0)),  # no dots, so the interpreter computes it right
 ]
 
 

@@ -252,6 +252,7 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
         V=V,
         WITH_O=with_o,
         num_warps=4 if wide == torch.float64 else 2,
+        num_stages=1,
     )
     dg = dgk = dgv = None
     if needs_gates:
@@ -301,5 +302,6 @@ def _gate_gradient(gate: Tensor, x: Tensor, y: Tensor, problem: Problem, ahead, 
         SLICES=slices,
         SCALAR=scalar,
         num_warps=4,
+        num_stages=1,
     )
     return dg

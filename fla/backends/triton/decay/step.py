@@ -153,6 +153,7 @@ def launch(
         BV=BV,
         FLAGS=V_FIRST * v_first + IN_PLACE * in_place,
         num_warps=warps,
+        num_stages=1,
     )
 
 
