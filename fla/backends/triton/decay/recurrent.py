@@ -197,7 +197,7 @@ def gate_kernel(
             b_dg, o_g, m_g = b_sum[None, :] + tl.cumsum(b_r, 0), row[:, None] * D + o_e[None, :], mask
         b_sum += tl.sum(b_r, 0)
         b_g = tl.load(gate + o_g, mask=m_g, other=0.0).to(tl.float32)
-        b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
+        b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg.to(tl.float32))
         tl.store(dg + o_g, b_dg.to(dg.dtype.element_ty), mask=m_g)
 
 
