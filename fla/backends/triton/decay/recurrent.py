@@ -1,7 +1,7 @@
 """The `decay` family token by token, forward and backward, for every head size, dtype and combination of decays.
 
 The forward is the kernel of `step.py`. The backward keeps no states. Each of its roles walks a sequence with a tile
-of the state in registers, `R` rows and `C` columns of it, and makes one vector a token:
+of the state in registers and makes one vector a token; the vectors of the next token are loaded meanwhile:
 
     forward in time     S <- decay S + a b^T        out = scale S x        dq: a, b, x = k, v, do    (rows are keys)
                                                                            o:  a, b, x = v, k, q     (rows are values)
@@ -51,6 +51,12 @@ def _walk(
     n_a = tl.load(a + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
     n_b = tl.load(b + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
     n_x = tl.load(x + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+    if g is not None:
+        n_g = tl.load(g + row, mask=left > 0, other=0.0)
+    if ga is not None:
+        n_ga = tl.load(ga + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+    if gb is not None:
+        n_gb = tl.load(gb + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
     for _ in range(0, length):
         b_a, b_b, b_x, here = n_a.to(ACC), n_b.to(ACC), n_x.to(ACC), row
         row, left = row + step, left - 1
@@ -61,11 +67,14 @@ def _walk(
             b_S += (b_a * scale)[:, None] * b_b[None, :]
             tl.store(out + here * W + o_r, tl.sum(b_S * b_x[None, :], 1), mask=m_r)
         if g is not None:
-            b_S *= factor(tl.load(g + here), ACC, PRECISE)
+            b_S *= factor(n_g, ACC, PRECISE)
+            n_g = tl.load(g + row, mask=left > 0, other=0.0)
         if ga is not None:
-            b_S *= factor(tl.load(ga + here * A + o_r, mask=m_r, other=0.0), ACC, PRECISE)[:, None]
+            b_S *= factor(n_ga, ACC, PRECISE)[:, None]
+            n_ga = tl.load(ga + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
         if gb is not None:
-            b_S *= factor(tl.load(gb + here * B + o_c, mask=m_c, other=0.0), ACC, PRECISE)[None, :]
+            b_S *= factor(n_gb, ACC, PRECISE)[None, :]
+            n_gb = tl.load(gb + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
         if not REVERSE:
             b_S += b_a[:, None] * b_b[None, :]
             tl.store(out + here * W + o_r, tl.sum(b_S * b_x[None, :], 1) * scale, mask=m_r)

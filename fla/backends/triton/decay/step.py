@@ -158,8 +158,8 @@ def launch(
 
 
 def tiles(states: int, K: int, V: int) -> tuple[int, int]:
-    """Value columns and warps of a program: 128 bytes a row where there are states enough, at most 64 registers of
-    state a thread, at least 16 kB of state in flight a processor."""
+    """Value columns and warps of a program: rows of 128 bytes and 32 registers of state a thread where there are states
+    enough, less of V where that fills more of the GPU. From shapes alone; the length plays no part."""
     BK = max(16, 1 << (K - 1).bit_length())  # plain integers: Triton's own helpers take microseconds on the host
     widest = max(16, 1 << (V - 1).bit_length())
     BV = min(widest, 32 if BK == 256 else max(16, min(64, 4096 // BK)))
