@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from fla.backends.triton._lib import sequence
-from fla.backends.triton.decay import _decay, chunk_backward, chunk_forward, gate_gradient, recurrent, vector_backward
+from fla.backends.triton.decay import (
+    _decay,
+    chunk_backward,
+    chunk_forward,
+    gate_gradient,
+    recurrent,
+    step,
+    vector_backward,
+)
 
 KINDS = {"none": _decay.NONE.value, "constant": _decay.CONSTANT.value, "scalar": _decay.SCALAR.value}
 HEADS = ((64, 64), (100, 36), (128, 128))
@@ -116,11 +124,29 @@ def _vector(dtype: str, K: int, V: int) -> Iterator[Variant]:
 
 
 def _recurrent(dtype: str, K: int, V: int) -> Iterator[Variant]:
+    """All decays at once. float32 has no variants of its own yet: it comes with bf16."""
+    if dtype == "bf16":
+        yield from (variant._replace(name=f"{variant.name}-fp32") for variant in _recurrent("fp32", K, V))
     forward, backward = _types(dtype)
     size, p = {"K": K, "V": V}, f"*{dtype}"
-    rest = {"warps": 1, "is_matrix": False, "uses_wgmma": False}
+    rest = {"is_matrix": False, "uses_wgmma": False}
     gates = {"g": p, "gk": p, "gv": p, "g_gamma": "*fp64"}
-    constants = size | {"BK": _decay.padded(K)}
-    yield Variant("recurrent-fwd", recurrent.recurrent_forward_kernel, forward | gates, constants, **rest)
-    types = backward | {"gk": p, "gv": p, "dq": STATES, "dk": STATES, "dv": STATES}
-    yield Variant("recurrent-bwd", recurrent.recurrent_backward_kernel, types, size, **rest)
+    more = {"indices": "*i32", "P": "i32"}
+    for name, states in (("", 4096), ("-few", 16)):
+        BV, warps = step.tiles(states, K, V)
+        for layout, flags in (("", step.IN_PLACE), ("-v-first", step.IN_PLACE | step.V_FIRST)):
+            constants = size | {"BV": BV, "FLAGS": flags, "ht": None}
+            types = {name: kind for name, kind in (forward | gates | more).items() if name != "ht"}
+            kernel = step.recurrent_forward_kernel
+            yield Variant(f"recurrent-fwd{name}{layout}", kernel, types, constants, **rest, warps=warps)
+    del gates["g_gamma"]
+    wide = STATES if dtype != "fp32" else "*fp64"
+    types = backward | gates | {"ahead": wide, "back": wide, "change": wide}
+    types = {name: kind for name, kind in types.items() if name not in ("dq", "dk", "dv")}
+    kernel, warps = recurrent.recurrent_backward_kernel, 2 if wide == STATES else 4
+    yield Variant("recurrent-bwd", kernel, types, size | {"WITH_O": True}, **rest, warps=warps)
+    types = {"x": p, "ahead": wide, "y": p, "back": wide, "change": wide, "gate": p, "dg": p}
+    types |= {"cu_seqlens": "*i32", "T": "i32", "H": "i32"}
+    for name in ("scalar", "vector"):
+        constants = {"COLUMN": 0, "D": K, "AHEAD": K, "BACK": K + V, "SLICES": 2, "SCALAR": name == "scalar"}
+        yield Variant(f"recurrent-gate-{name}", recurrent.gate_kernel, types, constants, **rest)

@@ -1,7 +1,9 @@
 """The family `decay` on Triton: the one-pass forward, the backward by roles, the recurrent kernel for decoding.
 
 Files: `prepare.py` (what is computed of the gates first), `_decay.py` (what the chunk kernels share), `segments.py`,
-`slices.py`, `chunk_forward.py`, `chunk_backward.py`, `gate_gradient.py`, `recurrent.py`.
+`slices.py`, `chunk_forward.py`, `chunk_backward.py`, `far_backward.py`, `gate_gradient.py`; `step.py`, `recurrent.py`.
+
+float32 is computed token by token in both forms: every one of its digits, for every gate, which no dot gives.
 """
 
 from dataclasses import replace
@@ -10,15 +12,13 @@ import torch
 from torch import Tensor
 
 from fla.backends.decay import Gradients, Problem
-from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent
-
-MAX_KEY_DIM = 512
+from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent, step
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """Outputs in v's dtype, the final state in float32 or None. ValueError for what the kernels do not cover."""
-    _check(problem)
-    if _is_recurrent(problem):
+    step.check(problem)
+    if problem.form == "recurrent" or problem.q.dtype == torch.float32:
         return recurrent.forward(problem, output_final_state)
     return chunk_forward.forward(problem, output_final_state)
 
@@ -32,20 +32,3 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
     dq, dk, dv, dg, dh0 = chunk_backward.backward(problem, do, dht, needs_gates)
     vector = problem.gk is not None
     return Gradients(dq, dk, dv, None if vector else dg, dg if vector else None, None, dh0, final=True)
-
-
-def _is_recurrent(problem: Problem) -> bool:
-    """The recurrent kernels also compute float32: every one of its digits, for every gate, which no dot gives."""
-    return problem.form == "recurrent" or problem.q.dtype == torch.float32
-
-
-def _check(problem: Problem) -> None:
-    K, dtype = problem.q.shape[-1], problem.q.dtype
-    if K > MAX_KEY_DIM:
-        raise ValueError(
-            f"the Triton backend takes key head dimensions up to {MAX_KEY_DIM}, got K = {K} (of q); use backend='torch'"
-        )
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"the Triton backend takes float16, bfloat16 and float32, got q of {dtype}; use backend='torch'"
-        )

@@ -15,30 +15,7 @@ from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, load_rows, seq
 from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, segment
 from fla.backends.triton.decay.prepare import Prepared, centred
 
-BT = tl.constexpr(64)
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
-
-
-@triton.jit(do_not_specialize=["T", "H"])
-def gate_gradient_kernel(g, rows, change, dg, cu_seqlens, T, H, D: tl.constexpr, BD: tl.constexpr):
-    """Per channel: `rows` `[B, T, H, 2, D]`, `change` `[N, H, D]`."""
-    i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(D, BD)
-    i_n, i_h = i_state // H, i_state % H
-    o_d = (tl.program_id(0) % tl.cdiv(D, BD)) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    start, length = sequence(cu_seqlens, i_n, T)
-    b_sum = tl.load(change + i_state * D + o_d, mask=m_d, other=0.0).to(tl.float64)
-    for i_t in range(0, tl.cdiv(length, BT)):
-        o_t = length - 1 - i_t * BT - tl.arange(0, BT)  # backwards, so that a plain running sum is the suffix sum
-        mask = (o_t >= 0)[:, None] & m_d[None, :]
-        row = (start + o_t) * H + i_h
-        p_row = rows + row[:, None] * (2 * D) + o_d[None, :]
-        b_r = tl.load(p_row, mask=mask, other=0.0) - tl.load(p_row + D, mask=mask, other=0.0)
-        b_dg = (b_sum[None, :] + tl.cumsum(b_r, 0).to(tl.float64)).to(tl.float32)
-        b_g = tl.load(g + row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
-        tl.store(dg + row[:, None] * D + o_d[None, :], b_dg.to(dg.dtype.element_ty), mask=mask)
-        b_sum += tl.sum(b_r, 0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -146,19 +123,6 @@ def finish_vector(problem: Problem, prepared: Prepared, rows, changes: int, NV: 
     for kind in prepared.kinds:
         launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KIND": kind})
     return dq, dk, dv, dg
-
-
-def close_channel_gradient(
-    problem: Problem, gate: torch.Tensor, rows: torch.Tensor, change: torch.Tensor
-) -> torch.Tensor:
-    """dg like `gate` `[B, T, H, D]`, of `rows` `[B, T, H, 2, D]` and `change` `[N, H, D]`, float32."""
-    D = gate.shape[-1]
-    BD = min(64, triton.next_power_of_2(D))
-    N, H = problem.state_shape[:2]
-    dg = torch.empty_like(gate)
-    arguments = (gate, rows, change, dg, problem.cu_seqlens, problem.q.shape[1], H)
-    launch(gate_gradient_kernel, N * H * ceil_div(D, BD), arguments, {"D": D, "BD": BD})
-    return dg
 
 
 def close_gate_gradient(

@@ -1,216 +1,283 @@
-"""The `decay` family token by token: decoding, and the backward of decays that no chunk form has (per value channel).
+"""The `decay` family token by token, forward and backward, for every head size, dtype and combination of decays.
 
-    S_t = e^{g_t} diag(e^{gk_t}) S_{t-1} diag(e^{gv_t}) + k_t v_t^T      o_t = scale q_t^T S_t
+The forward is the kernel of `step.py`. The backward keeps no states. Each of its roles walks a sequence with a tile
+of the state in registers and makes one vector a token; the vectors of the next token are loaded meanwhile:
 
-Forward: a program owns a `[K, BV]` slice of one head's state. Backward by roles, as in `chunk_backward.py`: dq
-forward in time (a tile of K), dk (a tile of K) and dv (a tile of V) in reverse, no stored state. Gate gradients are
-suffix sums of row products.
+    forward in time     S <- decay S + a b^T        out = scale S x        dq: a, b, x = k, v, do    (rows are keys)
+                                                                           o:  a, b, x = v, k, q     (rows are values)
+    backward in time    dS <- dS + scale a b^T      out = dS x             dk: a, b, x = q, do, v    (rows are keys)
+                        dS <- decay dS afterwards                          dv: a, b, x = do, q, k    (rows are values)
+
+so every sum runs along a row. A tile has at most SLICE columns: a longer row is cut, and its partial sums are added up
+afterwards in a fixed order. Gate gradients are suffix sums (float64) of row products, `q dq - k dk` per key channel and
+`o do - v dv` per value channel. Those are differences of large sums: float32 inputs are computed in float64 where a
+gate needs its gradient, so that its budget holds at any length.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fla.backends.decay import Gradients, Problem
-from fla.backends.triton._launch import ceil_div
-from fla.backends.triton._lib import LOG2E, load_state, sequence, store_state
-from fla.backends.triton.decay._decay import padded
-from fla.backends.triton.decay.gate_gradient import close_channel_gradient
+from fla.backends.decay import Gradients, Problem, combine
+from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._lib import DEAD_LOG_DECAY, sequence
+from fla.backends.triton.decay.step import factor, run_forward, while_positive
 
-BV = tl.constexpr(16)  # value columns a program, forward
-TILE = tl.constexpr(16)  # channels of K or V a program, backward
+TILE = tl.constexpr(32)  # rows of a backward tile
+SLICE = tl.constexpr(128)  # columns of a backward tile, at most
+BT, BD = tl.constexpr(32), tl.constexpr(32)  # tokens and channels of a block of the gate gradient
 
 
 @triton.jit
-def _decay_state(b_S, g, gk, gv, g_gamma, row, i_h, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """`b_S` `[len(o_k), len(o_v)]` times the decays of token `row`. No clamp: nothing is summed, and exp(-inf) is 0."""
+def _walk(
+    a, b, x, g, ga, gb, s0, out, change, s_end, row, step, length, scale, o_r, o_c,
+    A: tl.constexpr, B: tl.constexpr, W: tl.constexpr, ROLE: tl.constexpr,
+):  # fmt: skip
+    """One role: `a` and the gate `ga` are `[tokens, A]`, `b`, `x` and `gb` `[tokens, B]`, `out` `[tokens, W]` (at the
+    role's first column). `change`: `<S, dS>` of the final state per row, where `s_end` is its gradient."""
+    REVERSE: tl.constexpr = ROLE == "dk" or ROLE == "dv"
+    PRECISE: tl.constexpr = a.dtype.element_ty == tl.float32
+    ACC: tl.constexpr = out.dtype.element_ty
+    m_r, m_c = o_r < A, o_c < B
+    m_S = m_r[:, None] & m_c[None, :]
+    if ROLE == "dq" or ROLE == "dk":  # rows are keys
+        o_S = o_r[:, None] * B + o_c[None, :]
+    else:
+        o_S = o_c[None, :] * A + o_r[:, None]
+    b_S = tl.zeros([o_r.shape[0], o_c.shape[0]], ACC)
+    if s0 is not None:
+        b_S += tl.load(s0 + o_S, mask=m_S, other=0.0).to(ACC)
+    left = length
+    n_a = tl.load(a + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+    n_b = tl.load(b + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+    n_x = tl.load(x + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
     if g is not None:
-        b_S *= tl.exp2(tl.load(g + row).to(tl.float32) * LOG2E)
-    if g_gamma is not None:
-        b_S *= tl.exp2(tl.load(g_gamma + i_h).to(tl.float32) * LOG2E)
-    if gk is not None:
-        b_S *= tl.exp2(tl.load(gk + row * K + o_k, mask=o_k < K, other=0.0).to(tl.float32) * LOG2E)[:, None]
-    if gv is not None:
-        b_S *= tl.exp2(tl.load(gv + row * V + o_v, mask=o_v < V, other=0.0).to(tl.float32) * LOG2E)[None, :]
-    return b_S
-
-
-@triton.jit
-def _vector(p, row, o_d, D: tl.constexpr):
-    return tl.load(p + row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["T", "H"])
-def recurrent_forward_kernel(
-    q, k, v, g, gk, gv, g_gamma, h0, o, ht, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr
-):
-    i_state = tl.program_id(0).to(tl.int64) // tl.cdiv(V, BV)
-    i_v, i_n, i_h = tl.program_id(0) % tl.cdiv(V, BV), i_state // H, i_state % H
-    start, length = sequence(cu_seqlens, i_n, T)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    b_S = tl.zeros([BK, BV], tl.float32)
-    if h0 is not None:
-        b_S += load_state(h0, i_state, o_k[:, None], o_v[None, :], K, V)
-    for t in range(0, length):
-        row = (start + t) * H + i_h
-        b_S = _decay_state(b_S, g, gk, gv, g_gamma, row, i_h, o_k, o_v, K, V)
-        b_S += _vector(k, row, o_k, K)[:, None] * _vector(v, row, o_v, V)[None, :]
-        b_o = tl.sum(b_S * _vector(q, row, o_k, K)[:, None], 0) * scale
-        tl.store(o + row * V + o_v, b_o.to(o.dtype.element_ty), mask=o_v < V)
-    if ht is not None:
-        store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
-
-
-@triton.jit
-def _dq_role(
-    k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, o_k, o_v, K: tl.constexpr, V: tl.constexpr
-):
-    b_S = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
-    if h0 is not None:
-        b_S += load_state(h0, i_state, o_k[:, None], o_v[None, :], K, V)
-    for t in range(0, length):
-        row = (start + t) * H + i_h
-        b_S = _decay_state(b_S, None, gk, gv, None, row, i_h, o_k, o_v, K, V)
-        b_S += _vector(k, row, o_k, K)[:, None] * _vector(v, row, o_v, V)[None, :]
-        b_dq = tl.sum(b_S * _vector(do, row, o_v, V)[None, :], 1) * scale
-        tl.store(dq + row * K + o_k, b_dq, mask=o_k < K)
-
-
-@triton.jit
-def _dkv_role(
-    q,
-    x,
-    gk,
-    gv,
-    do,
-    dht,
-    dx,
-    dh0,
-    start,
-    length,
-    scale,
-    i_state,
-    i_h,
-    H,
-    o_k,
-    o_v,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    KEY: tl.constexpr,
-):
-    """`dk = dS v` (KEY: x is v) or `dv = k dS` (x is k), from the last token to the first."""
-    b_dS = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
-    if dht is not None:
-        b_dS += load_state(dht, i_state, o_k[:, None], o_v[None, :], K, V)
-    for i_t in range(0, length):
-        row = (start + length - 1 - i_t) * H + i_h
-        b_dS += _vector(q, row, o_k, K)[:, None] * (_vector(do, row, o_v, V) * scale)[None, :]
-        if KEY:
-            b_dk = tl.sum(b_dS * _vector(x, row, o_v, V)[None, :], 1)
-            tl.store(dx + row * K + o_k, b_dk, mask=o_k < K)
-        else:
-            b_dv = tl.sum(b_dS * _vector(x, row, o_k, K)[:, None], 0)
-            tl.store(dx + row * V + o_v, b_dv, mask=o_v < V)
-        b_dS = _decay_state(b_dS, None, gk, gv, None, row, i_h, o_k, o_v, K, V)
-    if KEY:  # together these programs own every key channel once
-        if dh0 is not None:
-            store_state(dh0, i_state, o_k[:, None], o_v[None, :], K, V, b_dS)
+        n_g = tl.load(g + row, mask=left > 0, other=0.0)
+    if ga is not None:
+        n_ga = tl.load(ga + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+    if gb is not None:
+        n_gb = tl.load(gb + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+    for _ in range(0, length):
+        b_a, b_b, b_x, here = n_a.to(ACC), n_b.to(ACC), n_x.to(ACC), row
+        row, left = row + step, left - 1
+        n_a = tl.load(a + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+        n_b = tl.load(b + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+        n_x = tl.load(x + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+        if REVERSE:
+            b_S += (b_a * scale)[:, None] * b_b[None, :]
+            tl.store(out + here * W + o_r, tl.sum(b_S * b_x[None, :], 1), mask=m_r)
+        if g is not None:
+            b_S *= factor(n_g, ACC, PRECISE)
+            n_g = tl.load(g + row, mask=left > 0, other=0.0)
+        if ga is not None:
+            b_S *= factor(n_ga, ACC, PRECISE)[:, None]
+            n_ga = tl.load(ga + row * A + o_r, mask=while_positive(m_r, left), other=0.0)
+        if gb is not None:
+            b_S *= factor(n_gb, ACC, PRECISE)[None, :]
+            n_gb = tl.load(gb + row * B + o_c, mask=while_positive(m_c, left), other=0.0)
+        if not REVERSE:
+            b_S += b_a[:, None] * b_b[None, :]
+            tl.store(out + here * W + o_r, tl.sum(b_S * b_x[None, :], 1) * scale, mask=m_r)
+    if REVERSE:
+        if s_end is not None:
+            tl.store(s_end + o_S, b_S.to(s_end.dtype.element_ty), mask=m_S)
+    elif change is not None:
+        b_dS = tl.load(s_end + o_S, mask=m_S, other=0.0).to(ACC)
+        tl.store(change + o_r, tl.sum(b_S * b_dS, 1), mask=m_r)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def recurrent_backward_kernel(
-    q, k, v, gk, gv, do, h0, dht, dq, dk, dv, dh0, cu_seqlens, scale, T, H, K: tl.constexpr, V: tl.constexpr
-):
-    NK: tl.constexpr = (K + TILE - 1) // TILE
-    NV: tl.constexpr = (V + TILE - 1) // TILE
-    BK: tl.constexpr = 64 if K <= 64 else 128
-    BV_ALL: tl.constexpr = 64 if V <= 64 else 128
-    i_role = tl.program_id(0) % (2 * NK + NV)
-    i_state = tl.program_id(0).to(tl.int64) // (2 * NK + NV)
-    i_n, i_h = i_state // H, i_state % H
+    q, k, v, g, gk, gv, do, h0, dht, dh0, ahead, back, change, cu_seqlens, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, WITH_O: tl.constexpr,
+):  # fmt: skip
+    """`ahead` `[B, T, H, W]` holds the partial dq, slice by slice of V, and WITH_O those of o, slice by slice of K;
+    `back` those of dk and dv; `change` `[N, H, W]` like `ahead`."""
+    NRK: tl.constexpr = (K + TILE - 1) // TILE
+    NRV: tl.constexpr = (V + TILE - 1) // TILE
+    NSK: tl.constexpr = (K + SLICE - 1) // SLICE
+    NSV: tl.constexpr = (V + SLICE - 1) // SLICE
+    CK: tl.constexpr = 16 if K <= 16 else 32 if K <= 32 else 64 if K <= 64 else SLICE
+    CV: tl.constexpr = 16 if V <= 16 else 32 if V <= 32 else 64 if V <= 64 else SLICE
+    BACK: tl.constexpr = NSV * K + NSK * V
+    AHEAD: tl.constexpr = BACK if WITH_O else NSV * K
+    KEYS: tl.constexpr = NRK * NSV  # programs whose rows are key channels; VALUES: value channels
+    VALUES: tl.constexpr = NRV * NSK
+    ROLES: tl.constexpr = (2 if WITH_O else 1) * (KEYS + VALUES) + (0 if WITH_O else KEYS)
+    i_role = tl.program_id(0) % ROLES
+    i_nh = tl.program_id(0) // ROLES
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H
     start, length = sequence(cu_seqlens, i_n, T)
-    o_tile, o_k, o_v = tl.arange(0, TILE), tl.arange(0, BK), tl.arange(0, BV_ALL)
-    if i_role < NK:
-        _dq_role(k, v, gk, gv, do, h0, dq, start, length, scale, i_state, i_h, H, i_role * TILE + o_tile, o_v, K, V)
-    elif i_role < 2 * NK:
-        o_part = (i_role - NK) * TILE + o_tile
-        _dkv_role(q, v, gk, gv, do, dht, dk, dh0, start, length, scale, i_state, i_h, H, o_part, o_v, K, V, True)
+    first = start * H + i_h
+    last = first + (length - 1) * H.to(tl.int64)
+    if h0 is not None:
+        h0 += i_state * K * V
+    if dht is not None:
+        dht += i_state * K * V
+    if dh0 is not None:
+        dh0 += i_state * K * V
+    if change is not None:
+        change += i_state * AHEAD
+    o_R = tl.arange(0, TILE)
+    if i_role < 2 * KEYS:
+        i = i_role % KEYS
+        o_r, o_c, column = (i % NRK) * TILE + o_R, (i // NRK) * SLICE + tl.arange(0, CV), (i // NRK) * K
+        if i_role < KEYS:
+            if change is not None:
+                change += column
+            _walk(
+                k, v, do, g, gk, gv, h0, ahead + column, change, dht, first, H, length, scale, o_r, o_c,
+                K, V, AHEAD, "dq",
+            )  # fmt: skip
+        else:
+            _walk(
+                q, do, v, g, gk, gv, dht, back + column, None, dh0, last, -H, length, scale, o_r, o_c,
+                K, V, BACK, "dk",
+            )  # fmt: skip
     else:
-        o_part = (i_role - 2 * NK) * TILE + o_tile
-        _dkv_role(q, k, gk, gv, do, dht, dv, dh0, start, length, scale, i_state, i_h, H, o_k, o_part, K, V, False)
+        j = (i_role - 2 * KEYS) % VALUES
+        o_rv, o_ck, at = (j % NRV) * TILE + o_R, (j // NRV) * SLICE + tl.arange(0, CK), NSV * K + (j // NRV) * V
+        if i_role < 2 * KEYS + VALUES:
+            _walk(
+                do, q, k, g, gv, gk, dht, back + at, None, None, last, -H, length, scale, o_rv, o_ck,
+                V, K, BACK, "dv",
+            )  # fmt: skip
+        elif WITH_O:
+            if change is not None:
+                change += at
+            _walk(
+                v, k, q, g, gv, gk, h0, ahead + at, change, dht, first, H, length, scale, o_rv, o_ck,
+                V, K, AHEAD, "o",
+            )  # fmt: skip
 
 
-def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype | None = None):
+@triton.jit
+def _slices(p, mask, D: tl.constexpr, SLICES: tl.constexpr):
+    """The sum of SLICES partial results, each `[D]`, in order."""
+    b_x = tl.load(p, mask=mask, other=0.0)
+    for i in tl.static_range(1, SLICES):
+        b_x += tl.load(p + i * D, mask=mask, other=0.0)
+    return b_x
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def gate_kernel(
+    x, ahead, y, back, change, gate, dg, cu_seqlens, T, H, COLUMN: tl.constexpr, D: tl.constexpr,
+    AHEAD: tl.constexpr, BACK: tl.constexpr, SLICES: tl.constexpr, SCALAR: tl.constexpr,
+):  # fmt: skip
+    """`dg_t = sum_{s >= t} (x ahead - y back)_s + change` of a block of channels, or SCALAR, of all of them; 0 where
+    the gate is below -16. The partial results begin at COLUMN."""
+    NB: tl.constexpr = (D + BD - 1) // BD
+    i_nh = tl.program_id(0) // (1 if SCALAR else NB)
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H
+    start, length = sequence(cu_seqlens, i_n, T)
+    b_sum = tl.zeros([BD], tl.float64)
+    if SCALAR:
+        b_sum = tl.sum(b_sum, 0)
+    for j in tl.static_range(NB if SCALAR else 1):
+        o_d = (j if SCALAR else tl.program_id(0) % NB) * BD + tl.arange(0, BD)
+        if change is not None:
+            b_c = _slices(change + i_state * AHEAD + COLUMN + o_d, o_d < D, D, SLICES).to(tl.float64)
+            if SCALAR:
+                b_sum += tl.sum(b_c, 0)
+            else:
+                b_sum += b_c
+    for i_t in range(0, tl.cdiv(length, BT)):
+        o_t = length - 1 - i_t * BT - tl.arange(0, BT)  # backwards, so that a plain running sum is the suffix sum
+        m_t, row = o_t >= 0, (start + o_t) * H + i_h
+        if SCALAR:
+            b_r = tl.zeros([BT], tl.float64)  # not [BT, 1]: the running sum of one column does not compile
+        else:
+            b_r = tl.zeros([BT, BD], tl.float64)
+        for j in tl.static_range(NB if SCALAR else 1):
+            o_e = (j if SCALAR else tl.program_id(0) % NB) * BD + tl.arange(0, BD)
+            mask = m_t[:, None] & (o_e < D)[None, :]
+            b_x = tl.load(x + row[:, None] * D + o_e[None, :], mask=mask, other=0.0).to(tl.float64)
+            b_y = tl.load(y + row[:, None] * D + o_e[None, :], mask=mask, other=0.0).to(tl.float64)
+            b_x *= _slices(ahead + row[:, None] * AHEAD + COLUMN + o_e[None, :], mask, D, SLICES).to(tl.float64)
+            b_y *= _slices(back + row[:, None] * BACK + COLUMN + o_e[None, :], mask, D, SLICES).to(tl.float64)
+            if SCALAR:
+                b_r += tl.sum(b_x - b_y, 1)
+            else:
+                b_r += b_x - b_y
+        if SCALAR:
+            b_dg, o_g, m_g = b_sum + tl.cumsum(b_r, 0), row, m_t
+        else:
+            b_dg, o_g, m_g = b_sum[None, :] + tl.cumsum(b_r, 0), row[:, None] * D + o_e[None, :], mask
+        b_sum += tl.sum(b_r, 0)
+        b_g = tl.load(gate + o_g, mask=m_g, other=0.0).to(tl.float32)
+        b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg.to(tl.float32))
+        tl.store(dg + o_g, b_dg.to(dg.dtype.element_ty), mask=m_g)
+
+
+def forward(
+    problem: Problem, output_final_state: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`o` in `dtype` (by default what the problem asks for), and the final state float32 or None."""
-    q, v = problem.q, problem.v
-    o = torch.empty_like(v, dtype=dtype or problem.output_dtype)
-    ht = q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
-    N, H, K, V = problem.state_shape
-    recurrent_forward_kernel[(ceil_div(V, BV.value) * N * H,)](
-        q,
-        problem.k,
-        v,
-        problem.g,
-        problem.gk,
-        problem.gv,
-        problem.g_gamma,
-        problem.initial_state,
-        o,
-        ht,
-        problem.cu_seqlens,
-        problem.scale,
-        q.shape[1],
-        H,
-        K=K,
-        V=V,
-        BK=padded(K),
-        num_warps=1,
-    )
+    o = torch.empty_like(problem.v, dtype=dtype or problem.output_dtype)
+    ht = problem.q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
+    run_forward(problem, o, ht)
     return o, ht
 
 
-def backward(problem: Problem, do, dht, needs_gates: bool) -> Gradients:
-    """All gradients, the row products of the gates' in float32."""
-    q, k, v = problem.q, problem.k, problem.v
+def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:
+    """All gradients, those of gates like the gates (a constant decay has none: it comes as `g` where it needs one)."""
+    q, k, v, gk, gv = problem.q, problem.k, problem.v, problem.gk, problem.gv
     N, H, K, V = problem.state_shape
-    dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
+    g, g_gamma = combine(problem.g, problem.g_gamma)
+    if g_gamma is not None:
+        g = g_gamma.expand(q.shape[:3]).contiguous()
+    needs_gates = needs_gates and (problem.g is not None or gk is not None or gv is not None)
+    with_o = needs_gates and gv is not None
+    wide = torch.float64 if needs_gates and q.dtype == torch.float32 else torch.float32
+    key_slices, value_slices = -(-K // SLICE.value), -(-V // SLICE.value)
+    at = value_slices * K  # the columns before it belong to key channels, those from it on to value channels
+    back = q.new_empty((*q.shape[:3], at + key_slices * V), dtype=wide)
+    ahead = torch.empty_like(back) if with_o else q.new_empty((*q.shape[:3], at), dtype=wide)
+    change = q.new_empty((N, H, ahead.shape[-1]), dtype=wide) if needs_gates and dht is not None else None
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
-    grid = (N * H * (2 * ceil_div(K, TILE.value) + ceil_div(V, TILE.value)),)
-    recurrent_backward_kernel[grid](
-        q,
-        k,
-        v,
-        problem.gk,
-        problem.gv,
-        do,
-        problem.initial_state,
-        dht,
-        dq,
-        dk,
-        dv,
-        dh0,
-        problem.cu_seqlens,
-        problem.scale,
-        q.shape[1],
-        H,
-        K=K,
-        V=V,
-        num_warps=1,
-    )
-    dgk = dgv = None
+    keys = -(-K // TILE.value) * value_slices
+    values = -(-V // TILE.value) * key_slices
+    roles = 2 * keys + (2 if with_o else 1) * values
+    arguments = (q, k, v, g, gk, gv, do, problem.initial_state, dht, dh0, ahead, back, change)
+    arguments += (problem.cu_seqlens, problem.scale, q.shape[1], H)
+    warps = 4 if wide == torch.float64 else 2
+    launch(recurrent_backward_kernel, N * H * roles, arguments, {"K": K, "V": V, "WITH_O": with_o}, warps, 1)
+    dg = dgk = dgv = None
     if needs_gates:
-        o, final_state = forward(problem, True, torch.float32)
-        change = None if dht is None else final_state * dht
-        if problem.gk is not None:
-            dgk = _suffix_sums(problem, problem.gk, q * dq, k * dk, None if change is None else change.sum(-1))
-        if problem.gv is not None:
-            dgv = _suffix_sums(problem, problem.gv, o * do, v * dv, None if change is None else change.sum(-2))
-    return Gradients(dq, dk, dv, None, dgk, dgv, dh0)
+        key = (problem, ahead, back, change, 0, value_slices)
+        dg = None if problem.g is None else _gate_gradient(problem.g, q, k, *key)
+        dgk = None if gk is None else _gate_gradient(gk, q, k, *key)
+        dgv = None if gv is None else _gate_gradient(gv, do, v, problem, ahead, back, change, at, key_slices)
+    return Gradients(
+        _sum(ahead[..., :at], value_slices, q.dtype),
+        _sum(back[..., :at], value_slices, k.dtype),
+        _sum(back[..., at:], key_slices, v.dtype),
+        dg,
+        dgk,
+        dgv,
+        dh0,
+        final=True,
+    )
 
 
-def _suffix_sums(problem: Problem, gate, plus, minus, change):
-    """`sum_{s >= t} (plus - minus)_s + change`, the gradient of the per-channel `gate`."""
-    if change is None:
-        N, H = problem.state_shape[:2]
-        change = plus.new_zeros(N, H, gate.shape[-1])
-    return close_channel_gradient(problem, gate, torch.stack((plus, minus), 3), change.contiguous())
+def _sum(partial: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
+    """`[B, T, H, slices * D]` -> `[B, T, H, D]`."""
+    parts = partial.unflatten(-1, (slices, -1)).unbind(-2)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype).contiguous()
+
+
+def _gate_gradient(gate: Tensor, x: Tensor, y: Tensor, problem: Problem, ahead, back, change, column, slices) -> Tensor:
+    N, H = problem.state_shape[:2]
+    D, scalar = x.shape[-1], gate.dim() == 3
+    dg = torch.empty_like(gate)
+    arguments = (x, ahead, y, back, change, gate, dg, problem.cu_seqlens, problem.q.shape[1], H)
+    constants = {"COLUMN": column, "D": D, "AHEAD": ahead.shape[-1], "BACK": back.shape[-1], "SLICES": slices}
+    launch(
+        gate_kernel, N * H * (1 if scalar else ceil_div(D, BD.value)), arguments, constants | {"SCALAR": scalar}, 4, 1
+    )
+    return dg

@@ -1,0 +1,177 @@
+"""The `decay` family token by token, forward: decoding, short inputs, and states that live in a pool.
+
+    S_t = e^{g_t} diag(e^{gk_t}) S_{t-1} diag(e^{gv_t}) + k_t v_t^T      o_t = scale q_t^T S_t
+
+A program owns a `[K, BV]` slice of one state: it is read once, kept in registers, and written once, which is nearly
+all the traffic of a decoding step. Its loads are issued before anything else, those of a token's vectors one token
+ahead. Along the state's contiguous axis a thread reads 16 bytes at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla.backends.decay import Problem
+from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._lib import LOG2E, sequence
+
+MAX_KEY_DIM = 512  # a program holds all of K
+FILLED = 264  # programs that keep an H200 (132 processors) busy
+V_FIRST, IN_PLACE = 1, 2  # FLAGS of the kernel: states are [., H, V, K]; the final state goes to h0
+
+
+@triton.jit
+def factor(x, dtype: tl.constexpr, PRECISE: tl.constexpr):
+    """`e^x`. PRECISE: rounded right, for a hardware `exp2` is two steps of float32 off, and a decay acts many times."""
+    if PRECISE:
+        return tl.exp(x.to(tl.float64)).to(dtype)
+    else:
+        return tl.exp2(x.to(tl.float32) * LOG2E).to(dtype)
+
+
+@triton.jit
+def _where_states(indices, i_n, i_h, H, P):
+    """State of this program in the pool (64 bits), 1 if there is one, else 0, and what its outputs are then."""
+    if indices is None:
+        i_slot = i_n
+        live = 1
+        idle = 0.0
+    else:
+        i_slot = tl.load(indices + i_n).to(tl.int64)
+        live = tl.where((i_slot >= 0) & (i_slot < P), 1, 0)
+        idle = tl.where(i_slot < 0, 0.0, float("nan"))  # a slot outside the pool must not look like a result
+        i_slot *= live
+    return i_slot * H + i_h, live, idle
+
+
+@triton.jit
+def while_positive(mask, number):
+    """`mask` if the number is positive, else nowhere. (A comparison of two numbers is no mask in the interpreter of
+    Triton 3.9.)"""
+    return mask & (tl.zeros(mask.shape, tl.int32) < number)
+
+
+@triton.jit(do_not_specialize=["T", "H", "P"])
+def recurrent_forward_kernel(
+    q, k, v, g, gk, gv, g_gamma, h0, o, ht, cu_seqlens, indices, scale, T, H, P,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    BK: tl.constexpr = (
+        16 if K <= 16 else 32 if K <= 32 else 64 if K <= 64 else 128 if K <= 128 else 256 if K <= 256 else 512
+    )
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    i_v, i_nh = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H  # 64-bit divisions are slow
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    if FLAGS & 1:
+        o_S = o_v[None, :] * K + o_k[:, None]
+    else:
+        o_S = o_k[:, None] * V + o_v[None, :]
+    m_S = m_k[:, None] & m_v[None, :]
+    i_slot, live, idle = _where_states(indices, i_n, i_h, H, P)
+    if h0 is None:
+        b_S = tl.zeros([BK, BV], tl.float32)
+    else:
+        b_S = tl.load(h0 + i_slot * K * V + o_S, mask=while_positive(m_S, live), other=0.0).to(tl.float32)
+    start, length = sequence(cu_seqlens, i_n, T)
+    row, left = start * H + i_h, length
+    n_q = tl.load(q + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+    n_k = tl.load(k + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+    n_v = tl.load(v + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+    if g is not None:
+        n_g = tl.load(g + row, mask=left > 0, other=0.0)
+    if gk is not None:
+        n_gk = tl.load(gk + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+    if gv is not None:
+        n_gv = tl.load(gv + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+    if g_gamma is not None:
+        gamma = factor(tl.load(g_gamma + i_h), tl.float32, True)
+    for _ in range(0, length):
+        here, row, left = row, row + H, left - 1
+        b_q, b_k, b_v = n_q.to(tl.float32), n_k.to(tl.float32), n_v.to(tl.float32)
+        n_q = tl.load(q + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+        n_k = tl.load(k + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+        n_v = tl.load(v + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+        if g is not None:
+            b_S *= factor(n_g, tl.float32, PRECISE)
+            n_g = tl.load(g + row, mask=left > 0, other=0.0)
+        if g_gamma is not None:
+            b_S *= gamma
+        if gk is not None:
+            b_S *= factor(n_gk, tl.float32, PRECISE)[:, None]
+            n_gk = tl.load(gk + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+        if gv is not None:
+            b_S *= factor(n_gv, tl.float32, PRECISE)[None, :]
+            n_gv = tl.load(gv + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+        b_S += b_k[:, None] * b_v[None, :]
+        b_o = tl.sum(b_S * b_q[:, None], 0) * scale
+        if indices is not None:
+            b_o = tl.where(live > 0, b_o, idle)
+        tl.store(o + here * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    if FLAGS & 2:
+        tl.store(h0 + i_slot * K * V + o_S, b_S, mask=while_positive(m_S, live))
+    elif ht is not None:
+        if indices is not None:
+            b_S = tl.where(live > 0, b_S, idle)
+        tl.store(ht + i_state * K * V + o_S, b_S, mask=m_S)
+
+
+def run_forward(
+    problem: Problem,
+    o: Tensor,
+    ht: Tensor | None,
+    state_indices: Tensor | None = None,
+    *,
+    in_place: bool = False,
+    v_first: bool = False,
+) -> None:
+    """Fill `o`, and `ht` or, in place, the initial states. ValueError for what the kernel does not cover."""
+    check(problem)
+    q, v, states = problem.q, problem.v, problem.initial_state
+    N, H, K, V = problem.state_shape
+    BV, warps = tiles(N * H, K, V)
+    arguments = (q, problem.k, v, problem.g, problem.gk, problem.gv, problem.g_gamma, states, o, ht)
+    arguments += (problem.cu_seqlens, state_indices, problem.scale, q.shape[1], H)
+    constants = {"K": K, "V": V, "BV": BV, "FLAGS": V_FIRST * v_first + IN_PLACE * in_place}
+    slots = 1 if states is None else states.shape[0]
+    launch(recurrent_forward_kernel, ceil_div(V, BV) * N * H, (*arguments, slots), constants, warps, 1)
+
+
+def tiles(states: int, K: int, V: int) -> tuple[int, int]:
+    """Value columns and warps of a program: rows of 128 bytes and 32 registers of state a thread where there are states
+    enough, less of V where that fills more of the GPU. From shapes alone; the length plays no part."""
+    BK = max(16, 1 << (K - 1).bit_length())  # plain integers: Triton's own helpers take microseconds on the host
+    widest = max(16, 1 << (V - 1).bit_length())
+    BV = min(widest, 32 if BK == 256 else max(16, min(64, 4096 // BK)))
+    while BV > 16 and states * -(-V // BV) < FILLED:
+        BV //= 2
+    return BV, max(1, min(4, BK * BV // 1024))
+
+
+def step(
+    problem: Problem, state_indices: Tensor | None, output_final_state: bool, in_place: bool, v_first: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`o`, and the fresh final states or None; `problem.initial_state` is a pool where `state_indices` say so."""
+    q, v = problem.q, problem.v
+    o = torch.empty_like(v, dtype=problem.output_dtype)
+    N, H, K, V = problem.state_shape
+    ht = None
+    if output_final_state and not in_place:
+        ht = q.new_empty((N, H, V, K) if v_first else (N, H, K, V), dtype=torch.float32)
+    run_forward(problem, o, ht, state_indices, in_place=in_place, v_first=v_first)
+    return o, ht
+
+
+def check(problem: Problem) -> None:
+    """ValueError unless the recurrent kernels cover the problem."""
+    dtype, K = problem.q.dtype, problem.q.shape[-1]
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"the Triton backend takes float16, bfloat16 and float32, got q of {dtype}; use backend='torch'"
+        )
+    if K > MAX_KEY_DIM:
+        raise ValueError(
+            f"the Triton backend takes head dimensions K up to {MAX_KEY_DIM}, got K = {K} (of q); use backend='torch'"
+        )
