@@ -204,14 +204,24 @@ def _linear_attn(form, q, k, v, initial_state, normalize, **options):
     check_shapes(SHAPES, cu_seqlens=packing, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
     if not normalize:
         return form(q, k, v, initial_state=state, **options)
-    # a quotient of two rounded numbers would have twice the error: both stay wide until they are divided
-    o, state = form(q, k, v, initial_state=state, wide=True, **options)
-    # the normaliser is the same recurrence with the value 1: its state is a K x 1 column, its output a sum of scores.
-    # Two such columns, because the gradient of that sum needs twice the digits of v's dtype: see `_Quotient`.
-    z = None if z is None else z.transpose(1, 2).mT.expand(-1, -1, -1, 2)
-    total, z = form(q, k, v.new_ones(*v.shape[:3], 2), initial_state=z, wide=True, **options)
-    o = _Quotient.apply(o, total, v.dtype)
-    return o, (state, z[..., :1].mT.transpose(1, 2)) if options["output_final_state"] else None
+    # The normaliser is the recurrence with the value 1: two more columns of v (two, because the gradient of that sum needs
+    # twice the digits of v's dtype: `_Quotient`). One recurrence for both, so that the gradients of the quotient's two
+    # parts, which nearly cancel in dk, are summed before anything is rounded; wide until they are divided.
+    extended = torch.cat((v, v.new_ones(*v.shape[:3], 2)), -1)
+    o, state = form(q, k, extended, initial_state=_joined(state, z), wide=True, **options)
+    o = _Quotient.apply(o, v.dtype)
+    if not options["output_final_state"]:
+        return o, None
+    return o, (state[..., :-2].contiguous(), state[..., -2:-1].mT.transpose(1, 2).contiguous())
+
+
+def _joined(state: Tensor | None, z: Tensor | None) -> Tensor | None:
+    """S and two columns of z, `[N, H, K, V + 2]`."""
+    if z is None:
+        return None if state is None else torch.cat((state, state.new_zeros(*state.shape[:3], 2)), -1)
+    columns = z.transpose(1, 2).mT.expand(-1, -1, -1, 2)
+    assert state is not None  # a pair has both
+    return torch.cat((state, columns.to(state.dtype)), -1)
 
 
 def _step(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State | None]:
@@ -237,16 +247,16 @@ def _step(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State |
 
 
 class _Quotient(torch.autograd.Function):
-    """`o / (total + EPS)` in `dtype`, for a `total` `[B, T, H, 2]` of two equal columns.
+    """`o / (total + EPS)` in `dtype`, for `[B, T, H, V + 2]` of `o` and two equal columns of `total`.
 
     In dk the gradients of numerator and denominator cancel: `dk = sum (do_v (v - o)) q`. So the numerator's is rounded
     to `dtype` here, before the denominator's is formed of it, and that one goes back in two parts, one a column.
     """
 
     @staticmethod
-    def forward(ctx, o, total, dtype):
-        total = total[..., :1] + EPS
-        o = o / total
+    def forward(ctx, o, dtype):
+        total = o[..., -1:] + EPS
+        o = o[..., :-2] / total
         ctx.save_for_backward(o, total)
         ctx.dtype = dtype
         return o.to(dtype)
@@ -257,7 +267,7 @@ class _Quotient(torch.autograd.Function):
         d_sum = (do / total).to(ctx.dtype).to(o.dtype)
         d_total = -(d_sum * o).sum(-1, keepdim=True)
         high = d_total.to(ctx.dtype).to(o.dtype)
-        return d_sum, torch.cat((high, d_total - high), -1), None
+        return torch.cat((d_sum, high, d_total - high), -1), None
 
 
 def _parts(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -268,6 +278,8 @@ def _parts(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None
         raise ValueError("initial_state may be a pair (S, z) only with normalize=True; got a pair with normalize=False")
     if len(initial_state) != 2:
         raise ValueError(f"initial_state must be S or the pair (S, z), got {len(initial_state)} entries")
+    if any(part is None for part in initial_state):
+        raise ValueError("initial_state must be S or the pair (S, z), got a pair with None")
     return tuple(initial_state)
 
 

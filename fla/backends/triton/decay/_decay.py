@@ -18,6 +18,7 @@ from fla.backends.triton._lib import load_state, log2_decay, sequence
 
 CHUNK = tl.constexpr(64)  # tokens a chunk
 SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
+MARKS = tl.constexpr(16)  # programs, at most, that look through the gates of a head
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
 NEAR = tl.constexpr(-120.0 * 1.4426950408889634)  # log2 decay of a chunk up to which its halves fit well in bf16,
@@ -44,9 +45,9 @@ def is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE: tl.constexpr, KIND: tl
     what it stores."""
     idle = (t_begin >= length) & (i_s > 0)
     if (KIND == SCALAR) or (KIND == VECTOR):
-        idle = idle | (tl.load(g + i_state) > 0)
+        idle = idle | (is_marked(g, i_state) > 0)
     elif (KIND == SHORT) or (KIND == FAR_SCALAR):
-        idle = idle | (tl.load(g + i_state) == 0)
+        idle = idle | (is_marked(g, i_state) == 0)
     elif KIND == CONSTANT:
         idle = idle | (is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE) == 0)
     elif KIND == FAR_CONSTANT:
@@ -99,8 +100,14 @@ def near_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
 
 @triton.jit
 def marks_size(states):
-    """Floats that the marks of so many heads take in front of the factors: whole 64 bytes, so that those are aligned."""
-    return (states + 15) // 16 * 16
+    """Floats that the marks of so many heads take in front of what they are about."""
+    return states * MARKS
+
+
+@triton.jit
+def is_marked(g, i_state):
+    """Whether one of the programs that looked at a head marked it."""
+    return tl.max(tl.load(g + i_state * MARKS + tl.arange(0, MARKS)), 0)
 
 
 @triton.jit

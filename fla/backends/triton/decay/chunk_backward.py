@@ -71,11 +71,10 @@ def _dq_role(
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
     if PREPARED:
-        b_to, b_on = factors(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_S *= b_to[None, :]
+        b_f, b_on = factors(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_S *= half
+        b_f = half
     for t in range(t_begin, t_end, C):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -83,6 +82,10 @@ def _dq_role(
         b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        if PREPARED:
+            b_S *= b_f[None, :]
+        elif KIND != NONE:
+            b_S *= b_f
         if change is None:
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
@@ -91,8 +94,8 @@ def _dq_role(
             b_to, b_on_next = factors(g + (t // C + 1) * (2 * K * H), o_k, t + C < t_end, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * (b_on * b_to)[None, :]
-            b_on = b_on_next
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
+            b_f, b_on = b_on * b_to, b_on_next
         else:
             if rows is not None:
                 b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
@@ -105,8 +108,11 @@ def _dq_role(
                 tl.store(rows + base + t + o_c, b_row, mask=m_c)
             b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
             if KIND != NONE:
-                b_S *= half * half_next
-                b_u, half = b_u_next, half_next
+                b_f, b_u, half = half * half_next, b_u_next, half_next
+    if PREPARED:
+        b_S *= b_f[None, :]
+    else:
+        b_S *= b_f
     if change is not None:
         # <S, dS> with the S of these rounded operands: with any other the gate gradient's terms do not cancel
         if PREPARED:
@@ -135,11 +141,10 @@ def _dk_role(
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if PREPARED:
-        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_dS *= b_on[None, :]
+        b_to, b_f = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_dS *= half
+        b_f = half
     for i in range(0, tl.cdiv(t_end - t_begin, C)):
         t = t_last - i * C
         m_c = t + o_c < t_end
@@ -148,6 +153,10 @@ def _dk_role(
         b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        if PREPARED:
+            b_dS *= b_f[None, :]
+        elif KIND != NONE:
+            b_dS *= b_f
         if change is None:
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
@@ -156,8 +165,8 @@ def _dk_role(
             b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS) * (b_to * b_on)[None, :]
-            b_to = b_to_next
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            b_f, b_to = b_to * b_on, b_to_next
         else:
             if rows is not None:
                 b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
@@ -170,10 +179,13 @@ def _dk_role(
                 tl.store(rows + base + t + o_c, b_row, mask=m_c)
             b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
             if KIND != NONE:
-                b_dS *= half * half_next
-                b_u, half = b_u_next, half_next
+                b_f, b_u, half = half * half_next, b_u_next, half_next
     if dh0 is not None:
         if i_s == 0:
+            if PREPARED:
+                b_dS *= b_f[None, :]
+            else:
+                b_dS *= b_f
             store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
@@ -192,11 +204,10 @@ def _dv_role(
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if PREPARED:
-        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_dS *= b_on[:, None]
+        b_to, b_f = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_dS *= half
+        b_f = half
     for i in range(0, tl.cdiv(t_end - t_begin, C)):
         t = t_last - i * C
         m_c = t + o_c < t_end
@@ -205,13 +216,17 @@ def _dv_role(
         b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
         b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
+        if PREPARED:
+            b_dS *= b_f[:, None]
+        elif KIND != NONE:
+            b_dS *= b_f
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
         if PREPARED:
             b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS) * (b_to * b_on)[:, None]
-            b_to = b_to_next
+            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
+            b_f, b_to = b_to * b_on, b_to_next
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
             b_do = scale_rows(b_do, b_u, KIND).to(DTYPE)
@@ -219,8 +234,7 @@ def _dv_role(
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_u, KIND) * scale)
             b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
             if KIND != NONE:
-                b_dS *= half * half_next
-                b_u, half = b_u_next, half_next
+                b_f, b_u, half = half * half_next, b_u_next, half_next
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -303,12 +317,14 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     vector = problem.gk is not None
     NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
     keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
-    L = segment_length(problem, N * H * (2 * keys + values))
+    # the vector kind's last kernel has fewer programs than this one
+    L = segment_length(problem, N * H * (keys // NV if vector else 2 * keys + values))
     S = ceil_div(T, L)
     local = segment_states(problem, prepared, L, do)
     dh0 = None if problem.initial_state is None else v.new_empty(problem.state_shape, dtype=torch.float32)
+    whole = NK == 1 and (vector or NV == 1)  # else partial sums
     sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]
-    grads = v.new_empty(sum(sizes), dtype=v.dtype if NK == 1 and (vector or NV == 1) else torch.float32)
+    grads = v.new_empty(sum(sizes), dtype=v.dtype if whole else torch.float32)
     changes, rows = NV * N * H * S * K, None
     if vector or needs_gate:
         rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
@@ -318,11 +334,15 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     for kind in prepared.kinds:
         constants = {"K": K, "V": V, "KIND": kind, "ROLES": roles}
         launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, 2)
-    dq, dk, dv = grads.split(sizes)
-    dv = _sum(dv, NK, v)
     if vector:
+        dv = _sum(grads, NK, v)
         return *finish_vector(problem, prepared, rows, changes, NV, L, needs_gate, dv), dh0
-    dq, dk, dg = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), None
+    if whole and K == V:
+        dq, dk, dv = grads.view(3, *v.shape).unbind(0)
+    else:
+        dq, dk, dv = grads.split(sizes)
+        dq, dk, dv = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), _sum(dv, NK, v)
+    dg = None
     if needs_gate:
         dg = close_gate_gradient(problem, problem.g, rows, dht is not None, 2 * keys, NV, L)
     return dq, dk, dv, dg, dh0

@@ -80,14 +80,14 @@ def chunk_forward_kernel(
         o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
 
     b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
+    # `b_f`: what decays the state from where it stands to the middle of the chunk at hand
     if PREPARED:
-        b_to, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_S *= b_to[:, None]
+        b_f, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
     elif FAR:
         b_G, total = scalar_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_S *= half
+        b_f = half
     for t in range(t_begin, t_end, C):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -95,33 +95,37 @@ def chunk_forward_kernel(
         b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
         b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = tl.dot(b_q, tl.trans(b_k))
-        b_o = tl.dot(b_q, operand(b_S, DTYPE))
         if FAR:
-            b_P = operand(b_P * pair_decay(b_G, m_pair, False), DTYPE)
-            b_o = tl.dot(b_P, b_v, acc=b_o * tl.exp2(b_G)[:, None])
+            b_o = tl.dot(b_q, operand(b_S, DTYPE)) * tl.exp2(b_G)[:, None]
+            b_o = tl.dot(operand(b_P * pair_decay(b_G, m_pair, False), DTYPE), b_v, acc=b_o)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_v = (b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S * tl.exp2(total))
             b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             if PREPARED:
+                b_S *= b_f[:, None]
                 b_to, b_on_next = factors(p_factors + (t // C + 1) * (2 * K * H), o_k, t + C < t_end, K)
             elif KIND != NONE:
+                b_S *= b_f
                 b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
                 b_v = scale_rows(b_v, -b_u, KIND).to(DTYPE)
+            b_o = tl.dot(b_q, operand(b_S, DTYPE))
             b_o = tl.dot(operand(tl.where(m_pair, b_P, 0.0), DTYPE), b_v, acc=b_o)
             if not PREPARED:
                 b_o = scale_rows(b_o, b_u, KIND)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
             if PREPARED:
-                b_S *= (b_on * b_to)[:, None]
-                b_on = b_on_next
+                b_f, b_on = b_on * b_to, b_on_next
             elif KIND != NONE:
-                b_S *= half * half_next
-                b_u, half = b_u_next, half_next
+                b_f, b_u, half = half * half_next, b_u_next, half_next
     if ht is not None:
         if t_end == length:
+            if PREPARED:
+                b_S *= b_f[:, None]
+            elif not FAR:
+                b_S *= b_f
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
 
 
@@ -141,7 +145,8 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     grid = N * H * ceil_div(T, L) * tiles
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
-    stages = 3 if grid <= 132 and BK <= 128 else 2
+    # three where one program a multiprocessor must hide its loads alone; 256 channels fit twice with one stage only
+    stages = 1 if BK > 128 else 3 if grid <= 132 else 2
     for kind in prepared.kinds:
         launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KIND": kind}, num_stages=stages)
     if slices > 1:

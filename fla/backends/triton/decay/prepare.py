@@ -34,6 +34,7 @@ from fla.backends.triton.decay._decay import (
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
+    MARKS,
     NONE,
     SCALAR,
     SHORT,
@@ -46,26 +47,26 @@ from fla.backends.triton.decay._decay import (
     marks_size,
 )
 
-ROWS = tl.constexpr(16)  # chunks at once, scalar kind
+ROWS = tl.constexpr(4)  # chunks at once, scalar kind
 RANGE = tl.constexpr(80.0)  # nats: bf16 and float32 end at e^88
-PROGRAMS = 528  # about what keeps a GPU busy: four a multiprocessor
+PROGRAMS = 1056  # what keeps a GPU busy: four rounds of two a multiprocessor
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def running_sums_kernel(g, q, sums, cu_seqlens, T, H):
-    """`sums`: the marks, then `G`. A program walks a sequence of one head. (Of `q` the dtype counts.)"""
-    i_state = tl.program_id(0).to(tl.int64)
+    """`sums`: the marks, then `G`. MARKS programs walk a sequence of one head. (Of `q` the dtype counts.)"""
+    i_r, i_state = tl.program_id(0) % MARKS, tl.program_id(0).to(tl.int64) // MARKS
     i_n, i_h = i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
-    p_sums = sums + marks_size(tl.num_programs(0)) + head_base(cu_seqlens, start, i_h, T, H)
+    p_sums = sums + tl.num_programs(0) + head_base(cu_seqlens, start, i_h, T, H)
     o_t = tl.arange(0, ROWS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     least = 0.0
-    for t in tl.range(0, length, ROWS * CHUNK, num_stages=2):
+    for t in range(i_r * (ROWS * CHUNK), length, MARKS * ROWS * CHUNK):
         mask = t + o_t < length
         b_w = log2_decay(tl.load(g + (start + t + o_t) * H + i_h, mask=mask, other=0.0))
         least = tl.minimum(least, tl.min(tl.sum(b_w, 1), 0))
         tl.store(p_sums + t + o_t, tl.cumsum(b_w, 1), mask=mask)
-    tl.store(sums + i_state, (is_near(least, q.dtype.element_ty) == 0).to(tl.float32))
+    tl.store(sums + tl.program_id(0), (is_near(least, q.dtype.element_ty) == 0).to(tl.float32))
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def centre_kernel(q, k, g, qn, kn, factors, marks, cu_seqlens, T, H, R, K: tl.co
             o_i = i + tl.arange(0, 256)
             seen = tl.load(marks + i_state * (R * NK) + o_i, mask=o_i < R * NK, other=0)
             far = tl.maximum(far, tl.max(seen, 0))
-        tl.store(factors + i_state, far.to(tl.float32))
+        tl.store(factors + i_state * MARKS + tl.arange(0, MARKS), tl.full([MARKS], 1.0, tl.float32) * far)
         if far == 0:
             return
     o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
@@ -150,7 +151,9 @@ class Prepared:
         T, H = problem.q.shape[1:3]
         states = problem.num_states * H
         self.gate = problem.q.new_empty(marks_size.fn(states) + problem.q.shape[:3].numel(), dtype=torch.float32)
-        launch(running_sums_kernel, states, (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H), {})
+        launch(
+            running_sums_kernel, states * MARKS.value, (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H), {}
+        )
 
     def _centre(self, problem: Problem) -> None:
         q, k = problem.q, problem.k
@@ -160,7 +163,7 @@ class Prepared:
         self.q, self.k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
         slots = N * ceil_div(T, SHORT_CHUNK.value) if problem.cu_seqlens is None else T // SHORT_CHUNK.value + N
         pieces = ceil_div(T, CHUNK.value)
-        R = max(1, min(pieces, PROGRAMS * 16 // (N * H * tiles)))
+        R = max(1, min(pieces, ceil_div(PROGRAMS, N * H * tiles)))
         size = marks_size.fn(N * H) + ceil_div(slots * H * 2 * K, 4) * 4
         small = q.new_empty(size + N * H * R * tiles, dtype=torch.float32)
         self.gate, marks = small[:size], small[size:].view(torch.int32)

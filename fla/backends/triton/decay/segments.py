@@ -18,8 +18,9 @@ from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import load_rows
 from fla.backends.triton.decay._decay import (
     CHUNK,
-    CONSTANT,
+    FAR_CONSTANT,
     FAR_SCALAR,
+    NONE,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
@@ -38,8 +39,11 @@ from fla.backends.triton.decay._decay import (
 from fla.backends.triton.decay.prepare import Prepared
 
 BK = tl.constexpr(128)
-SHORTEST = 8  # chunks a segment has at least
-FULL = 200  # programs that fill the GPU: cutting costs a second read of half the inputs
+SHORTEST = 16  # chunks a segment has at least
+ENOUGH, FULL = (
+    128,
+    200,
+)  # programs that need no segments: they cost a second read of half the inputs; and how many to make
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -51,6 +55,8 @@ def segment_states_kernel(
     NV: tl.constexpr = (V + TILE - 1) // TILE
     NK: tl.constexpr = (K + BK - 1) // BK
     DTYPE: tl.constexpr = x.dtype.element_ty
+    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
     S = tl.cdiv(T, L)
     i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
     i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
@@ -71,31 +77,40 @@ def segment_states_kernel(
         base += marks_size(states)
     slot = first_slot(cu_seqlens, start, i_n, T, C)
     b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
-    for i in range(0, tl.cdiv(t_end - t_begin, C)):
-        t = t_begin + i * C
-        if REVERSE:
-            t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
+    count = tl.cdiv(t_end - t_begin, C)
+    t = t_begin + ((count - 1) * C if REVERSE else 0)
+    if PREPARED:
+        p_factors = g + marks_size(states) + (slot * H + i_h) * (2 * K)
+        b_to, b_on = factors(p_factors + t // C * (2 * K * H), o_k, True, K)
+    elif not FAR:
+        b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
+    for i in range(0, count):
+        t = t_begin + (count - 1 - i if REVERSE else i) * C
+        t_next = t - C if REVERSE else t + C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
         b_x = load_rows(x + row * K, o_c, m_c, H, o_k, K)
         b_y = load_rows(y + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        if (KIND == VECTOR) or (KIND == SHORT):
-            p = g + marks_size(states) + ((slot + t // C) * H + i_h) * (2 * K)
-            b_to, b_on = factors(p, o_k, True, K)
+        if PREPARED:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
+            b_to_next, b_on_next = factors(p_factors + t_next // C * (2 * K * H), o_k, i + 1 < count, K)
             b_decay *= b_to * b_on
-            b_S *= (b_on if REVERSE else b_to)[None, :]
             b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
-            b_S *= (b_to if REVERSE else b_on)[None, :]
-        elif (KIND == CONSTANT) or (KIND == SCALAR):
-            b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
-            b_x = scale_rows(b_x, b_u if REVERSE else -b_u, KIND).to(DTYPE)
-            b_decay *= half * half
-            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S * half) * half
-        else:
+            # from this chunk's middle to the next one's
+            b_S *= (b_to * b_on_next if REVERSE else b_on * b_to_next)[None, :]
+            b_to, b_on = b_to_next, b_on_next
+        elif FAR:
             b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
             b_x = (b_x * tl.exp2(b_G if REVERSE else total - b_G)[:, None]).to(DTYPE)
             b_decay *= tl.exp2(total)
             b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S * tl.exp2(total))
+        else:
+            b_u_next, half_next = near_decay(g, base, i_h, t_next, t_end, i + 1 < count, KIND)
+            b_x = scale_rows(b_x, b_u if REVERSE else -b_u, KIND).to(DTYPE)
+            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
+            if KIND != NONE:
+                b_decay *= half * half
+                b_S *= half * half_next
+                b_u, half = b_u_next, half_next
     p = local + (i_state * S + i_s) * (K * V + K)
     tl.store(p + o_k[None, :] * V + o_v[:, None], b_S, mask=(o_k < K)[None, :] & (o_v < V)[:, None])
     tl.store(p + K * V + o_k, b_decay, mask=o_k < K)  # every value tile writes the same
@@ -105,8 +120,9 @@ def segment_length(problem: Problem, programs: int) -> int:
     """Tokens a segment, for `programs` of a launch without segments. At least T: no segments."""
     T = problem.q.shape[1]
     pieces = 1
-    while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
-        pieces *= 2
+    if programs < ENOUGH:
+        while programs * pieces < FULL and T >= 2 * pieces * SHORTEST * CHUNK.value:
+            pieces *= 2
     return ceil_div(ceil_div(T, pieces), CHUNK.value) * CHUNK.value
 
 
