@@ -1,7 +1,7 @@
 """What the chunk kernels share: decay kinds, where a program's piece of a sequence lies, decays inside a chunk.
 
-With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a factor
-a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per head and
+With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a
+factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per head and
 token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel (VECTOR), q and k come scaled
 (`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are computed by launches of
 their own: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens), which pass over all other heads.
@@ -35,7 +35,7 @@ def segment(cu_seqlens, i_n, i_s, T, L):
 @triton.jit
 def is_near(total, DTYPE: tl.constexpr):
     """Whether rows can be scaled to a chunk's middle, for a chunk (or the strongest of many) of this log2 decay."""
-    return total >= (NEAR_FP16 if DTYPE == tl.float16 else NEAR)
+    return total >= (NEAR_FP16 if tl.float16 == DTYPE else NEAR)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
         b_G = step * tl.minimum(o_c + 1, t_end - t).to(tl.float32)
         total = step * tl.minimum(CHUNK, t_end - t).to(tl.float32)
     elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        b_G = tl.load(g + base + tl.minimum(t + o_c, t_end - 1), mask=(o_c >= 0) & is_chunk, other=0.0)
+        b_G = tl.load(g + base + tl.minimum(t + o_c, t_end - 1), mask=tl.where(is_chunk, o_c >= 0, False), other=0.0)
         total = tl.load(g + base + tl.minimum(t + CHUNK, t_end) - 1, mask=is_chunk, other=0.0)
     else:
         b_G = tl.zeros([CHUNK], tl.float32)
@@ -112,9 +112,9 @@ def is_marked(g, i_state):
 
 @triton.jit
 def factors(p, o_k, is_chunk, K: tl.constexpr):
-    """Of the chunk at `p`, a vector kind's factors of the state: to its middle, and from there to its end. 1 where there
-    is no chunk."""
-    mask = (o_k < K) & is_chunk
+    """Of the chunk at `p`, a vector kind's factors of the state: to its middle, and from there to its end. 1 where
+    there is no chunk."""
+    mask = tl.where(is_chunk, o_k < K, False)
     return tl.load(p + o_k, mask=mask, other=1.0), tl.load(p + K + o_k, mask=mask, other=1.0)
 
 

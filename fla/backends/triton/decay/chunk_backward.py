@@ -1,6 +1,6 @@
 """Backward of the chunked kinds: two directions, no stored state; a program plays one role for one tile of one segment.
 
-Relative to the chunk's middle `m`, as in the forward, with `Qn = e^{G - m} Q`, `Kn = e^{m - G} K`, `dOn = e^{G - m} dO`:
+Relative to the chunk's middle `m`, as in the forward, Qn = e^{G - m} Q, Kn = e^{m - G} K, dOn = e^{G - m} dO:
 
     dq (forward in time, a tile of K):   dQ = scale e^{G - m} (tril(dO V^T) Kn + dO (e^m S)^T)      S as in the forward
     dk (reverse, a tile of K):           dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C - m} dS)^T)
@@ -71,10 +71,11 @@ def _dq_role(
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
     if PREPARED:
-        b_f, b_on = factors(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_to, b_on = factors(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_S *= b_to[None, :]
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_f = half
+        b_S *= half
     for t in range(t_begin, t_end, C):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -82,24 +83,20 @@ def _dq_role(
         b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
-        if PREPARED:
-            b_S *= b_f[None, :]
-        elif KIND != NONE:
-            b_S *= b_f
         if change is None:
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
         if PREPARED:
-            b_to, b_on_next = factors(g + (t // C + 1) * (2 * K * H), o_k, t + C < t_end, K)
+            b_to, b_on_next = factors(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
-            b_f, b_on = b_on * b_to, b_on_next
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * (b_on * b_to)[None, :]
+            b_on = b_on_next
         else:
             if rows is not None:
                 b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-            b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
+            b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
             b_k = scale_rows(b_k, -b_u, KIND).to(DTYPE)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_u, KIND) * scale)
@@ -108,11 +105,8 @@ def _dq_role(
                 tl.store(rows + base + t + o_c, b_row, mask=m_c)
             b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
             if KIND != NONE:
-                b_f, b_u, half = half * half_next, b_u_next, half_next
-    if PREPARED:
-        b_S *= b_f[None, :]
-    else:
-        b_S *= b_f
+                b_S *= half * half_next
+                b_u, half = b_u_next, half_next
     if change is not None:
         # <S, dS> with the S of these rounded operands: with any other the gate gradient's terms do not cancel
         if PREPARED:
@@ -141,10 +135,11 @@ def _dk_role(
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if PREPARED:
-        b_to, b_f = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_dS *= b_on[None, :]
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_f = half
+        b_dS *= half
     for i in range(0, tl.cdiv(t_end - t_begin, C)):
         t = t_last - i * C
         m_c = t + o_c < t_end
@@ -153,10 +148,6 @@ def _dk_role(
         b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
-        if PREPARED:
-            b_dS *= b_f[None, :]
-        elif KIND != NONE:
-            b_dS *= b_f
         if change is None:
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
@@ -165,8 +156,8 @@ def _dk_role(
             b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
-            b_f, b_to = b_to * b_on, b_to_next
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS) * (b_to * b_on)[None, :]
+            b_to = b_to_next
         else:
             if rows is not None:
                 b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
@@ -179,13 +170,10 @@ def _dk_role(
                 tl.store(rows + base + t + o_c, b_row, mask=m_c)
             b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
             if KIND != NONE:
-                b_f, b_u, half = half * half_next, b_u_next, half_next
+                b_dS *= half * half_next
+                b_u, half = b_u_next, half_next
     if dh0 is not None:
         if i_s == 0:
-            if PREPARED:
-                b_dS *= b_f[None, :]
-            else:
-                b_dS *= b_f
             store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
@@ -204,10 +192,11 @@ def _dv_role(
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if PREPARED:
-        b_to, b_f = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_dS *= b_on[:, None]
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_f = half
+        b_dS *= half
     for i in range(0, tl.cdiv(t_end - t_begin, C)):
         t = t_last - i * C
         m_c = t + o_c < t_end
@@ -216,17 +205,13 @@ def _dv_role(
         b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
         b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
-        if PREPARED:
-            b_dS *= b_f[:, None]
-        elif KIND != NONE:
-            b_dS *= b_f
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
         if PREPARED:
             b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
-            b_f, b_to = b_to * b_on, b_to_next
+            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS) * (b_to * b_on)[:, None]
+            b_to = b_to_next
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
             b_do = scale_rows(b_do, b_u, KIND).to(DTYPE)
@@ -234,7 +219,8 @@ def _dv_role(
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_u, KIND) * scale)
             b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
             if KIND != NONE:
-                b_f, b_u, half = half * half_next, b_u_next, half_next
+                b_dS *= half * half_next
+                b_u, half = b_u_next, half_next
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -242,9 +228,9 @@ def chunk_backward_kernel(
     q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, scale, T, H, L,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
-    """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S, K]`.
-    Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk themselves, of
-    Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
+    """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S,
+    K]`. Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk
+    themselves, of Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
     BK: tl.constexpr = 64 if K <= 64 else 128
     BV: tl.constexpr = 64 if V <= 64 else 128
     TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
@@ -318,7 +304,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
     keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
     # the vector kind's last kernel has fewer programs than this one
-    L = segment_length(problem, N * H * (keys // NV if vector else 2 * keys + values))
+    L = segment_length(T, N * H * (keys // NV if vector else 2 * keys + values))
     S = ceil_div(T, L)
     local = segment_states(problem, prepared, L, do)
     dh0 = None if problem.initial_state is None else v.new_empty(problem.state_shape, dtype=torch.float32)

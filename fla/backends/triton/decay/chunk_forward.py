@@ -2,17 +2,20 @@
 
 With `G` the running log decay in the chunk, `G_C` its last value, `m` its middle, `Gam_ij = exp(G_i - G_j)`:
 
-    P = tril(Q K^T)        Vn = e^{m - G} V    O = scale e^{G - m} (Q (e^m S) + P Vn)   S <- e^{G_C - m} (e^m S + K^T Vn)
-    per key channel (`prepare.py` made Qn, Kn):
-    P = tril(Qn Kn^T)                          O = scale (Qn (e^m S) + P V)             S <- e^{G_C - m} (e^m S + Kn^T V)
-    decays too strong for that (FAR_*):
-    P = tril(Q K^T * Gam)                      O = scale (e^G Q S + P V)                S <- e^{G_C} S + K^T (e^{G_C - G} V)
+    Vn = e^{m - G} V    P = tril(Q K^T)          O = scale e^{G - m} (Q (e^m S) + P Vn)
+                        S <- e^{G_C - m} (e^m S + K^T Vn)
+    per key channel     P = tril(Qn Kn^T)        O = scale (Qn (e^m S) + P V)          with Qn, Kn of `prepare.py`
+                        S <- e^{G_C - m} (e^m S + Kn^T V)
+    too strong (FAR_*)  P = tril(Q K^T * Gam)    O = scale (e^G Q S + P V)
+                        S <- e^{G_C} S + K^T (e^{G_C - G} V)
 
-Heads with more than SLICE key channels are computed in slices of K, whose float32 outputs are added in a fixed order.
+Heads with more than WIDEST key channels are computed in slices of K, whose float32 outputs are added in a fixed order.
 
 Axes     B batch, T tokens, H heads, K key, V value, C tokens a chunk, N sequences, S segments of L tokens
 Prefixes i_ program index, o_ offsets, m_ mask, b_ values of a block
 """
+
+import functools
 
 import torch
 import triton
@@ -80,14 +83,13 @@ def chunk_forward_kernel(
         o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
 
     b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
-    # `b_f`: what decays the state from where it stands to the middle of the chunk at hand
-    if PREPARED:
+    if PREPARED:  # `b_f` decays the state from where it stands to the middle of the chunk at hand
         b_f, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
     elif FAR:
         b_G, total = scalar_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_f = half
+        b_S *= half
     for t in range(t_begin, t_end, C):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -101,16 +103,16 @@ def chunk_forward_kernel(
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_v = (b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S * tl.exp2(total))
-            b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
+            b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             if PREPARED:
                 b_S *= b_f[:, None]
-                b_to, b_on_next = factors(p_factors + (t // C + 1) * (2 * K * H), o_k, t + C < t_end, K)
-            elif KIND != NONE:
-                b_S *= b_f
-                b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t + C < t_end, KIND)
-                b_v = scale_rows(b_v, -b_u, KIND).to(DTYPE)
             b_o = tl.dot(b_q, operand(b_S, DTYPE))
+            if PREPARED:
+                b_to, b_on_next = factors(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+            elif KIND != NONE:
+                b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
+                b_v = scale_rows(b_v, -b_u, KIND).to(DTYPE)
             b_o = tl.dot(operand(tl.where(m_pair, b_P, 0.0), DTYPE), b_v, acc=b_o)
             if not PREPARED:
                 b_o = scale_rows(b_o, b_u, KIND)
@@ -119,36 +121,46 @@ def chunk_forward_kernel(
             if PREPARED:
                 b_f, b_on = b_on * b_to, b_on_next
             elif KIND != NONE:
-                b_f, b_u, half = half * half_next, b_u_next, half_next
+                b_S *= half * half_next
+                b_u, half = b_u_next, half_next
     if ht is not None:
         if t_end == length:
             if PREPARED:
                 b_S *= b_f[:, None]
-            elif not FAR:
-                b_S *= b_f
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(N: int, H: int, K: int, V: int, T: int, kind: int) -> tuple[int, int, int, int, int]:
+    """Channels and number of slices of K, tokens a segment, programs and pipeline stages: from shapes alone."""
+    BK = min(padded(K), WIDEST)
+    slices = ceil_div(K, BK)
+    tiles = slices * ceil_div(V, TILE.value)
+    L = segment_length(T, N * H * tiles)
+    grid = N * H * ceil_div(T, L) * tiles
+    stages = 2
+    if BK > 128:
+        stages = 1  # twice on a multiprocessor
+    elif grid <= 132 and kind != SCALAR.value:
+        stages = 3  # one program a multiprocessor must hide its loads alone
+    return BK, slices, L, grid, stages
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`o` `[B, T, H, V]` in the problem's output dtype and the final state float32 `[N, H, K, V]` or None."""
     v = problem.v
-    N, H, K, V = problem.state_shape
-    BK = min(padded(K), WIDEST)
-    slices = ceil_div(K, BK)
-    tiles = slices * ceil_div(V, TILE.value)
-    o = v.new_empty(v.shape, dtype=problem.output_dtype)
-    parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
-    ht = v.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
+    N, H, K, V = shape = problem.state_shape
+    T = v.shape[1]
     prepared = Prepared(problem)
-    T, L = v.shape[1], segment_length(problem, N * H * tiles)
+    BK, slices, L, grid, stages = _plan(N, H, K, V, T, prepared.kinds[0])
+    o = torch.empty_like(v, dtype=problem.output_dtype)
+    parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
+    ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
     local = segment_states(problem, prepared, L)
-    grid = N * H * ceil_div(T, L) * tiles
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
-    arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
-    # three where one program a multiprocessor must hide its loads alone; 256 channels fit twice with one stage only
-    stages = 1 if BK > 128 else 3 if grid <= 132 else 2
+    arguments += (problem.cu_seqlens, problem.scale, T, H, L)
     for kind in prepared.kinds:
-        launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KIND": kind}, num_stages=stages)
+        launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KIND": kind}, 4, stages)
     if slices > 1:
         sum_slices(parts, o)
     return o, ht

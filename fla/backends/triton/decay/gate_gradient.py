@@ -36,7 +36,7 @@ def scalar_gate_gradient_kernel(
         i_last = tl.maximum(tl.cdiv(length, L) - 1, 0)
         for i in tl.static_range(CHANGES):
             p_change = rows + ((i * states + i_state) * S + i_last) * K + o_k
-            b_change = tl.load(p_change, mask=(o_k < K) & (length > 0), other=0.0).to(tl.float64)
+            b_change = tl.load(p_change, mask=tl.where(length > 0, o_k < K, False), other=0.0).to(tl.float64)
             b_sum += tl.sum(b_change, 0)
     rows += (CHANGES * S * K) * states + base
     for i_t in range(0, tl.cdiv(length, LONG)):
@@ -55,8 +55,8 @@ def scalar_gate_gradient_kernel(
 
 @triton.jit
 def _suffix_sums(b_r, b_carry, C: tl.constexpr):
-    """Sums of the rows `b_r` `[C, D]` from each to the last, and `b_carry` (its rows are equal) plus all of them: products
-    with matrices of ones, of high and low halves (a running sum along the token axis is several times slower)."""
+    """Sums of the rows `b_r` `[C, D]` from each to the last, and `b_carry` (its rows are equal) plus all of them: as
+    products with matrices of ones, of high and low halves (a running sum along the token axis is several times slower)."""
     o_c = tl.arange(0, C)
     b_U = (o_c[:, None] <= o_c[None, :]).to(tl.float32)
     if INTERPRETED:

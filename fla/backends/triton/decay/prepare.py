@@ -52,21 +52,23 @@ RANGE = tl.constexpr(80.0)  # nats: bf16 and float32 end at e^88
 PROGRAMS = 1056  # what keeps a GPU busy: four rounds of two a multiprocessor
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def running_sums_kernel(g, q, sums, cu_seqlens, T, H):
-    """`sums`: the marks, then `G`. MARKS programs walk a sequence of one head. (Of `q` the dtype counts.)"""
-    i_r, i_state = tl.program_id(0) % MARKS, tl.program_id(0).to(tl.int64) // MARKS
+@triton.jit(do_not_specialize=["T", "H", "R"])
+def running_sums_kernel(g, q, sums, cu_seqlens, T, H, R):
+    """`sums`: the marks, then `G`. R programs (at most MARKS) walk a sequence of one head. Of `q` the dtype counts."""
+    i_r, i_state = tl.program_id(0) % R, tl.program_id(0).to(tl.int64) // R
     i_n, i_h = i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
-    p_sums = sums + tl.num_programs(0) + head_base(cu_seqlens, start, i_h, T, H)
+    p_sums = sums + marks_size(tl.num_programs(0) // R) + head_base(cu_seqlens, start, i_h, T, H)
     o_t = tl.arange(0, ROWS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     least = 0.0
-    for t in range(i_r * (ROWS * CHUNK), length, MARKS * ROWS * CHUNK):
+    for t in range(i_r * (ROWS * CHUNK), length, R * ROWS * CHUNK):
         mask = t + o_t < length
         b_w = log2_decay(tl.load(g + (start + t + o_t) * H + i_h, mask=mask, other=0.0))
         least = tl.minimum(least, tl.min(tl.sum(b_w, 1), 0))
         tl.store(p_sums + t + o_t, tl.cumsum(b_w, 1), mask=mask)
-    tl.store(sums + tl.program_id(0), (is_near(least, q.dtype.element_ty) == 0).to(tl.float32))
+    o_r = tl.arange(0, MARKS)
+    b_mark = tl.full([MARKS], 1.0, tl.float32) * (is_near(least, q.dtype.element_ty) == 0).to(tl.float32)
+    tl.store(sums + i_state * MARKS + o_r, b_mark, mask=o_r % R == i_r)
 
 
 @triton.jit
@@ -94,8 +96,7 @@ def centred(b_g, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "H", "R"])
 def centre_kernel(q, k, g, qn, kn, factors, marks, cu_seqlens, T, H, R, K: tl.constexpr, KIND: tl.constexpr):
-    """`factors`: a mark per head, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. `marks` `[N H, R, tiles]`:
-    what each program of the first launch saw."""
+    """`factors`: the marks, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. `marks` `[N H, R, tiles]`: what each program of the first launch saw."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     NK: tl.constexpr = (K + TILE - 1) // TILE
     i_r, i_k = tl.program_id(0) // NK % R, tl.program_id(0) % NK
@@ -151,9 +152,9 @@ class Prepared:
         T, H = problem.q.shape[1:3]
         states = problem.num_states * H
         self.gate = problem.q.new_empty(marks_size.fn(states) + problem.q.shape[:3].numel(), dtype=torch.float32)
-        launch(
-            running_sums_kernel, states * MARKS.value, (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H), {}
-        )
+        R = max(1, min(MARKS.value, ceil_div(T, ROWS.value * CHUNK.value), PROGRAMS // states))
+        arguments = (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H, R)
+        launch(running_sums_kernel, states * R, arguments, {})
 
     def _centre(self, problem: Problem) -> None:
         q, k = problem.q, problem.k

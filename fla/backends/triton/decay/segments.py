@@ -9,6 +9,8 @@ and in the reverse direction likewise with the gradients of the states, in units
 follows from shapes alone, and the sums have a fixed order.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -116,12 +118,12 @@ def segment_states_kernel(
     tl.store(p + K * V + o_k, b_decay, mask=o_k < K)  # every value tile writes the same
 
 
-def segment_length(problem: Problem, programs: int) -> int:
+@functools.lru_cache(maxsize=4096)
+def segment_length(T: int, programs: int) -> int:
     """Tokens a segment, for `programs` of a launch without segments. At least T: no segments."""
-    T = problem.q.shape[1]
     pieces = 1
     if programs < ENOUGH:
-        while programs * pieces < FULL and T >= 2 * pieces * SHORTEST * CHUNK.value:
+        while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
             pieces *= 2
     return ceil_div(ceil_div(T, pieces), CHUNK.value) * CHUNK.value
 
@@ -129,11 +131,11 @@ def segment_length(problem: Problem, programs: int) -> int:
 def segment_states(problem: Problem, prepared: Prepared, L: int, do: torch.Tensor | None = None) -> torch.Tensor | None:
     """What every segment adds to the states and, where `do` is given, behind that what it adds to their gradients.
     None where there is one segment."""
-    N, H, K, V = problem.state_shape
     T = problem.q.shape[1]
     S = ceil_div(T, L)
     if S == 1:
         return None
+    N, H, K, V = problem.state_shape
     size = N * H * S * (K * V + K)
     local = problem.q.new_empty(size if do is None else 2 * size, dtype=torch.float32)
     grid = N * H * S * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
