@@ -116,6 +116,13 @@ def test_links_between_pages_lead_somewhere():
     assert not dead
 
 
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert len(pages) >= 2
+    assert pages <= set(LINK.findall(index))
+
+
 def test_make_targets_that_pages_name_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
