@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -46,6 +47,13 @@ def test_snippets_run_and_print_what_they_say(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     failures = run_snippets(page)
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.gpu
+def test_serving_on_a_gpu(tmp_path, monkeypatch):
+    """The page's step is a CUDA graph there, and every request still gets what it would have got alone."""
+    assert torch.cuda.is_available(), "make test runs the pages without a GPU"
+    test_snippets_run_and_print_what_they_say(ROOT / "docs" / "serving.md", tmp_path, monkeypatch)
 
 
 def test_readme_has_an_op_a_layer_and_a_model():
@@ -106,6 +114,13 @@ def test_links_between_pages_lead_somewhere():
             if "://" not in target and not (page.parent / target).exists():
                 dead.append(f"{page.name}: {target}")
     assert not dead
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert len(pages) >= 2
+    assert pages <= set(LINK.findall(index))
 
 
 def test_make_targets_that_pages_name_exist():
