@@ -56,7 +56,7 @@ def scalar_gate_gradient_kernel(
 @triton.jit
 def _suffix_sums(b_r, b_carry, C: tl.constexpr):
     """Sums of the rows `b_r` `[C, D]` from each to the last, and `b_carry` (its rows are equal) plus all of them: as
-    products with matrices of ones, of high and low halves (a running sum along the token axis is several times slower)."""
+    products with matrices of ones, of high and low halves (a running sum along the tokens is several times slower)."""
     o_c = tl.arange(0, C)
     b_U = (o_c[:, None] <= o_c[None, :]).to(tl.float32)
     if INTERPRETED:

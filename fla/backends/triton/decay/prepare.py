@@ -96,7 +96,8 @@ def centred(b_g, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "H", "R"])
 def centre_kernel(q, k, g, qn, kn, factors, marks, cu_seqlens, T, H, R, K: tl.constexpr, KIND: tl.constexpr):
-    """`factors`: the marks, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. `marks` `[N H, R, tiles]`: what each program of the first launch saw."""
+    """`factors`: the marks, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. `marks` `[N H, R, tiles]`:
+    what each program of the first launch saw."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     NK: tl.constexpr = (K + TILE - 1) // TILE
     i_r, i_k = tl.program_id(0) // NK % R, tl.program_id(0) % NK
