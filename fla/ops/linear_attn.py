@@ -206,7 +206,8 @@ def _linear_attn(form, q, k, v, initial_state, normalize, **options):
         return form(q, k, v, initial_state=state, **options)
     # The normaliser is the recurrence with the value 1: two more columns of v (two, because the gradient of that sum
     # needs twice the digits of v's dtype: `_Quotient`). One recurrence for both, so that the gradients of the
-    # quotient's two parts, which nearly cancel in dk, are summed before anything is rounded; wide until they are divided.
+    # quotient's two parts, which nearly cancel in dk, are summed before anything is rounded; wide until they are
+    # divided.
     extended = torch.cat((v, v.new_ones(*v.shape[:3], 2)), -1)
     o, state = form(q, k, extended, initial_state=_joined(state, z), wide=True, **options)
     o = _Quotient.apply(o, v.dtype)

@@ -1,10 +1,11 @@
 """What the chunk kernels share: decay kinds, where a program's piece of a sequence lies, decays inside a chunk.
 
 With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a
-factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or
-per head and token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel (VECTOR), q and k come scaled
-(`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are computed by launches of
-their own: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens), which pass over all other heads.
+factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per
+head and token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel (VECTOR), q and k
+come scaled (`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are computed
+by launches of their own: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens), which pass over
+all other heads.
 
 A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`).
 """
