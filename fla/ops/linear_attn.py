@@ -204,16 +204,26 @@ def _linear_attn(form, q, k, v, initial_state, normalize, **options):
     check_shapes(SHAPES, cu_seqlens=packing, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
     if not normalize:
         return form(q, k, v, initial_state=state, **options)
-    # The normaliser is the recurrence with the value 1: two more columns of v (two, because the gradient of that sum
-    # needs twice the digits of v's dtype: `_Quotient`). One recurrence for both, so that the gradients of the
-    # quotient's two parts, which nearly cancel in dk, are summed before anything is rounded; wide until they are
-    # divided.
+    # The normaliser is the recurrence with the value 1; both are wide until they are divided.
+    options["wide"] = True
+    if form is decay.recurrent and not _needs_gradient(q, k, v, state, z):  # as on states of the caller: see `_step`
+        o, state = form(q, k, v, initial_state=state, **options)
+        column = None if z is None else z.transpose(1, 2).mT
+        total, column = form(q, k, v.new_ones(*v.shape[:3], 1), initial_state=column, **options)
+        o = (o / (total + EPS)).to(v.dtype)
+        return o, (state, column.mT.transpose(1, 2)) if options["output_final_state"] else None
+    # Two more columns of v (two, because the gradient of that sum needs twice the digits of v's dtype: `_Quotient`), so
+    # that the gradients of the quotient's two parts, which nearly cancel in dk, are summed before anything is rounded.
     extended = torch.cat((v, v.new_ones(*v.shape[:3], 2)), -1)
-    o, state = form(q, k, extended, initial_state=_joined(state, z), wide=True, **options)
+    o, state = form(q, k, extended, initial_state=_joined(state, z), **options)
     o = _Quotient.apply(o, v.dtype)
     if not options["output_final_state"]:
         return o, None
     return o, (state[..., :-2].contiguous(), state[..., -2:-1].mT.transpose(1, 2).contiguous())
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _joined(state: Tensor | None, z: Tensor | None) -> Tensor | None:
