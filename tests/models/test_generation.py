@@ -37,7 +37,7 @@ def test_pieces_are_the_whole(model_type, overrides, sizes):
 @every_case
 @pytest.mark.parametrize("side", ["left", "right", "interior"])
 def test_pieces_of_a_padded_batch(model_type, overrides, side):
-    # seed 2: with seed 1 a row's first q . k all but vanishes, and RetNet's norm divides by it: all digits are noise there
+    # seed 2: with seed 1 a row's first q . k all but vanishes, and RetNet's norm divides by it: its digits are noise
     model, ids, mask = build(model_type, overrides), tokens(3, 13, seed=2), torch.ones(3, 13, dtype=torch.long)
     gaps = {"left": (range(4), range(1)), "right": (range(9, 13), [12]), "interior": ([2, 6], [0, 5, 7])}[side]
     for row, columns in enumerate(gaps):
