@@ -19,6 +19,8 @@ the dots used, and the states enter their dots as high and low halves, else the 
 (kernels.md 7.11). `gate_gradient.py` sums the rows.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -51,7 +53,7 @@ from fla.backends.triton.decay._decay import (
 from fla.backends.triton.decay.far_backward import far_dk, far_dq, far_dv
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
 from fla.backends.triton.decay.prepare import Prepared
-from fla.backends.triton.decay.segments import segment_length, segment_states
+from fla.backends.triton.decay.segments import FULL, segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST_BACKWARD, sum_slices
 
 DQ, DK, DV, GATES = (tl.constexpr(1 << i) for i in range(4))  # roles of a launch; GATES: gate gradients are wanted
@@ -294,20 +296,28 @@ def chunk_backward_kernel(
             _dv_role(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(N: int, H: int, K: int, V: int, T: int, vector: bool) -> tuple[int, int, int, int, int]:
+    """Slices of K and of V, programs of dq (and of dk) and of dv a head, tokens a segment: from shapes alone."""
+    NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
+    tiles = ceil_div(K, TILE.value)
+    keys, values = tiles * NV, ceil_div(V, TILE.value) * NK
+    if vector:  # its last kernel has fewer programs than this one
+        return NK, NV, keys, values, segment_length(T, N * H * tiles, FULL)
+    return NK, NV, keys, values, segment_length(T, N * H * (2 * keys + values))
+
+
 def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs_gate: bool):
     """dq, dk, dv, the gate's gradient or None, dh0 or None."""
     v = problem.v
-    N, H, K, V = problem.state_shape
+    N, H, K, V = shape = problem.state_shape
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
-    prepared = Prepared(problem)
     vector = problem.gk is not None
-    NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
-    keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
-    # the vector kind's last kernel has fewer programs than this one
-    L = segment_length(T, N * H * (keys // NV if vector else 2 * keys + values))
+    NK, NV, keys, values, L = _plan(N, H, K, V, T, vector)
     S = ceil_div(T, L)
+    prepared = Prepared(problem)
     local = segment_states(problem, prepared, L, do)
-    dh0 = None if problem.initial_state is None else v.new_empty(problem.state_shape, dtype=torch.float32)
+    dh0 = None if problem.initial_state is None else v.new_empty(shape, dtype=torch.float32)
     whole = NK == 1 and (vector or NV == 1)  # else partial sums
     sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]
     grads = v.new_empty(sum(sizes), dtype=v.dtype if whole else torch.float32)

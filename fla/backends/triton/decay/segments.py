@@ -119,10 +119,10 @@ def segment_states_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def segment_length(T: int, programs: int) -> int:
+def segment_length(T: int, programs: int, enough: int = ENOUGH) -> int:
     """Tokens a segment, for `programs` of a launch without segments. At least T: no segments."""
     pieces = 1
-    if programs < ENOUGH:
+    if programs < enough:
         while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
             pieces *= 2
     return ceil_div(ceil_div(T, pieces), CHUNK.value) * CHUNK.value
