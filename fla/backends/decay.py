@@ -376,7 +376,13 @@ def _backward(
     """Gradients of q, k, v, g, gk, gv, initial_state; an empty tensor stands for none."""
     problem = _problem(q, k, v, g, gk, gv, g_gamma, initial_state, cu_seqlens, scale, form, wide)
     found = _gradients(problem, do, dht, needs_gates, family(FAMILY, backend))
-    return [q.new_empty(0) if d is None else d for d in found]
+    return [q.new_empty(0) if d is None else _own(d, dht) for d in found]
+
+
+def _own(result: Tensor, dht: Tensor | None) -> Tensor:
+    """`result`, or a copy of it where it is an input or shares its memory: the results of an operator must not."""
+    shares = result.untyped_storage().nbytes() != result.numel() * result.element_size()
+    return result.clone() if shares or result is dht else result
 
 
 _operator = torch.library.custom_op("fla::decay", _forward, mutates_args=())
