@@ -7,8 +7,10 @@ from tests.compile_check import snapshot
 from tests.compile_check.compiling import compile_kernel
 from tests.compile_check.variants import COMMON, DTYPES, FEW, PLAIN, variants
 
-MAX_SPILL = 512  # bytes a program may spill (kernels.md 7.13)
+# bytes a role may spill, by the width of what its dots read (kernels.md 7.13): fp16 operands that decays scale are wide
+MAX_SPILL = {"*bf16": 512, "*fp16": 512, "*fp32": 1024}
 MAX_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+ELSEWHERE = (None, "none", "scalar", "vector", "short", "far-scalar")  # the constant kinds differ in a load
 HALF_SHARED = 113 * 1024  # bytes of sm_90 that leave room for a second program: a compiler quirk once doubled them
 
 CASES = {
@@ -17,7 +19,7 @@ CASES = {
         (target, "bf16", name): variant
         for target in ("sm_80", "sm_100", "gfx942")
         for name, variant in variants("bf16", (COMMON,)).items()
-        if variant.posed not in (FEW, PLAIN)
+        if variant.posed not in (FEW, PLAIN) and not variant.is_whole and variant.kind in ELSEWHERE
     },
 }
 
@@ -30,7 +32,8 @@ def test_kernel_compiles_within_its_budget(target, dtype, name):
     assert bool(report.tensor_cores) == variant.is_matrix, report
     if target != "sm_90":  # the same tiles compile elsewhere, but are not tuned there
         return
-    assert report.spilled <= MAX_SPILL, report
+    roles = 3 if variant.is_whole else 1
+    assert report.spilled <= roles * MAX_SPILL[variant.operands], report
     assert bool(report.wgmma) == variant.uses_wgmma, report
     if variant.fits_twice and dtype == "bf16":
         assert report.shared <= HALF_SHARED, report

@@ -23,12 +23,11 @@ NO_DOTS = ("running_sums", "scalar_gate_gradient", "sum_slices", "recurrent_forw
 GATES = chunk_backward.GATES.value
 HEADS = ((64, 64), (100, 36), (128, 128), (256, 256))
 COMMON = (128, 128)  # the head size that is compiled in more ways
-STATES = 4
 # how a problem is posed -> tokens and heads
-ALL = "all"  # packed, with states, every gradient, and sequences cut into segments
+ALL = "all"  # packed, with states, every gradient, and so many segments that they fill a GPU
 FEW = "few"  # the same with so few programs that the launcher asks for more stages
 PLAIN = "plain"  # gate gradients of all that, and heads that fill a GPU
-SIZES = {ALL: (8192, 16), FEW: (1024, 1), PLAIN: (256, 256)}
+SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Variant:
         yield self.kind or ""
         if "ROLES" in given:
             chosen = [name for name, role in ROLES.items() if given["ROLES"] & role]
-            yield chosen[0] if len(chosen) == 1 else "whole"
+            yield "whole" if self.is_whole else chosen[0]
         if given.get("REVERSE"):
             yield "reverse"
         if self.base == "gate":
@@ -73,6 +72,16 @@ class Variant:
         return self.base not in NO_DOTS
 
     @property
+    def is_whole(self) -> bool:
+        """A backward launch of all roles."""
+        return "ROLES" in self.constants and all(self.constants["ROLES"] & role for role in ROLES.values())
+
+    @property
+    def operands(self) -> str:
+        """Type of what dots read."""
+        return next(self.types[name] for name in ("qn", "x", "q", "parts", "g") if name in self.types)
+
+    @property
     def uses_wgmma(self) -> bool:
         """Hopper's dots need 64 rows; of chunks of 16 tokens only those into a state have them."""
         return self.is_matrix and not (self.kind == "short" and self.base in ("centre", "finish_vector"))
@@ -80,7 +89,7 @@ class Variant:
     @property
     def fits_twice(self) -> bool:
         """Whether two programs are to fit on a multiprocessor."""
-        main = self.base == "chunk_forward" or "-whole" in str(self)
+        main = self.base == "chunk_forward" or self.is_whole
         return main and self.kind in NEAR and self.heads == COMMON and self.posed != FEW
 
 
@@ -95,8 +104,8 @@ def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: t
     given = [gates[name] if name in decays else None for name in gates]
     state = bounds = None
     if posed != PLAIN:
-        bounds = empty(STATES + 1, dtype=torch.int32)
-        state = empty(STATES, H, K, V, dtype=torch.float32)
+        bounds = empty(2, dtype=torch.int32)
+        state = empty(1, H, K, V, dtype=torch.float32)
     return Problem(q, q, v, *given, state, bounds, 0.5, form)
 
 
@@ -131,7 +140,7 @@ def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
         return
     made = problem(DTYPES[dtype], K, V, posed, "recurrent", ("g", "gk", "gv", "g_gamma"))
     yield from described(record(lambda: train(made)), K, V, posed)
-    slots = torch.empty(STATES, dtype=torch.int32, device="meta")
+    slots = torch.empty(1, dtype=torch.int32, device="meta")
     for v_first in (False, True):
         yield from described(record(lambda turn=v_first: step.step(made, slots, True, True, turn)), K, V, posed)
 
