@@ -27,9 +27,7 @@ def variants_of(dtype: str) -> dict[str, Variant]:
 
 def line(variant: Variant, report: Report) -> str:
     settings = f"{variant.warps} warps, {variant.stages} stages"
-    return (
-        f"{report.registers} registers, {report.spilled} spilled, {report.shared} shared, {report.wgmma} wgmma, {settings}"
-    )
+    return f"{report.registers} registers, {report.spilled} spilled, {report.shared} shared, {report.wgmma} wgmma, {settings}"
 
 
 def is_comparable() -> bool:

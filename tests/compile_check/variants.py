@@ -22,6 +22,7 @@ ROLES = {"dq": chunk_backward.DQ.value, "dk": chunk_backward.DK.value, "dv": chu
 NO_DOTS = ("running_sums", "scalar_gate_gradient", "sum_slices", "recurrent_forward", "recurrent_backward", "gate")
 GATES = chunk_backward.GATES.value
 HEADS = ((64, 64), (100, 36), (128, 128), (256, 256))
+ODD = (100, 36)
 COMMON = (128, 128)  # the head size that is compiled in more ways
 # how a problem is posed -> tokens and heads
 ALL = "all"  # packed, with states, every gradient, and so many segments that they fill a GPU
@@ -176,6 +177,8 @@ def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS) -> dict[str
             for variant in launched(dtype, K, V, posed):
                 if posed == PLAIN and not variant.fits_twice:
                     continue
+                if variant.base == "segment_states" and (K, V) not in (COMMON, ODD):
+                    continue  # its tile is the same for all
                 if posed == FEW and not variant.base.endswith("_forward"):
                     continue
                 known = found.setdefault(str(variant), variant)
