@@ -195,14 +195,19 @@ def public_names() -> str:
             value = getattr(module, name)
             if isinstance(value, ModuleType) or getattr(value, "__module__", "fla").split(".")[0] != "fla":
                 continue
-            parameters = ", ".join(map(_shown, inspect.signature(value).parameters.values())) if is_op(value) else None
-            lines.append(f"{module.__name__}.{name}" + (f"({parameters})" if parameters else ""))
+            lines.append(f"{module.__name__}.{name}" + (f"({_parameters(value)})" if is_op(value) else ""))
     return "\n".join(lines) + "\n"
 
 
-def _shown(parameter: inspect.Parameter) -> str:
-    star = "*, " if parameter.kind is inspect.Parameter.KEYWORD_ONLY else ""
-    return star + parameter.name + ("" if parameter.default is parameter.empty else f"={parameter.default!r}")
+def _parameters(function) -> str:
+    """Names and defaults, with the star that keyword-only ones stand behind."""
+    shown: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        shown.append(parameter.name + default)
+    return ", ".join(shown)
 
 
 def is_op(value) -> bool:

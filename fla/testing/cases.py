@@ -28,7 +28,6 @@ class Suite:
     steps: tuple[int | tuple[int, ...], ...] | None = None
     long: int = 130  # tokens of the checks that are not about sizes
     batch: int = 2
-    gate_dtypes: tuple[torch.dtype, ...] | None = None  # of the checks of extreme gates; None: `dtypes`
     thorough: bool = True  # False: every check on fewer combinations, where a call takes a second
     same: tuple[str, ...] = ()  # forms that call another one: the torch suite shows that, here they would run twice
 
@@ -55,20 +54,18 @@ INTERPRETER = Suite(  # `tl.dot` of bfloat16 is wrong in the interpreter of Trit
     heads=((2, 16, 16), (1, 33, 20), (1, 20, 65)),
     long=66,
     batch=1,
-    gate_dtypes=(torch.float16,),  # strong gates in float32 need running sums that the kernels do not have yet
     thorough=False,
     same=("fused_chunk", "parallel"),
 )
 GPU = Suite(
     backend="triton",
     device="cuda",
-    dtypes=(torch.bfloat16, torch.float16),
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
     tokens=(1, 65, 300, PACKED[0], (257, 0, 64, 100)),
     heads=(
-        *((4, size, size) for size in (16, 33, 64, 96, 100, 128)),
-        (3, 128, 64),
-        (3, 33, 128),
-        (2, 100, 33),
+        *((4, size, size) for size in (16, 64, 96, 128)),
+        *((3, 128, 64), (3, 33, 128), (2, 100, 33), (3, 192, 96)),
+        *((2, 300, 72), (2, 256, 512), (1, 512, 512)),
     ),
     same=("fused_chunk", "parallel"),
 )
@@ -126,13 +123,9 @@ def enough_heads(case: Case) -> Case:
     """The case with eight heads or more where a gradient has one number a head (that of a constant decay).
 
     Such a number is a sum over all tokens that may cancel, and then its relative error says nothing; the RMS over
-    several does. In float32 and float64 the sum is good anyway. (Triton takes float32 in its interpreter only, where
-    a gate that all channels share sums as in 16 bits: such a case runs in float16.)
+    several does. In float32 and float64 the sum is good anyway.
     """
     gates = [name for name in case.spec.gates if name not in case.variant.without]
-    shared = any(case.spec.shapes[name].split()[-1] == "H" for name in gates)
-    if shared and case.backend == "triton" and case.dtype == torch.float32:
-        case = replace(case, dtype=torch.float16)
     constant = any("T" not in case.spec.shapes[name].split() for name in gates)
     if not constant or case.dtype not in (torch.bfloat16, torch.float16):
         return case

@@ -1,15 +1,12 @@
 """Compile a Triton kernel for a GPU that is not there, and read what the compiler says of it.
 
-Needs a process without TRITON_INTERPRET. Registers and spills come from the `ptxas` inside Triton's package.
+Needs a process without TRITON_INTERPRET. Registers and spills are what the assembler inside Triton's package reports.
 """
 
-import functools
-import os
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -41,34 +38,25 @@ def compile_kernel(
     constants = {(names.index(name),): value for name, value in constants.items()}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(kernel, types, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
+    with _speaking_assembler() as said:
+        compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly).group(1)) * 4
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly).group(1))
         return Report(registers, spilled, compiled.metadata.shared, len(re.findall(r"v_mfma_", assembly)), 0)
-    assembly = compiled.asm["ptx"]
-    registers, spilled = _ptxas(assembly, target)
+    assembly, log = compiled.asm["ptx"], said.getvalue()
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
     cores = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", assembly))
     return Report(registers, spilled, compiled.metadata.shared, cores, len(re.findall("wgmma.mma_async", assembly)))
 
 
-@functools.cache
-def _tool(name: str) -> str:
-    found = sorted(Path(os.path.dirname(triton.__file__)).glob(f"backends/nvidia/bin/{name}"))
-    if not found:
-        raise FileNotFoundError(f"{name} is not in Triton's package")
-    return str(found[0])
-
-
-def _ptxas(ptx: str, target: str) -> tuple[int, int]:
-    arch = re.search(r"\.target\s+(\w+)", ptx).group(1)
-    tool = _tool("ptxas-blackwell" if target == "sm_100" else "ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [tool, "-v", f"-arch={arch}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
-    return registers, spilled
+@contextlib.contextmanager
+def _speaking_assembler():
+    """Within it Triton compiles anew and passes on what its assembler says: as text in what this yields."""
+    said = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        yield said

@@ -1,152 +1,186 @@
-"""Every kernel x decay kind x dtype x head-size bucket of the `decay` family, all options on.
+"""The kernels of the `decay` family as their launchers launch them: recorded, on tensors that have no memory.
 
 A backward launch holds three roles, of which a program runs one: each is compiled alone, so that the budget holds
-per program.
+per program. Where two programs of a launch are to fit on a multiprocessor, it is compiled whole too.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-import triton
-import triton.language as tl
+import torch
 
-from fla.backends.triton._lib import sequence
-from fla.backends.triton.decay import (
-    _decay,
-    chunk_backward,
-    chunk_forward,
-    gate_gradient,
-    recurrent,
-    step,
-    vector_backward,
-)
+from fla.backends.decay import Problem
+from fla.backends.triton import _launch, decay
+from fla.backends.triton.decay import chunk_backward, step
 
-KINDS = {"none": _decay.NONE.value, "constant": _decay.CONSTANT.value, "scalar": _decay.SCALAR.value}
-HEADS = ((64, 64), (100, 36), (128, 128))
-STATES = "*fp32"
-
-scalar_dq, scalar_dk, scalar_dv = chunk_backward._dq_role, chunk_backward._dk_role, chunk_backward._dv_role
-vector_dq, vector_dk, vector_dv = vector_backward._dq_role, vector_backward._dk_role, vector_backward._dv_role
-
-
-class Variant(NamedTuple):
-    name: str
-    kernel: object
-    types: dict
-    constants: dict
-    stages: int = 1
-    warps: int = 4
-    is_matrix: bool = True
-    uses_wgmma: bool = True
-    is_odd: bool = False
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64", torch.int32: "i32"}
+KINDS = ("none", "constant", "scalar", "vector", "short", "far-constant", "far-scalar")
+NEAR = ("none", "constant", "scalar", "vector")
+ROLES = {"dq": chunk_backward.DQ.value, "dk": chunk_backward.DK.value, "dv": chunk_backward.DV.value}
+NO_DOTS = ("running_sums", "scalar_gate_gradient", "sum_slices", "recurrent_forward", "recurrent_backward", "gate")
+GATES = chunk_backward.GATES.value
+HEADS = ((64, 64), (100, 36), (128, 128), (256, 256))
+ODD = (100, 36)
+COMMON = (128, 128)  # the head size that is compiled in more ways
+# how a problem is posed -> tokens and heads
+ALL = "all"  # packed, with states, every gradient, and so many segments that they fill a GPU
+FEW = "few"  # the same with so few programs that the launcher asks for more stages
+PLAIN = "plain"  # gate gradients of all that, and heads that fill a GPU
+SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256)}
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def scalar_role(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, scale, T, H,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLE: tl.constexpr,
-):  # fmt: skip
-    i_state, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, length = sequence(cu_seqlens, i_state // H, T)
-    first = start * H + i_state % H
-    if ROLE == "dq":
-        scalar_dq(q, k, v, g, do, h0, dht, dq, rows, rows, first, length, scale, i_state, H, i, K, V, KIND)
-    elif ROLE == "dk":
-        scalar_dk(q, k, v, g, do, dht, dk, dh0, rows, first, length, scale, i_state, H, i, K, V, KIND)
-    else:
-        scalar_dv(q, k, g, do, dht, dv, first, length, scale, i_state, H, i, K, V, KIND)
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with all that a compiler is told. `posed`: ALL, FEW or PLAIN."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    heads: tuple[int, int]
+    posed: str
+
+    def __str__(self) -> str:
+        return "-".join(word for word in (self.base, *self._words(), "{}x{}".format(*self.heads)) if word)
+
+    def _words(self) -> Iterator[str]:
+        given = self.constants
+        yield self.kind or ""
+        if "ROLES" in given:
+            chosen = [name for name, role in ROLES.items() if given["ROLES"] & role]
+            yield "whole" if self.is_whole else chosen[0]
+        if given.get("REVERSE"):
+            yield "reverse"
+        if self.base == "gate":
+            yield "scalar" if given["SCALAR"] else "value" if given["COLUMN"] else "key"
+        if self.base == "recurrent_forward" and given["FLAGS"]:
+            yield "pool_v_first" if given["FLAGS"] & step.V_FIRST else "pool"
+        yield "" if self.posed == ALL else self.posed
+
+    @property
+    def base(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+    @property
+    def kind(self) -> str | None:
+        return KINDS[self.constants["KIND"]] if "KIND" in self.constants else None
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.base not in NO_DOTS
+
+    @property
+    def is_whole(self) -> bool:
+        """A backward launch of all roles."""
+        return "ROLES" in self.constants and all(self.constants["ROLES"] & role for role in ROLES.values())
+
+    @property
+    def operands(self) -> str:
+        """Type of what dots read."""
+        return next(self.types[name] for name in ("qn", "x", "q", "parts", "g") if name in self.types)
+
+    @property
+    def uses_wgmma(self) -> bool:
+        """Hopper's dots need 64 rows; of chunks of 16 tokens only those into a state have them."""
+        return self.is_matrix and not (self.kind == "short" and self.base in ("centre", "finish_vector"))
+
+    @property
+    def fits_twice(self) -> bool:
+        """Whether two programs are to fit on a multiprocessor."""
+        main = self.base == "chunk_forward" or self.is_whole
+        return main and self.kind in NEAR and self.heads == COMMON and self.posed != FEW
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def vector_role(
-    q, k, v, g, do, h0, dht, dq, dk, dv, dh0, rows, cu_seqlens, far, T, H,
-    K: tl.constexpr, V: tl.constexpr, RANGE: tl.constexpr, ROLE: tl.constexpr,
-):  # fmt: skip
-    i_state, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, length = sequence(cu_seqlens, i_state // H, T)
-    scale = T * 0.5  # some run-time number
-    first = start * H + i_state % H
-    if ROLE == "dq":
-        vector_dq(q, k, v, g, do, h0, dht, dq, rows, rows, far, first, length, scale, i_state, H, i, K, V, RANGE)
-    elif ROLE == "dk":
-        vector_dk(q, k, v, g, do, dht, dk, dh0, rows, far, first, length, scale, i_state, H, i, K, V, RANGE)
-    else:
-        vector_dv(q, k, g, do, dht, dv, far, first, length, scale, i_state, H, i, K, V, RANGE)
+def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: tuple[str, ...]) -> Problem:
+    T, H = SIZES[posed]
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, v = empty(1, T, H, K), empty(1, T, H, V)
+    gates = {"g": empty(1, T, H), "gk": q, "gv": v, "g_gamma": empty(H, dtype=torch.float64)}
+    given = [gates[name] if name in decays else None for name in gates]
+    state = bounds = None
+    if posed != PLAIN:
+        bounds = empty(2, dtype=torch.int32)
+        state = empty(1, H, K, V, dtype=torch.float32)
+    return Problem(q, q, v, *given, state, bounds, 0.5, form)
 
 
-def variants(dtype: str) -> Iterator[Variant]:
-    """`dtype`: "bf16" or "fp16"; gates in the same dtype."""
-    for K, V in HEADS:
-        for variant in (*_scalar(dtype, K, V), *_vector(dtype, K, V), *_recurrent(dtype, K, V)):
-            yield variant._replace(name=f"{variant.name}-{K}x{V}", is_odd=K % 16 != 0)
-    rest = {"is_matrix": False, "uses_wgmma": False}
-    types = {"g": f"*{dtype}", "rows": STATES, "change": STATES, "dg": f"*{dtype}"}
-    types |= {"cu_seqlens": "*i32", "T": "i32", "H": "i32"}
-    kernel = gate_gradient.gate_gradient_kernel
-    yield Variant("gate-scalar", kernel, types, {"D": 1, "BD": 1, "TILES": 2}, **rest)
-    yield Variant("gate-vector", kernel, types, {"D": 128, "BD": 64, "TILES": 1}, **rest)
+def record(call: Callable[[], Any]) -> list[tuple[Any, tuple, dict[str, Any], dict[str, int]]]:
+    """Kernel, arguments, constants and settings of everything that `call` launches; nothing runs."""
+    seen: list = []
+    launch = _launch.Launcher.__call__
+
+    def keep(self, grid: int, args: tuple) -> None:
+        seen.append((self._kernel, args, self._constants, self._settings))
+
+    _launch.Launcher.__call__ = keep  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        _launch.Launcher.__call__ = launch  # type: ignore[method-assign]
+    return seen
 
 
-def _types(dtype: str) -> tuple[dict, dict]:
-    """The argument types of a forward and of a backward."""
-    p = f"*{dtype}"
-    common = {"q": p, "k": p, "v": p, "h0": STATES, "cu_seqlens": "*i32", "scale": "fp32", "T": "i32", "H": "i32"}
-    gradients = {"do": p, "dht": STATES, "dq": p, "dk": p, "dv": p, "dh0": STATES}
-    return common | {"o": p, "ht": STATES}, common | gradients
+def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
+    """What forward and backward of every decay launch, in both forms, and a decoding step on a pool."""
+
+    def train(x: Problem) -> None:
+        needs_gates = any(gate is not None for gate in (x.g, x.gk, x.gv))
+        decay.forward(x, posed != PLAIN)
+        decay.backward(x, x.v, None if posed == PLAIN else torch.empty(x.state_shape, device="meta"), needs_gates)
+
+    for decays in ((), ("g_gamma",), ("g",), ("gk",)) if dtype != "fp32" else ():
+        made = problem(DTYPES[dtype], K, V, posed, "chunk", decays)
+        yield from described(record(lambda x=made: train(x)), K, V, posed)
+    if posed == PLAIN:
+        return
+    made = problem(DTYPES[dtype], K, V, posed, "recurrent", ("g", "gk", "gv", "g_gamma"))
+    yield from described(record(lambda: train(made)), K, V, posed)
+    slots = torch.empty(1, dtype=torch.int32, device="meta")
+    for v_first in (False, True):
+        yield from described(record(lambda turn=v_first: step.step(made, slots, True, True, turn)), K, V, posed)
 
 
-def _scalar(dtype: str, K: int, V: int) -> Iterator[Variant]:
-    forward, backward = _types(dtype)
-    size = {"K": K, "V": V}
-    for kind, code in KINDS.items():
-        gate = {"none": {}, "constant": {"g": "*fp64"}, "scalar": {"g": f"*{dtype}"}}[kind]
-        absent = {} if gate else {"g": None}
-        constants = size | {"BK": _decay.padded(K), "KIND": code} | absent
-        yield Variant(f"{kind}-fwd", chunk_forward.scalar_forward_kernel, forward | gate, constants, stages=2)
-        rows = {"rows": STATES} if kind == "scalar" else {}
-        absent |= {} if rows else {"rows": None}
-        for role in ("dq", "dk", "dv"):
-            constants = size | {"KIND": code, "ROLE": role} | absent
-            yield Variant(f"{kind}-{role}", scalar_role, backward | gate | rows, constants, stages=2)
+def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:
+    for kernel, args, constants, settings in seen:
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        types = {name: type_of(x) for name, x in given.items() if x is not None}
+        constants = {name: None for name, x in given.items() if x is None} | constants
+        found = Variant(kernel, types, constants, settings["num_warps"], settings["num_stages"], (K, V), posed)
+        if "ROLES" in constants:
+            for role in ROLES.values():
+                yield replace(found, constants=constants | {"ROLES": role | constants["ROLES"] & GATES})
+            if found.kind not in NEAR or (K, V) != COMMON:
+                continue
+        yield found
 
 
-def _vector(dtype: str, K: int, V: int) -> Iterator[Variant]:
-    forward, backward = _types(dtype)
-    size, more = {"K": K, "V": V}, {"g": f"*{dtype}", "far": "*i32"}
-    span = 8.0 if dtype == "fp16" else 80.0
-    for name, stages, reach in (("vector", 1 if dtype == "fp16" else 2, span), ("short", 1, None)):
-        wgmma = {"uses_wgmma": True}
-        constants = size | {"BK": _decay.padded(K), "RANGE": reach}
-        yield Variant(f"{name}-fwd", chunk_forward.vector_forward_kernel, forward | more, constants, **wgmma)
-        for role in ("dq", "dk", "dv"):
-            constants = size | {"RANGE": reach, "ROLE": role}
-            yield Variant(f"{name}-{role}", vector_role, backward | more | {"rows": STATES}, constants, stages, **wgmma)
+def type_of(value: Any) -> str:
+    """The Triton type of an argument."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
-def _recurrent(dtype: str, K: int, V: int) -> Iterator[Variant]:
-    """All decays at once. float32 has no variants of its own yet: it comes with bf16."""
-    if dtype == "bf16":
-        yield from (variant._replace(name=f"{variant.name}-fp32") for variant in _recurrent("fp32", K, V))
-    forward, backward = _types(dtype)
-    size, p = {"K": K, "V": V}, f"*{dtype}"
-    rest = {"is_matrix": False, "uses_wgmma": False}
-    gates = {"g": p, "gk": p, "gv": p, "g_gamma": "*fp64"}
-    more = {"indices": "*i32", "P": "i32"}
-    for name, states in (("", 4096), ("-few", 16)):
-        BV, warps = step.tiles(states, K, V)
-        for layout, flags in (("", step.IN_PLACE), ("-v-first", step.IN_PLACE | step.V_FIRST)):
-            constants = size | {"BV": BV, "FLAGS": flags, "ht": None}
-            types = {name: kind for name, kind in (forward | gates | more).items() if name != "ht"}
-            kernel = step.recurrent_forward_kernel
-            yield Variant(f"recurrent-fwd{name}{layout}", kernel, types, constants, **rest, warps=warps)
-    del gates["g_gamma"]
-    wide = STATES if dtype != "fp32" else "*fp64"
-    types = backward | gates | {"ahead": wide, "back": wide, "change": wide}
-    types = {name: kind for name, kind in types.items() if name not in ("dq", "dk", "dv")}
-    kernel, warps = recurrent.recurrent_backward_kernel, 2 if wide == STATES else 4
-    yield Variant("recurrent-bwd", kernel, types, size | {"WITH_O": True}, **rest, warps=warps)
-    types = {"x": p, "ahead": wide, "y": p, "back": wide, "change": wide, "gate": p, "dg": p}
-    types |= {"cu_seqlens": "*i32", "T": "i32", "H": "i32"}
-    for name in ("scalar", "vector"):
-        constants = {"COLUMN": 0, "D": K, "AHEAD": K, "BACK": K + V, "SLICES": 2, "SCALAR": name == "scalar"}
-        yield Variant(f"recurrent-gate-{name}", recurrent.gate_kernel, types, constants, **rest)
+def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS) -> dict[str, Variant]:
+    """Every kernel once by name: with all options, and at 128x128 in the other ways that forwards and whole backwards
+    are launched."""
+    found: dict[str, Variant] = {}
+    for K, V in heads:
+        several = (ALL, FEW, PLAIN) if (K, V) == COMMON else (ALL,)
+        for posed in several:
+            for variant in launched(dtype, K, V, posed):
+                if posed == PLAIN and not variant.fits_twice:
+                    continue
+                if variant.base == "segment_states" and (K, V) not in (COMMON, ODD):
+                    continue  # its tile is the same for all
+                if posed == FEW and not variant.base.endswith("_forward"):
+                    continue
+                known = found.setdefault(str(variant), variant)
+                assert known == variant, f"two variants are called {variant}"
+    return found

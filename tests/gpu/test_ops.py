@@ -1,4 +1,4 @@
-"""The contract of every op on the compiled Triton kernels: real head dims, bf16 and fp16. And what only a GPU shows."""
+"""The contract of every op on the compiled Triton kernels: real head dims and dtypes. And what only a GPU shows."""
 
 from dataclasses import replace
 
@@ -98,17 +98,9 @@ def test_torch_backend_on_the_gpu(case):
     check_values(replace(case, backend="torch"))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_what_the_kernels_do_not_cover_yet_names_the_torch_backend(dtype):
-    x = make_inputs(REGISTRY["gla"], {"T": 65}, dtype, "cuda")
-    with pytest.raises(ValueError, match=r"torch\.float(32|64).*backend='torch'"):
-        chunk_gla(*(x[name] for name in ("q", "k", "v", "g")))
-
-
-@pytest.mark.parametrize("dims", ({"K": 256}, {"V": 256}, {"K": 513}), ids=str)
-def test_heads_over_the_limit_name_the_torch_backend(dims):
-    x = make_inputs(REGISTRY["gla"], {"T": 65, **dims}, torch.bfloat16, "cuda")
-    with pytest.raises(ValueError, match=r"\d{3}.*backend='torch'"):
+def test_float64_names_the_torch_backend():
+    x = make_inputs(REGISTRY["gla"], {"T": 65}, torch.float64, "cuda")
+    with pytest.raises(ValueError, match=r"torch\.float64.*backend='torch'"):
         chunk_gla(*(x[name] for name in ("q", "k", "v", "g")))
 
 

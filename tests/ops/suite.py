@@ -5,12 +5,13 @@ A case is made by registering an op (`fla.ops`), not by editing a test.
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import fla.ops  # noqa: F401  (registers the ops)
-from fla.ops._spec import REGISTRY
+from fla.ops._spec import REGISTRY, OpSpec
 from fla.testing.cases import PACKED, Suite, enough_heads, plain_cases, value_cases
 from fla.testing.contract import (
     Case,
@@ -38,7 +39,7 @@ def every_op(make):
 
 def gate_cases(suite: Suite) -> list[Case]:
     """Every gated form and variant with every extreme gate, dtypes in turn; a mixture of them in every dtype."""
-    dtypes, found = suite.gate_dtypes or suite.dtypes, []
+    dtypes, found = suite.dtypes, []
     for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(dtypes))):
         cases = every_op(lambda spec, gates=gates: plain_cases(spec, suite, gates=gates))
         gated = [case for case in cases if case.gated and (suite.backend == "torch" or not cancels(case, gates))]
@@ -52,6 +53,25 @@ def cancels(case: Case, gates: str | float) -> bool:
     rounding is all that is left of it. (Per token the gradient is held to its budget at every strength.)"""
     constant = any(case.spec.shapes[name] == "H" for name in case.spec.gates if name not in case.variant.without)
     return constant and gates == -5.0
+
+
+def chunk_cases(suite: Suite, **changes: Any) -> list[Case]:
+    """The chunk form of every op with each kind of decay: none, constant, per token and head, per channel.
+
+    `changes` as in `plain_cases`; heads stay as given (`check_chunks` wants no gradient that needs many).
+    """
+
+    def of(spec: OpSpec) -> list[Case]:
+        gates = changes.get("gates", "ordinary") if spec.gates else "ordinary"
+        return plain_cases(spec, suite, **changes | {"gates": gates})
+
+    cases = [case for case in every_op(of) if case.form == "chunk" and case.variant.name != "g and g_gamma"]
+    return [replace(case, heads=changes.get("heads", case.heads)) for case in cases]
+
+
+def check_chunks(case: Case) -> None:
+    """Values and gradients, but not that of a constant decay: one that needs its gradient is computed per token."""
+    check_values(case, needs=tuple(name for name in case.inputs() if name != "g_gamma"))
 
 
 def contract(suite: Suite) -> type:
