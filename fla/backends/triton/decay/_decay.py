@@ -22,7 +22,8 @@ SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too str
 MARKS = tl.constexpr(16)  # programs, at most, that look through the gates of a head
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
-NEAR = tl.constexpr(-120.0 * 1.4426950408889634)  # log2 decay of a chunk up to which its halves fit well in bf16,
+# log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32,
+NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
 NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # and in fp16, where small numbers lose digits early
 
 
@@ -66,12 +67,13 @@ def head_base(cu_seqlens, start, i_h, T, H):
 
 
 @triton.jit
-def first_slot(cu_seqlens, start, i_n, T, C: tl.constexpr):
-    """Number of the first chunk of a sequence, in a numbering of all chunks that needs no sums over sequences."""
+def first_slot(cu_seqlens, start, i_n, T):
+    """Where the factors of a sequence's chunks begin, in a numbering that needs no sums over sequences. It is that of
+    short chunks, of which there are most: factors of one kind never lie where another head's of the other kind do."""
     if cu_seqlens is None:
-        return i_n * tl.cdiv(T, C)
+        return i_n * tl.cdiv(T, SHORT_CHUNK)
     else:
-        return start // C + i_n
+        return start // SHORT_CHUNK + i_n
 
 
 @triton.jit

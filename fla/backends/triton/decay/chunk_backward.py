@@ -93,7 +93,8 @@ def _dq_role(
             b_to, b_on_next = factors(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * (b_on * b_to)[None, :]
+            # (the factors one after the other: their product may be no number of float32)
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :] * b_to[None, :]
             b_on = b_on_next
         else:
             if rows is not None:
@@ -158,7 +159,7 @@ def _dk_role(
             b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS) * (b_to * b_on)[None, :]
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS) * b_to[None, :] * b_on[None, :]
             b_to = b_to_next
         else:
             if rows is not None:
@@ -212,7 +213,7 @@ def _dv_role(
             b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS) * (b_to * b_on)[:, None]
+            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS) * b_to[:, None] * b_on[:, None]
             b_to = b_to_next
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
@@ -260,7 +261,7 @@ def chunk_backward_kernel(
     count = tl.maximum(tl.cdiv(length, L), 1)
     at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     if VECTORS:
-        slot = first_slot(cu_seqlens, start, i_n, T, CHUNK if KIND == VECTOR else SHORT_CHUNK)
+        slot = first_slot(cu_seqlens, start, i_n, T)
         g += marks_size(states) + (slot * H + i_h) * (2 * K)
     i_key = i_role % KEYS
     i_k, i_v = i_key % TK, i_key // TK

@@ -76,15 +76,16 @@ def chunk_forward_kernel(
     base = head_base(cu_seqlens, start, i_h, T, H)
     p_factors = g
     if PREPARED:
-        p_factors += marks_size(states) + (first_slot(cu_seqlens, start, i_n, T, C) * H + i_h) * (2 * K)
+        p_factors += marks_size(states) + (first_slot(cu_seqlens, start, i_n, T) * H + i_h) * (2 * K)
     elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
         base += marks_size(states)
     if NK > 1:  # partial outputs, one tensor a slice
         o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
 
     b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
-    if PREPARED:  # `b_f` decays the state from where it stands to the middle of the chunk at hand
-        b_f, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+    if PREPARED:  # the state stands at a chunk's middle, until it is decayed by `b_left` to its end
+        b_left = tl.full([BK], 1.0, tl.float32)
+        b_to, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
     elif FAR:
         b_G, total = scalar_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
     else:
@@ -106,7 +107,8 @@ def chunk_forward_kernel(
             b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             if PREPARED:
-                b_S *= b_f[:, None]
+                b_S *= b_left[:, None]  # not the two as one: their product may be no number of float32
+                b_S *= b_to[:, None]
             b_o = tl.dot(b_q, operand(b_S, DTYPE))
             if PREPARED:
                 b_to, b_on_next = factors(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
@@ -119,14 +121,14 @@ def chunk_forward_kernel(
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
             if PREPARED:
-                b_f, b_on = b_on * b_to, b_on_next
+                b_left, b_on = b_on, b_on_next
             elif KIND != NONE:
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
     if ht is not None:
         if t_end == length:
             if PREPARED:
-                b_S *= b_f[:, None]
+                b_S *= b_left[:, None]
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
 
 

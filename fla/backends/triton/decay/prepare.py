@@ -115,7 +115,7 @@ def centre_kernel(q, k, g, qn, kn, factors, marks, cu_seqlens, T, H, R, K: tl.co
         if far == 0:
             return
     o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
-    slot = first_slot(cu_seqlens, start, i_n, T, C)
+    slot = first_slot(cu_seqlens, start, i_n, T)
     reach = 0.0
     for i in tl.range(i_r, tl.cdiv(length, C), R, num_stages=3):  # said here, all loads are pipelined
         m_c = i * C + o_c < length

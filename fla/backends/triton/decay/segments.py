@@ -77,7 +77,7 @@ def segment_states_kernel(
     base = head_base(cu_seqlens, start, i_h, T, H)
     if (KIND == SCALAR) or (KIND == FAR_SCALAR):
         base += marks_size(states)
-    slot = first_slot(cu_seqlens, start, i_n, T, C)
+    slot = first_slot(cu_seqlens, start, i_n, T)
     b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
     count = tl.cdiv(t_end - t_begin, C)
     t = t_begin + ((count - 1) * C if REVERSE else 0)
@@ -98,7 +98,8 @@ def segment_states_kernel(
             b_decay *= b_to * b_on
             b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
             # from this chunk's middle to the next one's
-            b_S *= (b_to * b_on_next if REVERSE else b_on * b_to_next)[None, :]
+            b_S *= (b_to if REVERSE else b_on)[None, :]  # not the two as one: their product may be no number of float32
+            b_S *= (b_on_next if REVERSE else b_to_next)[None, :]
             b_to, b_on = b_to_next, b_on_next
         elif FAR:
             b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
