@@ -130,11 +130,12 @@ def enough_heads(case: Case) -> Case:
     """The case with eight heads or more where a gradient has one number a head (that of a constant decay).
 
     Such a number is a sum over all tokens that may cancel, and then its relative error says nothing; the RMS over
-    several does. In float32 and float64 the sum is good anyway.
+    several does. In float64, and in the torch backend's float32, the sum is good anyway.
     """
     gates = [name for name in case.spec.gates if name not in case.variant.without]
     constant = any("T" not in case.spec.shapes[name].split() for name in gates)
-    if not constant or case.dtype not in (torch.bfloat16, torch.float16):
+    good = case.dtype == torch.float64 or (case.dtype == torch.float32 and case.backend == "torch")
+    if not constant or good:
         return case
     return replace(case, heads=(max(8, case.heads[0]), *case.heads[1:]))
 
