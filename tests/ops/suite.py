@@ -114,8 +114,7 @@ def contract(suite: Suite) -> type:
         @pytest.mark.parametrize("case", gate_cases(suite), ids=str)
         def test_extreme_gates(self, case):
             # a float64 op promises numbers there, not float64's last digits: running sums of -1e4 cost some
-            eps = 2.0**-22 if case.dtype == torch.float64 else None
-            check_values(case, needs=gradients_to_hold(case), eps=eps)
+            check_values(case, needs=gradients_to_hold(case), eps=2.0**-22 if case.dtype == torch.float64 else None)
 
         @pytest.mark.parametrize("case, kind", list(zip(plain, itertools.cycle(STRIDES), strict=False)), ids=str)
         def test_strides(self, case, kind):
