@@ -14,6 +14,9 @@ PYTHON_FILES := fla tests benchmarks examples tools
 # Two processes of one thread each: what two cores can do
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
+# What Triton does anyway; 3.9 warns where it is not said
+export TRITON_DEFAULT_FP_FUSION := 1
+
 .PHONY: help demo test check test-gpu bench clean
 
 help:

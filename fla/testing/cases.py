@@ -17,7 +17,8 @@ PACKED = ((65, 0, 1, 62), (0, 1, 130), (1, 1, 1, 1, 1))
 class Suite:
     """What a machine runs: `tokens` (a tuple is a pack), `heads` as (H, K, V), dtypes of q, k, v.
 
-    `steps`: what recurrent forms take instead of each of `tokens` (default: the same), where a token is expensive.
+    `steps`: what recurrent forms, and float32 on Triton, take instead of each of `tokens` (default: the same), where a
+    token is expensive.
     """
 
     backend: str
@@ -36,6 +37,12 @@ class Suite:
         if self.steps is None or "recurrent" not in form:
             return tokens
         return self.steps[self.tokens.index(tokens)] if tokens in self.tokens else self.steps[-1]
+
+    def shortened(self, case: Case) -> Case:
+        """The case at the length for recurrent forms where its backend computes the chunk form token by token too."""
+        if case.backend != "triton" or case.dtype != torch.float32 or self.steps is None or "recurrent" in case.form:
+            return case
+        return replace(case, tokens=self.tokens_of("recurrent", case.tokens))
 
 
 TORCH = Suite(
@@ -115,7 +122,7 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
         if row["state"] not in ("both", "in") or form in spec.stateless or row["dtype"] == torch.float64:
             row["state_dtype"] = None
         fixed: dict[str, Any] = {"batch": suite.batch, "device": suite.device, "backend": suite.backend, "seed": seed}
-        cases.append(enough_heads(Case(spec, form, variant, **row, **fixed)))
+        cases.append(suite.shortened(enough_heads(Case(spec, form, variant, **row, **fixed))))
     return cases
 
 
@@ -123,11 +130,12 @@ def enough_heads(case: Case) -> Case:
     """The case with eight heads or more where a gradient has one number a head (that of a constant decay).
 
     Such a number is a sum over all tokens that may cancel, and then its relative error says nothing; the RMS over
-    several does. In float32 and float64 the sum is good anyway.
+    several does. In float64, and in the torch backend's float32, the sum is good anyway.
     """
     gates = [name for name in case.spec.gates if name not in case.variant.without]
     constant = any("T" not in case.spec.shapes[name].split() for name in gates)
-    if not constant or case.dtype not in (torch.bfloat16, torch.float16):
+    good = case.dtype == torch.float64 or (case.dtype == torch.float32 and case.backend == "torch")
+    if not constant or good:
         return case
     return replace(case, heads=(max(8, case.heads[0]), *case.heads[1:]))
 
@@ -150,7 +158,8 @@ def plain_cases(spec: OpSpec, suite: Suite, *, all_callings: bool = False, **cha
             }
             fields = turns | changes
             fields["tokens"] = suite.tokens_of(form, fields["tokens"])
-            cases.append(enough_heads(Case(spec, form, way, **fields, device=suite.device, backend=suite.backend)))
+            case = Case(spec, form, way, **fields, device=suite.device, backend=suite.backend)
+            cases.append(suite.shortened(enough_heads(case)))
     return cases
 
 

@@ -26,8 +26,8 @@ def variants_of(dtype: str) -> dict[str, Variant]:
 
 
 def line(variant: Variant, report: Report) -> str:
-    settings = f"{variant.warps} warps, {variant.stages} stages"
-    return f"{report.registers} registers, {report.spilled} spilled, {report.shared} shared, {report.wgmma} wgmma, {settings}"
+    made = f"{report.registers} registers, {report.spilled} spilled, {report.shared} shared, {report.wgmma} wgmma"
+    return f"{made}, {variant.warps} warps, {variant.stages} stages"
 
 
 def is_comparable() -> bool:

@@ -1,5 +1,6 @@
 """The chunk kernels at real sizes: segments, slices, long sequences, CUDA graphs, compiles, bits and memory."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -131,7 +132,7 @@ def packings(count: int, total: int):
     for i in range(count):
         cuts = torch.randint(total + 1, (i % 8,), generator=generator).sort().values.tolist()
         bounds = [0, *cuts, total]
-        yield tuple(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        yield tuple(b - a for a, b in itertools.pairwise(bounds))
 
 
 @pytest.mark.parametrize("case", chunk_cases(heads=(2, 64, 64), dtype=BF16, batch=1), ids=str)

@@ -42,17 +42,25 @@ def gate_cases(suite: Suite) -> list[Case]:
     dtypes, found = suite.dtypes, []
     for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(dtypes))):
         cases = every_op(lambda spec, gates=gates: plain_cases(spec, suite, gates=gates))
-        gated = [case for case in cases if case.gated and (suite.backend == "torch" or not cancels(case, gates))]
-        turned = [enough_heads(replace(case, dtype=dtypes[(i + j) % len(dtypes)])) for j, case in enumerate(gated)]
+        gated = [case for case in cases if case.gated]
+        turned = [replace(case, dtype=dtypes[(i + j) % len(dtypes)]) for j, case in enumerate(gated)]
+        turned = [suite.shortened(enough_heads(case)) for case in turned]
         found += turned if suite.thorough or gates == "mixed" else turned[i % 3 :: 3]
     return found
 
 
-def cancels(case: Case, gates: str | float) -> bool:
-    """Whether a constant decay's gradient, one sum over all tokens, is e^-5 of its terms or less: the 16-bit operands'
-    rounding is all that is left of it. (Per token the gradient is held to its budget at every strength.)"""
-    constant = any(case.spec.shapes[name] == "H" for name in case.spec.gates if name not in case.variant.without)
-    return constant and gates == -5.0
+def gradients_to_hold(case: Case) -> tuple[str, ...] | None:
+    """All, but for a constant decay's of -5 where heads are wide and operands fp16.
+
+    It is one sum over all tokens of terms of which e^-5 is left, and row sums in float32 (of K products each, the two
+    to be subtracted a hundred times their difference) have an error that all earlier tokens share: measured in the
+    interpreter, at T 130 and K = V = 64, 0.5 to 1.2 of fp16's budget while the gradient per token uses 0.13 of it. bf16
+    has eight times that budget, the interpreter's heads are narrow: there it is held.
+    """
+    names = tuple(case.inputs())
+    constant = {name for name in case.spec.gates if name in names and "T" not in case.spec.shapes[name].split()}
+    wide = case.backend == "triton" and case.dtype == torch.float16 and min(case.heads[1:]) > 20
+    return tuple(name for name in names if name not in constant) if wide and case.gates == -5.0 else None
 
 
 def chunk_cases(suite: Suite, **changes: Any) -> list[Case]:
@@ -106,7 +114,7 @@ def contract(suite: Suite) -> type:
         @pytest.mark.parametrize("case", gate_cases(suite), ids=str)
         def test_extreme_gates(self, case):
             # a float64 op promises numbers there, not float64's last digits: running sums of -1e4 cost some
-            check_values(case, eps=2.0**-22 if case.dtype == torch.float64 else None)
+            check_values(case, needs=gradients_to_hold(case), eps=2.0**-22 if case.dtype == torch.float64 else None)
 
         @pytest.mark.parametrize("case, kind", list(zip(plain, itertools.cycle(STRIDES), strict=False)), ids=str)
         def test_strides(self, case, kind):

@@ -1,5 +1,5 @@
-"""The chunk kernels' ways of cutting a problem, on sizes that the interpreter can do: segments of a sequence, slices of a
-head, and heads by the strength of their decays."""
+"""The chunk kernels' ways of cutting a problem, on sizes that the interpreter can do: segments of a sequence, slices
+of a head, and heads by the strength of their decays."""
 
 from dataclasses import replace
 
@@ -9,8 +9,7 @@ import torch
 from fla.backends.triton.decay import chunk_backward, chunk_forward, segments
 from fla.testing.cases import INTERPRETER
 from tests.ops import suite
-
-check = suite.check_chunks
+from tests.ops.suite import check_chunks
 
 
 def chunk_cases(**changes):
@@ -52,24 +51,24 @@ SEGMENTED = [
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_segments(case, short_segments, monkeypatch):
     seen = launches_of(monkeypatch, segments.segment_states_kernel)
-    check(case)
+    check_chunks(case)
     assert seen, "nothing was cut"
 
 
 @pytest.mark.parametrize("case", chunk_cases(tokens=70, heads=(1, 300, 300), gates="weak"), ids=str)
 def test_slices_of_keys_and_values(case):
     """Several slices of both at once: more than one program holds in the forward and in the backward."""
-    check(case)
+    check_chunks(case)
 
 
 @pytest.mark.parametrize("case", chunk_cases(tokens=(30, 40), heads=(1, 300, 20), gates="mixed"), ids=str)
 def test_slices_of_keys_with_strong_decays(case):
-    check(case)
+    check_chunks(case)
 
 
 @pytest.mark.parametrize("case", chunk_cases(tokens=(30, 40), heads=(1, 20, 300), gates=-5.0), ids=str)
 def test_slices_of_values_with_strong_decays(case):
-    check(case)
+    check_chunks(case)
 
 
 @pytest.mark.parametrize("gates", ("weak", "ordinary", -1.5, -5.0, "mixed"))
@@ -77,4 +76,4 @@ def test_slices_of_values_with_strong_decays(case):
 def test_every_strength_of_decay(case, gates):
     """Of fp16, halves of a chunk hold 8 nats (one decay a head) or 80 (a decay a channel): 64 steps of "weak" ones are
     under 1, of ordinary ones about 13, of -1.5 there are 96."""
-    check(replace(case, gates=gates))
+    check_chunks(replace(case, gates=gates))
