@@ -69,7 +69,9 @@ def make_inputs(
 
 
 def set_gates(g: Tensor, kind: str | float, generator: torch.Generator) -> Tensor:
-    """Log decays of a kind: "ordinary" (as made), "weak" (1/16 of that), a number for all, or "mixed".
+    """Log decays of a kind: "ordinary" (as made), "weak" (1/16 of that), a number for all, "uneven" or "mixed".
+
+    "uneven" is weak, but -4 in the first half of the first axis that is longer than 1: rows of a batch, tokens, heads.
 
     "mixed" replaces three in ten by one of `EXTREME_GATES`; the others stay, so that gradients do not all vanish.
     """
@@ -77,6 +79,11 @@ def set_gates(g: Tensor, kind: str | float, generator: torch.Generator) -> Tenso
         return g
     if kind == "weak":
         return g / 16
+    if kind == "uneven":
+        g = g / 16
+        axis = next((axis for axis, size in enumerate(g.shape) if size > 1), 0)
+        g.narrow(axis, 0, g.shape[axis] // 2).fill_(-4.0)
+        return g
     if kind != "mixed":
         return torch.full_like(g, float(kind))
     extreme = torch.tensor(EXTREME_GATES, dtype=g.dtype, device=g.device)

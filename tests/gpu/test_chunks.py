@@ -57,7 +57,7 @@ def test_segments_of_a_pack_with_strong_decays(case):
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
-@pytest.mark.parametrize("gates", (-2.5, "mixed"))
+@pytest.mark.parametrize("gates", (-1.2, -2.5, "uneven", "mixed"))
 @pytest.mark.parametrize("case", [c for c in chunk_cases(tokens=300, heads=(4, 64, 64)) if c.gated], ids=str)
 def test_strong_decays(case, gates, dtype):
     """Also of a constant decay that needs no gradient: it has kernels of its own."""

@@ -126,11 +126,17 @@ class Served:
 
 
 def check_served(served: Served, function: Callable | None = None) -> None:
-    """Fresh and in place: results within the budget, the same bits, and nothing else written."""
+    """Fresh and in place: results within the budget, the same bits, and nothing else written.
+
+    Triton lays a V-first tile out as it is stored, so there the sums of an output over K run in another order in place.
+    """
     o, states, pools = served.run(False, function)
     here, returned, written = served.run(True, function)
     hold(served, o, states)
-    assert torch.equal(o, here)
+    if served.v_first and served.case.backend == "triton":
+        hold(served, here, states)
+    else:
+        assert torch.equal(o, here)
     for i, (state, pool, before) in enumerate(zip(states, pools, served.owned(), strict=True)):
         assert torch.equal(pool, before), "a pool was written to without being asked for"
         assert returned[i] is written[i], "in place returns the tensor that it was given"

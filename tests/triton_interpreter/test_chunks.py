@@ -71,7 +71,19 @@ def test_slices_of_values_with_strong_decays(case):
     check_chunks(case)
 
 
-@pytest.mark.parametrize("gates", ("weak", "ordinary", -1.5, -5.0, "mixed"))
+UNEVEN = [
+    *chunk_cases(tokens=200, heads=(2, 16, 16), batch=2),
+    *chunk_cases(tokens=(100, 0, 70, 30), heads=(2, 16, 16)),
+]
+
+
+@pytest.mark.parametrize("case", [case for case in UNEVEN if case.gated], ids=str)
+def test_near_and_far_heads_side_by_side(case):
+    """What is stored for heads of one kind does not lie where another's of the other kind does."""
+    check_chunks(replace(case, gates="uneven"))
+
+
+@pytest.mark.parametrize("gates", ("weak", "ordinary", -1.5, -2.5, -5.0, "mixed"))
 @pytest.mark.parametrize("case", [case for case in chunk_cases(tokens=130, heads=(2, 16, 20)) if case.gated], ids=str)
 def test_every_strength_of_decay(case, gates):
     """Of fp16, halves of a chunk hold 8 nats (one decay a head) or 80 (a decay a channel): 64 steps of "weak" ones are

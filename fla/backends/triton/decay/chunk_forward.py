@@ -26,6 +26,7 @@ from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import load_rows, operand, store_rows, store_state
 from fla.backends.triton.decay._decay import (
     CHUNK,
+    CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
     NONE,
@@ -133,17 +134,19 @@ def chunk_forward_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int, kind: int) -> tuple[int, int, int, int, int]:
+def _plan(N: int, H: int, K: int, V: int, T: int, kind: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Channels and number of slices of K, tokens a segment, programs and pipeline stages: from shapes alone."""
-    BK = min(padded(K), WIDEST)
+    # wider ones spill too much where decays take registers too, or operands are float32 (fp16's of the vector kind)
+    narrow = kind == SCALAR.value or (kind == VECTOR.value and dtype == torch.float16)
+    BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
     slices = ceil_div(K, BK)
     tiles = slices * ceil_div(V, TILE.value)
     L = segment_length(T, N * H * tiles)
     grid = N * H * ceil_div(T, L) * tiles
     stages = 2
-    if BK > 128:
+    if BK > 128 and kind != CONSTANT.value:
         stages = 1  # twice on a multiprocessor
-    elif grid <= 132 and kind != SCALAR.value:
+    elif BK <= 128 and grid <= 132 and kind != SCALAR.value:
         stages = 3  # one program a multiprocessor must hide its loads alone
     return BK, slices, L, grid, stages
 
@@ -154,7 +157,7 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     N, H, K, V = shape = problem.state_shape
     T = v.shape[1]
     prepared = Prepared(problem)
-    BK, slices, L, grid, stages = _plan(N, H, K, V, T, prepared.kinds[0])
+    BK, slices, L, grid, stages = _plan(N, H, K, V, T, prepared.kinds[0], v.dtype)
     o = torch.empty_like(v, dtype=problem.output_dtype)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
