@@ -95,8 +95,16 @@ def key(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last record with a number of every key, in the order in which the keys first came."""
-    last = {key(r): r for r in records if r["ms"] is not None}
+    """The last record with a number of every key, in the order in which the keys first came.
+
+    Of one commit, a record with the peer's figures stays the last: a later run without the peer knows less.
+    """
+    last: dict[tuple[str, ...], dict[str, Any]] = {}
+    for r in records:
+        before = last.get(key(r))
+        knows_less = before is not None and before["commit"] == r["commit"] and before["peer_ms"] and not r["peer_ms"]
+        if r["ms"] is not None and not knows_less:
+            last[key(r)] = r
     return list(last.values())
 
 

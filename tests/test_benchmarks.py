@@ -215,6 +215,9 @@ def test_records(tmp_path):
         _records.append(path, fields)
     assert _records.read(path) == made and made[0]["ms"] == 1.235 and made[0]["peer"] is None
     assert _records.read(path, ms=2.0) == [made[1]] == _records.latest(made)
+    peered = made[0] | {"peer_ms": 2.0, "commit": "a"}
+    assert _records.latest([peered, made[1] | {"commit": "a"}]) == [peered]  # the later one knows less
+    assert _records.latest([peered, made[1] | {"commit": "b"}]) == [made[1] | {"commit": "b"}]
     assert "chunk_gla" in _records.table(made) and "2" in _records.line(made[1])
     assert _records.slug("NVIDIA H200") == "h200" and _records.slug("cpu") == "cpu"
     with pytest.raises(ValueError, match=r"a record has the fields .* got speed"):
