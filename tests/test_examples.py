@@ -112,6 +112,7 @@ def test_the_picture_is_a_picture(whole):
 
 def test_ctrl_c_keeps_a_checkpoint_and_resume_continues_the_same_curve(program, whole, text, tmp_path, capsys):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["TQDM_MININTERVAL"] = "0"  # show every step: a bar ten times a second passes over those wanted here
     flags = ["--prompt", "def ", "--new-bytes", "20"]
     process = subprocess.Popen(
         command(text, tmp_path, *flags),
