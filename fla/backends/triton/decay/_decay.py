@@ -22,9 +22,9 @@ SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too str
 MARKS = tl.constexpr(16)  # programs, at most, that look through the gates of a head
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
-# log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32,
+# log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
-NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # and in fp16, where small numbers lose digits early
+NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # the same in fp16, where small numbers lose digits early
 
 
 @triton.jit

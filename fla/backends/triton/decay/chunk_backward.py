@@ -332,8 +332,8 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
         constants = {"K": K, "V": V, "KIND": kind, "ROLES": roles}
         launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, 2)
     if vector:
-        dv = _sum(grads, NK, v)
-        return *finish_vector(problem, prepared, rows, changes, NV, L, needs_gate, dv), dh0
+        dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
+        return dq, dk, _sum(grads, NK, v), dg, dh0
     if whole and K == V:
         dq, dk, dv = grads.view(3, *v.shape).unbind(0)
     else:
@@ -341,7 +341,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
         dq, dk, dv = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), _sum(dv, NK, v)
     dg = None
     if needs_gate:
-        dg = close_gate_gradient(problem, problem.g, rows, dht is not None, 2 * keys, NV, L)
+        dg = close_gate_gradient(problem, rows, dht is not None, 2 * keys, NV, L)
     return dq, dk, dv, dg, dh0
 
 

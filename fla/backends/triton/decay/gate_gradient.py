@@ -12,7 +12,7 @@ import triton.language as tl
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import ceil_div, launch
 from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, load_rows, sequence, store_rows
-from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, segment
+from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, padded, segment
 from fla.backends.triton.decay.prepare import Prepared, centred
 
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
@@ -112,8 +112,8 @@ def finish_vector_kernel(
             store_rows(dg + row, o_c, m_c, H, o_k, K, tl.where(b_g.to(tl.float32) < DEAD_LOG_DECAY, 0.0, b_dg))
 
 
-def finish_vector(problem: Problem, prepared: Prepared, rows, changes: int, NV: int, L: int, needs_gate: bool, dv):
-    """dq, dk, dv, dg or None of a vector problem, from the buffer `rows` of `chunk_backward_kernel`."""
+def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: int, L: int, needs_gate: bool):
+    """dq, dk, dg or None of a vector problem, from the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = problem.state_shape
     T = problem.q.shape[1]
     dq, dk = torch.empty_like(problem.q), torch.empty_like(problem.k)
@@ -122,17 +122,16 @@ def finish_vector(problem: Problem, prepared: Prepared, rows, changes: int, NV: 
     arguments = (prepared.q, prepared.k, problem.gk, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
     for kind in prepared.kinds:
         launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KIND": kind})
-    return dq, dk, dv, dg
+    return dq, dk, dg
 
 
 def close_gate_gradient(
-    problem: Problem, gate: torch.Tensor, rows: torch.Tensor, has_change: bool, terms: int, changes: int, L: int
+    problem: Problem, rows: torch.Tensor, has_change: bool, terms: int, changes: int, L: int
 ) -> torch.Tensor:
-    """dg like `gate` `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
+    """dg `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = problem.state_shape
-    dg = torch.empty_like(gate)
-    constants = {"K": K, "BK": triton.next_power_of_2(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
-    launch(
-        scalar_gate_gradient_kernel, N * H, (gate, rows, dg, problem.cu_seqlens, problem.q.shape[1], H, L), constants
-    )
+    dg = torch.empty_like(problem.g)
+    constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
+    arguments = (problem.g, rows, dg, problem.cu_seqlens, problem.q.shape[1], H, L)
+    launch(scalar_gate_gradient_kernel, N * H, arguments, constants)
     return dg

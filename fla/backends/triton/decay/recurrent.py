@@ -231,14 +231,14 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
     needs_gates = needs_gates and (problem.g is not None or gk is not None or gv is not None)
     with_o = needs_gates and gv is not None
     wide = torch.float64 if needs_gates and q.dtype == torch.float32 else torch.float32
-    key_slices, value_slices = -(-K // SLICE.value), -(-V // SLICE.value)
+    key_slices, value_slices = ceil_div(K, SLICE.value), ceil_div(V, SLICE.value)
     at = value_slices * K  # the columns before it belong to key channels, those from it on to value channels
     back = q.new_empty((*q.shape[:3], at + key_slices * V), dtype=wide)
     ahead = torch.empty_like(back) if with_o else q.new_empty((*q.shape[:3], at), dtype=wide)
     change = q.new_empty((N, H, ahead.shape[-1]), dtype=wide) if needs_gates and dht is not None else None
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
-    keys = -(-K // TILE.value) * value_slices
-    values = -(-V // TILE.value) * key_slices
+    keys = ceil_div(K, TILE.value) * value_slices
+    values = ceil_div(V, TILE.value) * key_slices
     roles = 2 * keys + (2 if with_o else 1) * values
     arguments = (q, k, v, g, gk, gv, do, problem.initial_state, dht, dh0, ahead, back, change)
     arguments += (problem.cu_seqlens, problem.scale, q.shape[1], H)

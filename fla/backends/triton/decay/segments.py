@@ -42,10 +42,8 @@ from fla.backends.triton.decay.prepare import Prepared
 
 BK = tl.constexpr(128)
 SHORTEST = 16  # chunks a segment has at least
-ENOUGH, FULL = (
-    128,
-    200,
-)  # programs that need no segments: they cost a second read of half the inputs; and how many to make
+ENOUGH = 128  # programs that need no segments, which cost a second read of half the inputs
+FULL = 200  # programs to come to with segments
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
