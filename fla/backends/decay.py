@@ -27,7 +27,10 @@ FAMILY = "decay"
 
 @dataclass(slots=True, eq=False)  # not frozen: that makes it three times as slow to build
 class Problem:
-    """One call, all tensors contiguous. `form`: "chunk" or "recurrent"; `wide`: outputs in float32 at least."""
+    """One call, all tensors contiguous. `form`: "chunk" or "recurrent"; `wide`: outputs in float32 at least.
+
+    `keeps`: a backward will follow, for which the backend's forward may leave a tensor in `kept`.
+    """
 
     q: Tensor
     k: Tensor
@@ -41,6 +44,8 @@ class Problem:
     scale: float
     form: str
     wide: bool = False
+    keeps: bool = False
+    kept: Tensor | None = None
 
     @property
     def num_states(self) -> int:
@@ -298,6 +303,8 @@ class _Function(torch.autograd.Function):
     def forward(ctx, q, k, v, g, gk, gv, state, g_gamma, cu_seqlens, settings, output_final_state):
         scale, form, wide, module = settings
         problem = _problem(q, k, v, g, gk, gv, g_gamma, state, cu_seqlens, scale, form, wide)
+        problem.keeps = True
+        results = _run(problem, output_final_state, module)
         ctx.save_for_backward(
             problem.q,
             problem.k,
@@ -308,10 +315,11 @@ class _Function(torch.autograd.Function):
             problem.g_gamma,
             problem.initial_state,
             problem.cu_seqlens,
+            problem.kept,
         )
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return _run(problem, output_final_state, module)
+        return results
 
     @staticmethod
     def backward(ctx, do, dht):
@@ -321,11 +329,13 @@ class _Function(torch.autograd.Function):
 
 
 def _input_gradients(ctx, do, dht):
-    tensors = ctx.saved_tensors
+    *tensors, kept = ctx.saved_tensors
     scale, form, wide, module = ctx.settings
     do = torch.zeros_like(tensors[2]) if do is None else do
     needs = ctx.needs_input_grad
-    found = _gradients(Problem(*tensors, scale, form, wide), do, dht, needs[3] or needs[4] or needs[5], module)
+    found = _gradients(
+        Problem(*tensors, scale, form, wide, kept=kept), do, dht, needs[3] or needs[4] or needs[5], module
+    )
     return (*found, None, None, None, None)
 
 

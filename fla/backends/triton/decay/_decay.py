@@ -19,7 +19,7 @@ from fla.backends.triton._lib import load_state, log2_decay, sequence
 
 CHUNK = tl.constexpr(64)  # tokens a chunk
 SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
-MARKS = tl.constexpr(16)  # programs, at most, that look through the gates of a head
+MARKS = tl.constexpr(256)  # marks that a program reads at once
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
 # log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
@@ -41,15 +41,16 @@ def is_near(total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE: tl.constexpr, KIND: tl.constexpr):
+def is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
     """Whether a program has nothing to do: its segment lies behind the sequence (a sequence without tokens still has
-    its first one), or its head is another launch's. `prepare.py` marks the heads of SHORT and FAR_SCALAR in front of
-    what it stores."""
+    its first one), or its head is another launch's. `prepare.py` marks the chunks for which a head is SHORT's or
+    FAR_SCALAR's in front of what it stores."""
+    i_n, i_h = i_state // H, i_state % H
     idle = (t_begin >= length) & (i_s > 0)
     if (KIND == SCALAR) or (KIND == VECTOR):
-        idle = idle | (is_marked(g, i_state) > 0)
+        idle = idle | (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) > 0)
     elif (KIND == SHORT) or (KIND == FAR_SCALAR):
-        idle = idle | (is_marked(g, i_state) == 0)
+        idle = idle | (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) == 0)
     elif KIND == CONSTANT:
         idle = idle | (is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE) == 0)
     elif KIND == FAR_CONSTANT:
@@ -102,15 +103,35 @@ def near_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def marks_size(states):
-    """Floats that the marks of so many heads take in front of what they are about."""
-    return states * MARKS
+def chunk_slots(cu_seqlens, T, N):
+    """Numbers for chunks (`chunk_slot`), at least one for each."""
+    return N * tl.cdiv(T, CHUNK) if cu_seqlens is None else T // CHUNK + N
 
 
 @triton.jit
-def is_marked(g, i_state):
-    """Whether one of the programs that looked at a head marked it."""
-    return tl.max(tl.load(g + i_state * MARKS + tl.arange(0, MARKS)), 0)
+def chunk_slot(cu_seqlens, start, i_n, T):
+    """The number of a sequence's first chunk, of which no other sequence's chunks have any."""
+    if cu_seqlens is None:
+        return i_n * tl.cdiv(T, CHUNK)
+    else:
+        return start // CHUNK + i_n
+
+
+@triton.jit
+def marks_size(cu_seqlens, T, H, states):
+    """Floats in front of what `prepare.py` stores: the marks `[H, slots]`, rounded up to 16 bytes."""
+    return tl.cdiv(chunk_slots(cu_seqlens, T, states // H) * H, 4) * 4
+
+
+@triton.jit
+def strongest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
+    """The largest mark of a sequence's chunks in one head."""
+    g += i_h * chunk_slots(cu_seqlens, T, N) + chunk_slot(cu_seqlens, start, i_n, T)
+    o_i = tl.arange(0, MARKS)
+    b_mark = tl.zeros([MARKS], tl.float32)
+    for i in range(0, tl.cdiv(length, CHUNK), MARKS):
+        b_mark = tl.maximum(b_mark, tl.load(g + i + o_i, mask=i + o_i < tl.cdiv(length, CHUNK), other=0.0))
+    return tl.max(b_mark, 0)
 
 
 @triton.jit

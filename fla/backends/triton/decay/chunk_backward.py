@@ -53,7 +53,7 @@ from fla.backends.triton.decay._decay import (
 from fla.backends.triton.decay.far_backward import far_dk, far_dq, far_dv
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
 from fla.backends.triton.decay.prepare import Prepared
-from fla.backends.triton.decay.segments import FULL, segment_length, segment_states
+from fla.backends.triton.decay.segments import segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST_BACKWARD, sum_slices
 
 DQ, DK, DV, GATES = (tl.constexpr(1 << i) for i in range(4))  # roles of a launch; GATES: gate gradients are wanted
@@ -251,18 +251,18 @@ def chunk_backward_kernel(
     i_state, states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
     i_n, i_h = i_state // H, i_state % H
     start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(g, i_state, i_h, i_s, t_begin, length, q.dtype.element_ty, KIND):
+    if is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, q.dtype.element_ty, KIND):
         return
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
     size_k, size_v = tokens * H * K, tokens * H * V
     base = head_base(cu_seqlens, start, i_h, T, H)
     if (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        g += marks_size(states)
+        g += marks_size(cu_seqlens, T, H, states)
     count = tl.maximum(tl.cdiv(length, L), 1)
     at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     if VECTORS:
         slot = first_slot(cu_seqlens, start, i_n, T)
-        g += marks_size(states) + (slot * H + i_h) * (2 * K)
+        g += marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
     i_key = i_role % KEYS
     i_k, i_v = i_key % TK, i_key // TK
     change = rows if GATES & ROLES else None
@@ -298,14 +298,12 @@ def chunk_backward_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int, vector: bool) -> tuple[int, int, int, int, int]:
-    """Slices of K and of V, programs of dq (and of dk) and of dv a head, tokens a segment: from shapes alone."""
+def _plan(N: int, H: int, K: int, V: int, T: int) -> tuple[int, int, int, int, int]:
+    """Slices of K and of V, programs of dq (and of dk) and of dv a head, tokens a segment (the forward's, whose states
+    of segments are kept): from shapes alone."""
     NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
-    tiles = ceil_div(K, TILE.value)
-    keys, values = tiles * NV, ceil_div(V, TILE.value) * NK
-    if vector:  # its last kernel has fewer programs than this one
-        return NK, NV, keys, values, segment_length(T, N * H * tiles, FULL)
-    return NK, NV, keys, values, segment_length(T, N * H * (2 * keys + values))
+    keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
+    return NK, NV, keys, values, segment_length(T, N * H * ceil_div(V, TILE.value))
 
 
 def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs_gate: bool):
@@ -314,7 +312,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     N, H, K, V = shape = problem.state_shape
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
     vector = problem.gk is not None
-    NK, NV, keys, values, L = _plan(N, H, K, V, T, vector)
+    NK, NV, keys, values, L = _plan(N, H, K, V, T)
     S = ceil_div(T, L)
     prepared = Prepared(problem)
     local = segment_states(problem, prepared, L, do)

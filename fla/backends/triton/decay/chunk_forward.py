@@ -64,22 +64,25 @@ def chunk_forward_kernel(
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
+    # A dot that may stay in flight over the loop's end must read K from shared memory. Where float32 is transposed it
+    # comes from registers, which are overwritten before it has read them: then the state is touched at once.
+    AT_ONCE: tl.constexpr = PREPARED and tl.float32 == DTYPE
     S = tl.cdiv(T, L)
     i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
     i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
     states = tl.num_programs(0) // (NV * NK * S)
     i_n, i_h = i_state // H, i_state % H
     start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE, KIND):
+    if is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, DTYPE, KIND):
         return
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] >= o_c[None, :]
     base = head_base(cu_seqlens, start, i_h, T, H)
     p_factors = g
     if PREPARED:
-        p_factors += marks_size(states) + (first_slot(cu_seqlens, start, i_n, T) * H + i_h) * (2 * K)
+        p_factors += marks_size(cu_seqlens, T, H, states) + (first_slot(cu_seqlens, start, i_n, T) * H + i_h) * (2 * K)
     elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        base += marks_size(states)
+        base += marks_size(cu_seqlens, T, H, states)
     if NK > 1:  # partial outputs, one tensor a slice
         o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
 
@@ -108,7 +111,8 @@ def chunk_forward_kernel(
             b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             if PREPARED:
-                b_S *= b_left[:, None]  # not the two as one: their product may be no number of float32
+                if not AT_ONCE:
+                    b_S *= b_left[:, None]  # not the two as one: their product may be no number of float32
                 b_S *= b_to[:, None]
             b_o = tl.dot(b_q, operand(b_S, DTYPE))
             if PREPARED:
@@ -121,14 +125,17 @@ def chunk_forward_kernel(
                 b_o = scale_rows(b_o, b_u, KIND)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
-            if PREPARED:
+            if AT_ONCE:
+                b_S *= b_on[:, None]
+                b_on = b_on_next
+            elif PREPARED:
                 b_left, b_on = b_on, b_on_next
             elif KIND != NONE:
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
     if ht is not None:
         if t_end == length:
-            if PREPARED:
+            if PREPARED and not AT_ONCE:
                 b_S *= b_left[:, None]
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
 
@@ -141,7 +148,7 @@ def _plan(N: int, H: int, K: int, V: int, T: int, kind: int, dtype: torch.dtype)
     BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
     slices = ceil_div(K, BK)
     tiles = slices * ceil_div(V, TILE.value)
-    L = segment_length(T, N * H * tiles)
+    L = segment_length(T, N * H * ceil_div(V, TILE.value))
     grid = N * H * ceil_div(T, L) * tiles
     stages = 2
     if BK > 128 and kind != CONSTANT.value:

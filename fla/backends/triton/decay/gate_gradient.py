@@ -11,9 +11,17 @@ import triton.language as tl
 
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import ceil_div, launch
-from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, load_rows, sequence, store_rows
+from fla.backends.triton._lib import (
+    DEAD_LOG_DECAY,
+    INTERPRETED,
+    LOG2E,
+    MIN_LOG_DECAY,
+    load_rows,
+    sequence,
+    store_rows,
+)
 from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, padded, segment
-from fla.backends.triton.decay.prepare import Prepared, centred
+from fla.backends.triton.decay.prepare import Prepared
 
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
 
@@ -69,6 +77,28 @@ def _suffix_sums(b_r, b_carry, C: tl.constexpr):
         return b_sums, tl.dot(b_ones, b_low, acc=tl.dot(b_ones, b_high, acc=b_carry))
 
 
+@triton.jit
+def centred(b_g, C: tl.constexpr):
+    """`G - m` `[C, BK]` of a gate tile, log2, as `prepare.py` has it.
+
+    The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as high and low
+    halves. (A running sum along the token axis is several times slower.)"""
+    o_c = tl.arange(0, C)
+    first = o_c < C // 2
+    b_w = tl.maximum(b_g.to(tl.float32), MIN_LOG_DECAY if C == CHUNK else MIN_LOG_DECAY / 2)
+    b_A = (o_c[:, None] >= o_c[None, :]).to(tl.float32) - first[None, :].to(tl.float32)
+    if INTERPRETED:
+        b_Gm = tl.dot(b_A, b_w)
+    elif b_g.dtype == tl.float16:
+        b_Gm = tl.dot(b_A.to(tl.float16), b_w.to(tl.float16))
+    else:
+        b_high = b_w.to(tl.bfloat16)
+        b_Gm = tl.dot(b_A.to(tl.bfloat16), b_high)
+        if b_g.dtype != tl.bfloat16:
+            b_Gm = tl.dot(b_A.to(tl.bfloat16), (b_w - b_high.to(tl.float32)).to(tl.bfloat16), acc=b_Gm)
+    return b_Gm * LOG2E
+
+
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def finish_vector_kernel(
     qn, kn, g, factors, rows, dq, dk, dg, cu_seqlens, T, H, L, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
@@ -84,7 +114,7 @@ def finish_vector_kernel(
     i_state, states = tl.program_id(0).to(tl.int64) // (TK * S), tl.num_programs(0) // (TK * S)
     i_n, i_h = i_state // H, i_state % H
     start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(factors, i_state, i_h, i_s, t_begin, length, qn.dtype.element_ty, KIND):
+    if is_idle(factors, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, qn.dtype.element_ty, KIND):
         return
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)
     o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
@@ -99,7 +129,7 @@ def finish_vector_kernel(
         m_c = t + o_c < t_end
         row = ((start + t) * H + i_h) * K
         b_g = load_rows(g + row, o_c, m_c, H, o_k, K)
-        b_Gm, _, _ = centred(b_g, C)
+        b_Gm = centred(b_g, C)
         b_dq, b_dk = tl.zeros([C, TILE], tl.float32), tl.zeros([C, TILE], tl.float32)
         for i_v in tl.static_range(NV):
             b_dq += load_rows(rows + i_v * tokens * H * K + row, o_c, m_c, H, o_k, K)

@@ -1,16 +1,18 @@
 """What is computed of the gates before the chunk kernels run, once for all their programs.
 
-Per token and head (SCALAR): a mark per head whether a chunk decays by too much for its halves (then the head is
-FAR_SCALAR's), and `G` `[B, H, T]` float32, the running log2 decay within each chunk.
+Per token and head (SCALAR): `G` `[B, H, T]` float32, the running log2 decay within each chunk, and a mark on every
+chunk that decays by too much for its halves: a head that has one is FAR_SCALAR's.
 
 Per key channel (VECTOR): everything relative to the chunk's middle `m = G_{C/2}`, so that both factors stay in range up
 to RANGE nats per half chunk (kernels.md 1.2):
 
     Qn = q e^{G - m}     Kn = k e^{m - G}     factors of the state: e^m and e^{G_C - m}
 
-A head that decays faster than that anywhere is marked, prepared again with chunks of 16 tokens (a step clamped at -10
-nats always fits there; what the clamp lets through is below 5e-5 of what was there), and computed by the launch of
-kind SHORT. fp16 operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
+A head that decays faster than that in any chunk is prepared again with chunks of 16 tokens (a step clamped at -10 nats
+always fits there; what the clamp lets through is below 5e-5 of what was there), and computed by the launch of kind
+SHORT. fp16 operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
+
+A program takes one chunk (of 64 tokens) of some heads.
 """
 
 import torch
@@ -19,16 +21,7 @@ import triton.language as tl
 
 from fla.backends.decay import Problem, is_mild
 from fla.backends.triton._launch import ceil_div, launch
-from fla.backends.triton._lib import (
-    INTERPRETED,
-    LOG2E,
-    MIN_LOG_DECAY,
-    load_rows,
-    log2_decay,
-    operand,
-    sequence,
-    store_rows,
-)
+from fla.backends.triton._lib import LOG2E, MIN_LOG_DECAY, log2_decay, operand, sequence
 from fla.backends.triton.decay._decay import (
     CHUNK,
     CONSTANT,
@@ -39,98 +32,133 @@ from fla.backends.triton.decay._decay import (
     SCALAR,
     SHORT,
     SHORT_CHUNK,
-    TILE,
     VECTOR,
+    chunk_slot,
+    chunk_slots,
     first_slot,
     head_base,
     is_near,
     marks_size,
+    padded,
 )
 
-ROWS = tl.constexpr(4)  # chunks at once, scalar kind
+HEADS = tl.constexpr(16)  # of a program of the scalar kind
+CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
 RANGE = tl.constexpr(80.0)  # nats: bf16 and float32 end at e^88
-PROGRAMS = 1056  # what keeps a GPU busy: four rounds of two a multiprocessor
-
-
-@triton.jit(do_not_specialize=["T", "H", "R"])
-def running_sums_kernel(g, q, sums, cu_seqlens, T, H, R):
-    """`sums`: the marks, then `G`. R programs (at most MARKS) walk a sequence of one head. Of `q` the dtype counts."""
-    i_r, i_state = tl.program_id(0) % R, tl.program_id(0).to(tl.int64) // R
-    i_n, i_h = i_state // H, i_state % H
-    start, length = sequence(cu_seqlens, i_n, T)
-    p_sums = sums + marks_size(tl.num_programs(0) // R) + head_base(cu_seqlens, start, i_h, T, H)
-    o_t = tl.arange(0, ROWS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    least = 0.0
-    for t in range(i_r * (ROWS * CHUNK), length, R * ROWS * CHUNK):
-        mask = t + o_t < length
-        b_w = log2_decay(tl.load(g + (start + t + o_t) * H + i_h, mask=mask, other=0.0))
-        least = tl.minimum(least, tl.min(tl.sum(b_w, 1), 0))
-        tl.store(p_sums + t + o_t, tl.cumsum(b_w, 1), mask=mask)
-    o_r = tl.arange(0, MARKS)
-    b_mark = tl.full([MARKS], 1.0, tl.float32) * (is_near(least, q.dtype.element_ty) == 0).to(tl.float32)
-    tl.store(sums + i_state * MARKS + o_r, b_mark, mask=o_r % R == i_r)
 
 
 @triton.jit
-def centred(b_g, C: tl.constexpr):
-    """Of a gate tile `[C, BK]`: `G - m` `[C, BK]`, `m` and `G_C - m` `[BK]`, all log2.
-
-    The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as high and low
-    halves. (A running sum along the token axis is several times slower.)"""
-    o_c = tl.arange(0, C)
-    first = o_c < C // 2
-    b_w = tl.maximum(b_g.to(tl.float32), MIN_LOG_DECAY if C == CHUNK else MIN_LOG_DECAY / 2)
-    b_A = (o_c[:, None] >= o_c[None, :]).to(tl.float32) - first[None, :].to(tl.float32)
-    if INTERPRETED:
-        b_Gm = tl.dot(b_A, b_w)
-    elif b_g.dtype == tl.float16:
-        b_Gm = tl.dot(b_A.to(tl.float16), b_w.to(tl.float16))
+def find_chunk(cu_seqlens, slot, N, T):
+    """The sequence to which the chunk numbered `slot` belongs, its first token (64 bits), its length, and the chunk's
+    first token in it."""
+    if cu_seqlens is None:
+        i_n = slot // tl.cdiv(T, CHUNK)
     else:
-        b_high = b_w.to(tl.bfloat16)
-        b_Gm = tl.dot(b_A.to(tl.bfloat16), b_high)
-        if b_g.dtype != tl.bfloat16:
-            b_Gm = tl.dot(b_A.to(tl.bfloat16), (b_w - b_high.to(tl.float32)).to(tl.bfloat16), acc=b_Gm)
-    b_m = tl.sum(tl.where(first[:, None], b_w, 0.0), 0)
-    return b_Gm * LOG2E, b_m * LOG2E, (tl.sum(b_w, 0) - b_m) * LOG2E
-
-
-@triton.jit(do_not_specialize=["T", "H", "R"])
-def centre_kernel(q, k, g, qn, kn, factors, marks, cu_seqlens, T, H, R, K: tl.constexpr, KIND: tl.constexpr):
-    """`factors`: the marks, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. `marks` `[N H, R, tiles]`:
-    what each program of the first launch saw."""
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    NK: tl.constexpr = (K + TILE - 1) // TILE
-    i_r, i_k = tl.program_id(0) // NK % R, tl.program_id(0) % NK
-    i_state = tl.program_id(0).to(tl.int64) // (NK * R)
-    i_n, i_h = i_state // H, i_state % H
-    states = tl.num_programs(0) // (NK * R)
+        i_n, last = slot * 0, slot * 0 + N - 1
+        while i_n < last:
+            middle = (i_n + last + 1) // 2
+            inside = chunk_slot(cu_seqlens, tl.load(cu_seqlens + middle), middle, T) <= slot
+            i_n = tl.where(inside, middle, i_n)
+            last = tl.where(inside, last, middle - 1)
     start, length = sequence(cu_seqlens, i_n, T)
+    return i_n, start, length, (slot - chunk_slot(cu_seqlens, start, i_n, T)).to(tl.int32) * CHUNK
+
+
+@triton.jit(do_not_specialize=["T", "H", "N"])
+def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
+    """`sums`: the marks, then `G`. Of `q` the dtype counts."""
+    slots = chunk_slots(cu_seqlens, T, N)
+    slot, i_h = tl.program_id(0) % slots, tl.program_id(0) // slots * HEADS + tl.arange(0, HEADS)
+    i_n, start, length, t = find_chunk(cu_seqlens, slot, N, T)
+    if t >= length:
+        return
+    o_t = t + tl.arange(0, CHUNK)
+    mask = (o_t < length)[:, None] & (i_h < H)[None, :]
+    b_w = log2_decay(tl.load(g + start * H + o_t[:, None] * H + i_h[None, :], mask=mask, other=0.0))
+    b_mark = (is_near(tl.sum(b_w, 0), q.dtype.element_ty) == 0).to(tl.float32)
+    tl.store(sums + i_h * slots + slot, b_mark, mask=i_h < H)
+    sums += marks_size(cu_seqlens, T, H, N * H)
+    p_sums = sums + head_base(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
+    tl.store(p_sums, tl.cumsum(b_w, 0), mask=mask)
+
+
+@triton.jit
+def log2_step(p, mask, C: tl.constexpr):
+    """A token's log2 decay, clamped as its chunks need it."""
+    b_g = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+    return tl.maximum(b_g, MIN_LOG_DECAY if C == CHUNK else MIN_LOG_DECAY / 2) * LOG2E
+
+
+@triton.jit
+def load_token(q, k, g, o, mask, C: tl.constexpr):
+    return tl.load(q + o, mask=mask, other=0.0), tl.load(k + o, mask=mask, other=0.0), log2_step(g + o, mask, C)
+
+
+@triton.jit
+def store_token(token, qn, kn, o, mask, b_u):
+    """Stores a token's Qn and Kn; `G - m` at it, given that at the token before."""
+    b_q, b_k, b_w = token
+    b_u += b_w
+    tl.store(qn + o, operand(b_q * tl.exp2(b_u), qn.dtype.element_ty), mask=mask)
+    tl.store(kn + o, operand(b_k * tl.exp2(-b_u), kn.dtype.element_ty), mask=mask)
+    return b_u
+
+
+@triton.jit(do_not_specialize=["T", "H", "N"])
+def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
+    """`factors`: the marks, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. A thread walks the tokens of
+    its channels: nothing is exchanged between threads."""
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    HEADS: tl.constexpr = CHANNELS // BK
+    slots = chunk_slots(cu_seqlens, T, N)
+    slot, i_h = tl.program_id(0) % slots, tl.program_id(0) // slots * HEADS + tl.arange(0, HEADS)
+    i_n, start, length, t_slot = find_chunk(cu_seqlens, slot, N, T)
+    if t_slot >= length:
+        return
+    o_k = tl.arange(0, BK)
+    mask = (i_h < H)[:, None] & (o_k < K)[None, :]
     if KIND == SHORT:
-        far = 0
-        for i in range(0, R * NK, 256):
-            o_i = i + tl.arange(0, 256)
-            seen = tl.load(marks + i_state * (R * NK) + o_i, mask=o_i < R * NK, other=0)
-            far = tl.maximum(far, tl.max(seen, 0))
-        tl.store(factors + i_state * MARKS + tl.arange(0, MARKS), tl.full([MARKS], 1.0, tl.float32) * far)
-        if far == 0:
+        b_marks = tl.zeros([HEADS, MARKS], tl.float32)
+        first = chunk_slot(cu_seqlens, start, i_n, T)
+        for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS):
+            o_i = i_mark + tl.arange(0, MARKS)
+            m_i = (i_h < H)[:, None] & (o_i < tl.cdiv(length, CHUNK))[None, :]
+            p_marks = factors + i_h[:, None] * slots + first + o_i[None, :]
+            b_marks = tl.maximum(b_marks, tl.load(p_marks, mask=m_i, other=0.0))
+        far = tl.max(b_marks, 1)
+        if tl.max(far, 0) == 0:
             return
-    o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
-    slot = first_slot(cu_seqlens, start, i_n, T)
-    reach = 0.0
-    for i in tl.range(i_r, tl.cdiv(length, C), R, num_stages=3):  # said here, all loads are pipelined
-        m_c = i * C + o_c < length
-        row = ((start + i * C) * H + i_h) * K
-        b_q = load_rows(q + row, o_c, m_c, H, o_k, K)
-        b_k = load_rows(k + row, o_c, m_c, H, o_k, K)
-        b_Gm, b_m, b_rest = centred(load_rows(g + row, o_c, m_c, H, o_k, K), C)
-        reach = tl.maximum(reach, tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_rest)), 0))
-        store_rows(qn + row, o_c, m_c, H, o_k, K, operand(b_q * tl.exp2(b_Gm), qn.dtype.element_ty))
-        store_rows(kn + row, o_c, m_c, H, o_k, K, operand(b_k * tl.exp2(-b_Gm), kn.dtype.element_ty))
-        p = factors + marks_size(states) + ((slot + i) * H + i_h) * (2 * K) + o_k
-        tl.store(p, tl.exp2(b_m), mask=o_k < K)
-        tl.store(p + K, tl.exp2(b_rest), mask=o_k < K)
-    if KIND == VECTOR:
-        tl.store(marks + (i_state * R + i_r) * NK + i_k, (reach > RANGE * LOG2E).to(tl.int32))
+        mask = mask & (far > 0)[:, None]
+    p_factors = factors + marks_size(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
+    columns = i_h[:, None] * K + o_k[None, :]
+    for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
+        row = (start + t_chunk) * H * K
+        count = length - t_chunk
+        b_m, b_rest = tl.zeros([HEADS, BK], tl.float32), tl.zeros([HEADS, BK], tl.float32)
+        for t in range(0, C // 2, 4):
+            for i in tl.static_range(4):
+                late = t + i + C // 2
+                b_m += log2_step(g + row + (t + i) * (H * K) + columns, mask & (t + i < count), C)
+                b_rest += log2_step(g + row + late * (H * K) + columns, mask & (late < count), C)
+        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
+        tl.store(p, tl.exp2(b_m), mask=mask)
+        tl.store(p + K, tl.exp2(b_rest), mask=mask)
+        if KIND == VECTOR:
+            reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_rest)), 1)
+            tl.store(factors + i_h * slots + slot, (reach > RANGE * LOG2E).to(tl.float32), mask=i_h < H)
+        b_u = -b_m
+        for t in range(
+            0, C, 4
+        ):  # four tokens' loads are under way at once: behind a store each would wait for its turn
+            o, m_t = row + t * (H * K) + columns, count - t
+            token0 = load_token(q, k, g, o, mask & (m_t > 0), C)
+            token1 = load_token(q, k, g, o + H * K, mask & (m_t > 1), C)
+            token2 = load_token(q, k, g, o + 2 * H * K, mask & (m_t > 2), C)
+            token3 = load_token(q, k, g, o + 3 * H * K, mask & (m_t > 3), C)
+            b_u = store_token(token0, qn, kn, o, mask & (m_t > 0), b_u)
+            b_u = store_token(token1, qn, kn, o + H * K, mask & (m_t > 1), b_u)
+            b_u = store_token(token2, qn, kn, o + 2 * H * K, mask & (m_t > 2), b_u)
+            b_u = store_token(token3, qn, kn, o + 3 * H * K, mask & (m_t > 3), b_u)
 
 
 class Prepared:
@@ -151,24 +179,32 @@ class Prepared:
 
     def _sum(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
-        states = problem.num_states * H
-        self.gate = problem.q.new_empty(marks_size.fn(states) + problem.q.shape[:3].numel(), dtype=torch.float32)
-        R = max(1, min(MARKS.value, ceil_div(T, ROWS.value * CHUNK.value), PROGRAMS // states))
-        arguments = (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H, R)
-        launch(running_sums_kernel, states * R, arguments, {})
+        slots = self._slots(problem, CHUNK.value)
+        self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
+        arguments = (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H, problem.num_states)
+        launch(running_sums_kernel, slots * ceil_div(H, HEADS.value), arguments, {})
 
     def _centre(self, problem: Problem) -> None:
         q, k = problem.q, problem.k
         N, H, K, _ = problem.state_shape
-        T, tiles = q.shape[1], ceil_div(K, TILE.value)
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.q, self.k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
-        slots = N * ceil_div(T, SHORT_CHUNK.value) if problem.cu_seqlens is None else T // SHORT_CHUNK.value + N
-        pieces = ceil_div(T, CHUNK.value)
-        R = max(1, min(pieces, ceil_div(PROGRAMS, N * H * tiles)))
-        size = marks_size.fn(N * H) + ceil_div(slots * H * 2 * K, 4) * 4
-        small = q.new_empty(size + N * H * R * tiles, dtype=torch.float32)
-        self.gate, marks = small[:size], small[size:].view(torch.int32)
-        arguments = (q, k, problem.gk, self.q, self.k, self.gate, marks, problem.cu_seqlens, T, H, R)
+        slots = self._slots(problem, CHUNK.value)
+        size = _even(slots * H) + self._slots(problem, SHORT_CHUNK.value) * H * 2 * K
+        self.gate = q.new_empty(size, dtype=torch.float32)
+        arguments = (q, k, problem.gk, self.q, self.k, self.gate, problem.cu_seqlens, q.shape[1], H, N)
+        BK = padded(K)
         for kind in self.kinds:
-            launch(centre_kernel, N * H * R * tiles, arguments, {"K": K, "KIND": kind})
+            constants = {"K": K, "BK": BK, "KIND": kind}
+            launch(centre_kernel, slots * ceil_div(H, CHANNELS.value // BK), arguments, constants)
+
+    @staticmethod
+    def _slots(problem: Problem, C: int) -> int:
+        """Numbers for chunks of C tokens, at least one for each: as `chunk_slots` has it."""
+        N, T = problem.num_states, problem.q.shape[1]
+        return N * ceil_div(T, C) if problem.cu_seqlens is None else T // C + N
+
+
+def _even(count: int) -> int:
+    """Floats up to the next 16 bytes: as `marks_size` has it."""
+    return ceil_div(count, 4) * 4

@@ -60,9 +60,10 @@ def segment_states_kernel(
     S = tl.cdiv(T, L)
     i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
     i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
+    states = tl.num_programs(0) // (NV * NK * S)
     i_n, i_h = i_state // H, i_state % H
     start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(g, i_state, i_h, i_s, t_begin, length, DTYPE, KIND):
+    if is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, DTYPE, KIND):
         return
     if REVERSE:  # nothing reads what the first segment, or the last, would leave
         if i_s == 0:
@@ -71,16 +72,15 @@ def segment_states_kernel(
         if t_end == length:
             return
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
-    states = tl.num_programs(0) // (NV * NK * S)
     base = head_base(cu_seqlens, start, i_h, T, H)
     if (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        base += marks_size(states)
+        base += marks_size(cu_seqlens, T, H, states)
     slot = first_slot(cu_seqlens, start, i_n, T)
     b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
     count = tl.cdiv(t_end - t_begin, C)
     t = t_begin + ((count - 1) * C if REVERSE else 0)
     if PREPARED:
-        p_factors = g + marks_size(states) + (slot * H + i_h) * (2 * K)
+        p_factors = g + marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
         b_to, b_on = factors(p_factors + t // C * (2 * K * H), o_k, True, K)
     elif not FAR:
         b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
@@ -118,10 +118,11 @@ def segment_states_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def segment_length(T: int, programs: int, enough: int = ENOUGH) -> int:
-    """Tokens a segment, for `programs` of a launch without segments. At least T: no segments."""
+def segment_length(T: int, programs: int) -> int:
+    """Tokens a segment, for so many programs of a forward without segments (heads times tiles of V). At least T: no
+    segments."""
     pieces = 1
-    if programs < enough:
+    if programs < ENOUGH:
         while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
             pieces *= 2
     return ceil_div(ceil_div(T, pieces), CHUNK.value) * CHUNK.value
@@ -129,20 +130,29 @@ def segment_length(T: int, programs: int, enough: int = ENOUGH) -> int:
 
 def segment_states(problem: Problem, prepared: Prepared, L: int, do: torch.Tensor | None = None) -> torch.Tensor | None:
     """What every segment adds to the states and, where `do` is given, behind that what it adds to their gradients.
-    None where there is one segment."""
+    None where there is one segment. A forward that keeps it for its backward leaves room for the gradients."""
     T = problem.q.shape[1]
     S = ceil_div(T, L)
     if S == 1:
         return None
     N, H, K, V = problem.state_shape
     size = N * H * S * (K * V + K)
-    local = problem.q.new_empty(size if do is None else 2 * size, dtype=torch.float32)
-    grid = N * H * S * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
-    for kind in prepared.kinds:
-        constants = {"K": K, "V": V, "KIND": kind, "REVERSE": False}
-        rest = (problem.cu_seqlens, T, H, L)
-        launch(segment_states_kernel, grid, (prepared.k, problem.v, prepared.gate, local, *rest), constants, 4, 3)
-        if do is not None:
-            constants["REVERSE"] = True
-            launch(segment_states_kernel, grid, (prepared.q, do, prepared.gate, local[size:], *rest), constants, 4, 3)
+    local = problem.kept
+    if local is None:
+        room = 1 if do is None and not problem.keeps else 2
+        local = problem.q.new_empty(room * size, dtype=torch.float32)
+        _launch(problem, prepared, L, prepared.k, problem.v, local, REVERSE=False)
+        if problem.keeps:
+            problem.kept = local
+    if do is not None:
+        _launch(problem, prepared, L, prepared.q, do, local[size:], REVERSE=True)
     return local
+
+
+def _launch(problem: Problem, prepared: Prepared, L: int, x, y, local, REVERSE: bool) -> None:
+    N, H, K, V = problem.state_shape
+    T = problem.q.shape[1]
+    grid = N * H * ceil_div(T, L) * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
+    arguments = (x, y, prepared.gate, local, problem.cu_seqlens, T, H, L)
+    for kind in prepared.kinds:
+        launch(segment_states_kernel, grid, arguments, {"K": K, "V": V, "KIND": kind, "REVERSE": REVERSE}, 4, 3)

@@ -1,0 +1,41 @@
+"""Every kernel on small shapes, for compute-sanitizer: `make sanitize`.
+
+Run by itself, `python -m tests.gpu.sanitize`, it only checks values. The caching allocator must be off
+(`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), or an access behind a tensor may lie inside another one.
+"""
+
+import sys
+import time
+
+import torch
+
+from fla.ops._spec import REGISTRY
+from fla.testing import GPU, check_values, plain_cases
+
+CASES = (
+    # two chunks and a rest, ordinary decays and ones that leave the near range; columns beside and inside the tiles
+    {"tokens": 130, "heads": (2, 64, 64), "dtype": torch.bfloat16},
+    {"tokens": 130, "heads": (2, 64, 64), "dtype": torch.bfloat16, "gates": "mixed"},
+    {"tokens": (65, 0, 1, 62), "heads": (1, 100, 33), "dtype": torch.float16},
+    # segments, and slices of K and V
+    {"tokens": 2100, "heads": (1, 64, 64), "dtype": torch.bfloat16, "batch": 1},
+    {"tokens": 70, "heads": (1, 272, 144), "dtype": torch.bfloat16, "batch": 1},
+    {"tokens": 3, "heads": (2, 64, 64), "dtype": torch.float32},
+)
+
+
+def main() -> int:
+    start = time.perf_counter()
+    for changes in CASES:
+        for spec in REGISTRY.values():
+            gates = changes.get("gates", "ordinary") if spec.gates else "ordinary"
+            cases = plain_cases(spec, GPU, **changes | {"gates": gates})
+            for case in cases:
+                check_values(case)
+            words = " ".join(str(x) for x in changes.values())
+            print(f"{time.perf_counter() - start:5.0f} s  {spec.name}: {len(cases)} cases of {words}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
