@@ -1,7 +1,8 @@
 """The kernels of the `decay` family as their launchers launch them: recorded, on tensors that have no memory.
 
-A backward launch holds three roles, of which a program runs one: each is compiled alone, so that the budget holds
-per program. Where two programs of a launch are to fit on a multiprocessor, it is compiled whole too.
+A backward launch holds three roles, and most launches two kinds of decay, of which a program runs one: each is compiled
+alone, so that the budget holds per program. Where two programs of a launch are to fit on a multiprocessor, it is
+compiled whole too.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +14,21 @@ import torch
 from fla.backends.decay import Problem
 from fla.backends.triton import _launch, decay
 from fla.backends.triton.decay import chunk_backward, step
+from fla.backends.triton.decay._decay import PAIR
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64", torch.int32: "i32"}
 KINDS = ("none", "constant", "scalar", "vector", "short", "far-constant", "far-scalar")
-NEAR = ("none", "constant", "scalar", "vector")
 ROLES = {"dq": chunk_backward.DQ.value, "dk": chunk_backward.DK.value, "dv": chunk_backward.DV.value}
-NO_DOTS = ("running_sums", "scalar_gate_gradient", "sum_slices", "recurrent_forward", "recurrent_backward", "gate")
+NO_DOTS = (
+    "running_sums",
+    "centre",
+    "scalar_gate_gradient",
+    "sum_slices",
+    "recurrent_forward",
+    "recurrent_backward",
+    "gate",
+)
 GATES = chunk_backward.GATES.value
 HEADS = ((64, 64), (100, 36), (128, 128), (256, 256))
 ODD = (100, 36)
@@ -66,7 +75,16 @@ class Variant:
 
     @property
     def kind(self) -> str | None:
-        return KINDS[self.constants["KIND"]] if "KIND" in self.constants else None
+        number = self.constants.get("KINDS", self.constants.get("KIND"))
+        if number is None:
+            return None
+        near, far = KINDS[number % PAIR], KINDS[number // PAIR]
+        return f"{near}-or-{far}" if self.is_pair else near
+
+    @property
+    def is_pair(self) -> bool:
+        """A launch of two kinds."""
+        return self.constants.get("KINDS", 0) >= PAIR
 
     @property
     def is_matrix(self) -> bool:
@@ -85,13 +103,14 @@ class Variant:
     @property
     def uses_wgmma(self) -> bool:
         """Hopper's dots need 64 rows; of chunks of 16 tokens only those into a state have them."""
-        return self.is_matrix and not (self.kind == "short" and self.base in ("centre", "finish_vector"))
+        return self.is_matrix and not (self.kind == "short" and self.base == "finish_vector")
 
     @property
     def fits_twice(self) -> bool:
         """Whether two programs are to fit on a multiprocessor."""
         main = self.base == "chunk_forward" or self.is_whole
-        return main and self.kind in NEAR and self.heads == COMMON and self.posed != FEW
+        launched = self.is_pair or self.kind == "none"
+        return main and launched and self.heads == COMMON and self.posed != FEW
 
 
 def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: tuple[str, ...]) -> Problem:
@@ -151,13 +170,22 @@ def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:
         given = dict(zip(kernel.arg_names, args, strict=False))
         types = {name: type_of(x) for name, x in given.items() if x is not None}
         constants = {name: None for name, x in given.items() if x is None} | constants
-        found = Variant(kernel, types, constants, settings["num_warps"], settings["num_stages"], (K, V), posed)
-        if "ROLES" in constants:
-            for role in ROLES.values():
-                yield replace(found, constants=constants | {"ROLES": role | constants["ROLES"] & GATES})
-            if found.kind not in NEAR or (K, V) != COMMON:
-                continue
-        yield found
+        whole = Variant(kernel, types, constants, settings["num_warps"], settings["num_stages"], (K, V), posed)
+        for kind in (constants["KINDS"] % PAIR, constants["KINDS"] // PAIR) if whole.is_pair else ():
+            yield from by_roles(replace(whole, constants=constants | {"KINDS": kind}))
+        if not whole.is_pair:
+            yield from by_roles(whole)
+        if (whole.is_pair or "ROLES" in constants) and (K, V) == COMMON:
+            yield whole
+
+
+def by_roles(variant: Variant) -> Iterator[Variant]:
+    constants = variant.constants
+    if "ROLES" not in constants:
+        yield variant
+        return
+    for role in ROLES.values():
+        yield replace(variant, constants=constants | {"ROLES": role | constants["ROLES"] & GATES})
 
 
 def type_of(value: Any) -> str:

@@ -137,8 +137,8 @@ def packings(count: int, total: int):
 
 @pytest.mark.parametrize("case", chunk_cases(heads=(2, 64, 64), dtype=BF16, batch=1), ids=str)
 def test_lengths_and_packings_compile_nothing_more(case, compiles):
-    """After a short and a long sequence and two packings: 200 other lengths and 50 other packings."""
-    for tokens in (64, 4096, (3000,), (1500, 0, 700, 800)):
+    """After a chunk, a short and a long sequence and two packings: 200 other lengths and 50 other packings."""
+    for tokens in (64, 100, 4096, (3000,), (1500, 0, 700, 800)):
         known = replace(case, tokens=tokens)
         evaluate(known, leaves_of(known))
     before = len(compiles)

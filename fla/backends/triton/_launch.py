@@ -38,7 +38,8 @@ def launch(kernel, grid: int, args: tuple, constants: dict[str, Any], num_warps:
 
     `args`: the arguments before the constexpr ones: tensors, None, ints and floats. `constants`: the constexpr ones.
     """
-    key = (id(kernel), num_warps, num_stages, *constants.items())  # the launcher keeps the kernel, so its id stays
+    # values alone: a kernel's constants come in one order; and the launcher keeps the kernel, so its id stays
+    key = (id(kernel), num_warps, num_stages, *constants.values())
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = Launcher(kernel, constants, num_warps, num_stages)
@@ -70,19 +71,20 @@ class Launcher:
     def __call__(self, grid: int, args: tuple) -> None:
         device: Any = None
         bits, key, values = 0, [], []
+        note, add = key.append, values.append
         for x in args:
             kind = x.__class__
             if kind is Tensor or kind is Parameter:
                 pointer = _data_ptr(x)
                 bits |= pointer
-                values.append(pointer)
-                key.append(x.dtype)
+                add(pointer)
+                note(x.dtype)
                 index = _get_device(x)
                 if index != device:
                     device = index if device is None else MIXED
             else:
-                values.append(x)
-                key.append(kind)
+                add(x)
+                note(kind)
                 if kind is int and not -0x80000000 <= x <= 0x7FFFFFFF:  # would be 64 bits wide
                     bits = 1
         key.append(device)

@@ -3,7 +3,8 @@
 Files: `prepare.py` (what is computed of the gates first), `_decay.py` (what the chunk kernels share), `segments.py`,
 `slices.py`, `chunk_forward.py`, `chunk_backward.py`, `far_backward.py`, `gate_gradient.py`; `step.py`, `recurrent.py`.
 
-float32 is computed token by token in both forms: every one of its digits, for every gate, which no dot gives.
+float32 is computed token by token in both forms: every one of its digits, for every gate, which no dot gives. So is a
+chunk's worth of tokens of few heads with gates, where one launch is all that the time goes into.
 """
 
 from dataclasses import replace
@@ -13,14 +14,24 @@ from torch import Tensor
 
 from fla.backends.decay import Gradients, Problem
 from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent, step
+from fla.backends.triton.decay._decay import CHUNK
+
+SMALL = 64  # heads of all sequences, up to which 64 tokens one by one take no longer than a launch (an H200: 40 us)
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """Outputs in v's dtype, the final state in float32 or None. ValueError for what the kernels do not cover."""
     step.check(problem)
-    if problem.form == "recurrent" or problem.q.dtype == torch.float32:
+    if problem.form == "recurrent" or problem.q.dtype == torch.float32 or _is_small(problem):
         return recurrent.forward(problem, output_final_state)
     return chunk_forward.forward(problem, output_final_state)
+
+
+def _is_small(problem: Problem) -> bool:
+    """Whether a token by token forward in one launch beats the launches that gates need (from shapes alone)."""
+    if problem.g is None and problem.gk is None:
+        return False
+    return problem.q.shape[1] <= CHUNK.value and problem.num_states * problem.q.shape[2] <= SMALL
 
 
 def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:

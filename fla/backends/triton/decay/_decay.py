@@ -3,9 +3,9 @@
 With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a
 factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per
 head and token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel (VECTOR), q and k
-come scaled (`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are computed
-by launches of their own: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens), which pass over
-all other heads.
+come scaled (`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are of another
+kind: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens). A launch has both (KINDS), and each of
+its programs takes the one that its head needs.
 
 A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`).
 """
@@ -22,6 +22,7 @@ SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too str
 MARKS = tl.constexpr(256)  # marks that a program reads at once
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
+PAIR = 8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
 # log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
 NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # the same in fp16, where small numbers lose digits early
@@ -41,21 +42,22 @@ def is_near(total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
-    """Whether a program has nothing to do: its segment lies behind the sequence (a sequence without tokens still has
-    its first one), or its head is another launch's. `prepare.py` marks the chunks for which a head is SHORT's or
-    FAR_SCALAR's in front of what it stores."""
+def is_behind(i_s, t_begin, length):
+    """Whether a segment lies behind its sequence (a sequence without tokens still has its first one)."""
+    return (t_begin >= length) & (i_s > 0)
+
+
+@triton.jit
+def is_far(g, cu_seqlens, i_state, states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """1 if a head decays too fast for the near one of a pair of kinds, else 0. `prepare.py` marks the chunks that do in
+    front of what it stores."""
     i_n, i_h = i_state // H, i_state % H
-    idle = (t_begin >= length) & (i_s > 0)
-    if (KIND == SCALAR) or (KIND == VECTOR):
-        idle = idle | (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) > 0)
-    elif (KIND == SHORT) or (KIND == FAR_SCALAR):
-        idle = idle | (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) == 0)
-    elif KIND == CONSTANT:
-        idle = idle | (is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE) == 0)
-    elif KIND == FAR_CONSTANT:
-        idle = idle | is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE)
-    return idle
+    if KIND == NONE:
+        return 0
+    elif (KIND == CONSTANT) or (KIND == FAR_CONSTANT):
+        return 1 - is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE).to(tl.int32)
+    else:
+        return (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) > 0).to(tl.int32)
 
 
 @triton.jit

@@ -41,7 +41,8 @@ from fla.backends.triton.decay._decay import (
     factors,
     first_slot,
     head_base,
-    is_idle,
+    is_behind,
+    is_far,
     marks_size,
     near_decay,
     padded,
@@ -226,41 +227,29 @@ def _dv_role(
                 b_u, half = b_u_next, half_next
 
 
-@triton.jit(do_not_specialize=["T", "H", "L"])
-def chunk_backward_kernel(
-    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, scale, T, H, L,
+@triton.jit
+def _role(
+    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
-    """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S,
-    K]`. Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk
-    themselves, of Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
+    """One role for one tile of one segment; `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
     BK: tl.constexpr = 64 if K <= 64 else 128
     BV: tl.constexpr = 64 if V <= 64 else 128
     TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
     TV: tl.constexpr = (V + TILE - 1) // TILE
-    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     KEYS: tl.constexpr = TK * NV  # programs of dq, and of dk
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
-    ALL: tl.constexpr = N_DQ + N_DK + (TV * NK if DV & ROLES else 0)
-    VECTORS: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
+    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    S = tl.cdiv(T, L)
-    i_role, i_s = tl.program_id(0) % ALL, tl.program_id(0) // ALL % S
-    i_state, states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_n, i_h = i_state // H, i_state % H
-    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, q.dtype.element_ty, KIND):
-        return
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
     size_k, size_v = tokens * H * K, tokens * H * V
-    base = head_base(cu_seqlens, start, i_h, T, H)
     if (KIND == SCALAR) or (KIND == FAR_SCALAR):
         g += marks_size(cu_seqlens, T, H, states)
-    count = tl.maximum(tl.cdiv(length, L), 1)
-    at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
-    if VECTORS:
+    if PREPARED:
         slot = first_slot(cu_seqlens, start, i_n, T)
         g += marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
     i_key = i_role % KEYS
@@ -270,7 +259,7 @@ def chunk_backward_kernel(
         change += ((i_v * states + i_state) * S + i_s) * K
     dq, dv = grads + i_v * size_k, grads
     dk = dq + NV * size_k
-    if VECTORS:
+    if PREPARED:
         dq = rows + NV * states * S * K + i_v * size_k
         dk = dq + NV * size_k
     else:
@@ -295,6 +284,42 @@ def chunk_backward_kernel(
             far_dv(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
         else:
             _dv_role(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
+
+
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def chunk_backward_kernel(
+    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, scale, T, H, L,
+    K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, ROLES: tl.constexpr,
+):  # fmt: skip
+    """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S,
+    K]`. Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk
+    themselves, of Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
+    KIND: tl.constexpr = KINDS % 8
+    FAR: tl.constexpr = KINDS // 8
+    KEYS: tl.constexpr = ((K + TILE - 1) // TILE) * ((V + 127) // 128)  # programs of dq, and of dk
+    N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
+    N_DK: tl.constexpr = KEYS if DK & ROLES else 0
+    ALL: tl.constexpr = N_DQ + N_DK + (((V + TILE - 1) // TILE) * ((K + 127) // 128) if DV & ROLES else 0)
+    S = tl.cdiv(T, L)
+    i_role, i_s = tl.program_id(0) % ALL, tl.program_id(0) // ALL % S
+    i_state, states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_behind(i_s, t_begin, length):
+        return
+    base = head_base(cu_seqlens, start, i_h, T, H)
+    at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, tl.maximum(tl.cdiv(length, L), 1))
+    if FAR == 0:
+        _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role, K, V, KIND, ROLES)
+    else:
+        if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
+            _role(
+                q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role, K, V, FAR, ROLES
+            )  # fmt: skip
+        else:
+            _role(
+                q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role, K, V, KIND, ROLES
+            )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -326,9 +351,8 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
     arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
     roles = DQ.value | DK.value | DV.value | (GATES.value if needs_gate else 0)
-    for kind in prepared.kinds:
-        constants = {"K": K, "V": V, "KIND": kind, "ROLES": roles}
-        launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, 2)
+    constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
+    launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, 2)
     if vector:
         dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
         return dq, dk, _sum(grads, NK, v), dg, dh0

@@ -30,6 +30,7 @@ from fla.backends.triton.decay._decay import (
     FAR_CONSTANT,
     FAR_SCALAR,
     NONE,
+    PAIR,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
@@ -38,7 +39,8 @@ from fla.backends.triton.decay._decay import (
     factors,
     first_slot,
     head_base,
-    is_idle,
+    is_behind,
+    is_far,
     marks_size,
     near_decay,
     padded,
@@ -53,28 +55,20 @@ from fla.backends.triton.decay.segments import segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST, sum_slices
 
 
-@triton.jit(do_not_specialize=["T", "H", "L"])
-def chunk_forward_kernel(
-    q, k, v, g, h0, local, o, ht, cu_seqlens, scale, T, H, L,
+@triton.jit
+def _walk(
+    q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
+    """The tile `(i_k, i_v)` of a state through one segment."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    NV: tl.constexpr = (V + TILE - 1) // TILE
-    NK: tl.constexpr = (K + BK - 1) // BK
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    # A dot that may stay in flight over the loop's end must read K from shared memory. Where float32 is transposed it
-    # comes from registers, which are overwritten before it has read them: then the state is touched at once.
+    # With float32 operands and both decays at the loop's start, Triton 3.6 makes a program whose outputs are wrong (on
+    # an H200: the state's part of them is lost, the final state right). There a state is decayed at once.
     AT_ONCE: tl.constexpr = PREPARED and tl.float32 == DTYPE
-    S = tl.cdiv(T, L)
-    i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
-    i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
-    states = tl.num_programs(0) // (NV * NK * S)
-    i_n, i_h = i_state // H, i_state % H
-    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, DTYPE, KIND):
-        return
+    start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] >= o_c[None, :]
     base = head_base(cu_seqlens, start, i_h, T, H)
@@ -83,8 +77,6 @@ def chunk_forward_kernel(
         p_factors += marks_size(cu_seqlens, T, H, states) + (first_slot(cu_seqlens, start, i_n, T) * H + i_h) * (2 * K)
     elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
         base += marks_size(cu_seqlens, T, H, states)
-    if NK > 1:  # partial outputs, one tensor a slice
-        o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
 
     b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
     if PREPARED:  # the state stands at a chunk's middle, until it is decayed by `b_left` to its end
@@ -140,10 +132,40 @@ def chunk_forward_kernel(
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
 
 
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def chunk_forward_kernel(
+    q, k, v, g, h0, local, o, ht, cu_seqlens, scale, T, H, L,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    KIND: tl.constexpr = KINDS % 8
+    FAR: tl.constexpr = KINDS // 8
+    NV: tl.constexpr = (V + TILE - 1) // TILE
+    NK: tl.constexpr = (K + BK - 1) // BK
+    S = tl.cdiv(T, L)
+    i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
+    i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
+    states = tl.num_programs(0) // (NV * NK * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_behind(i_s, t_begin, length):
+        return
+    if NK > 1:  # partial outputs, one tensor a slice
+        o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
+    at = (start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S)
+    if FAR == 0:
+        _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, KIND)
+    else:
+        if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, FAR)
+        else:
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, KIND)
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int, kind: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+def _plan(N: int, H: int, K: int, V: int, T: int, kinds: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Channels and number of slices of K, tokens a segment, programs and pipeline stages: from shapes alone."""
     # wider ones spill too much where decays take registers too, or operands are float32 (fp16's of the vector kind)
+    kind = kinds % PAIR
     narrow = kind == SCALAR.value or (kind == VECTOR.value and dtype == torch.float16)
     BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
     slices = ceil_div(K, BK)
@@ -164,15 +186,14 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     N, H, K, V = shape = problem.state_shape
     T = v.shape[1]
     prepared = Prepared(problem)
-    BK, slices, L, grid, stages = _plan(N, H, K, V, T, prepared.kinds[0], v.dtype)
+    BK, slices, L, grid, stages = _plan(N, H, K, V, T, prepared.kinds, v.dtype)
     o = torch.empty_like(v, dtype=problem.output_dtype)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
     local = segment_states(problem, prepared, L)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments += (problem.cu_seqlens, problem.scale, T, H, L)
-    for kind in prepared.kinds:
-        launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KIND": kind}, 4, stages)
+    launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KINDS": prepared.kinds}, 4, stages)
     if slices > 1:
         sum_slices(parts, o)
     return o, ht

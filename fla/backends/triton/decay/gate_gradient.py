@@ -20,7 +20,17 @@ from fla.backends.triton._lib import (
     sequence,
     store_rows,
 )
-from fla.backends.triton.decay._decay import CHUNK, SHORT, SHORT_CHUNK, TILE, head_base, is_idle, padded, segment
+from fla.backends.triton.decay._decay import (
+    CHUNK,
+    SHORT,
+    SHORT_CHUNK,
+    TILE,
+    head_base,
+    is_behind,
+    is_far,
+    padded,
+    segment,
+)
 from fla.backends.triton.decay.prepare import Prepared
 
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
@@ -99,24 +109,13 @@ def centred(b_g, C: tl.constexpr):
     return b_Gm * LOG2E
 
 
-@triton.jit(do_not_specialize=["T", "H", "L"])
-def finish_vector_kernel(
-    qn, kn, g, factors, rows, dq, dk, dg, cu_seqlens, T, H, L, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
+@triton.jit
+def _finish_segment(
+    qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
 ):
-    """dq, dk and dg of what `chunk_backward_kernel` left for the vector kind, dQn and dKn, a chunk at a time:
-
-    dq = dQn e^{G - m}      dk = dKn e^{m - G}      r = Qn dQn - Kn dKn      the sum restarted at every segment's end
-    """
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    TK: tl.constexpr = (K + TILE - 1) // TILE
-    S = tl.cdiv(T, L)
-    i_k, i_s = tl.program_id(0) % TK, tl.program_id(0) // TK % S
-    i_state, states = tl.program_id(0).to(tl.int64) // (TK * S), tl.num_programs(0) // (TK * S)
-    i_n, i_h = i_state // H, i_state % H
-    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(factors, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, qn.dtype.element_ty, KIND):
-        return
-    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)
+    start, t_begin, t_end, i_state, states, i_s, S = at
+    i_h = i_state % H
     o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
     b_sum = tl.zeros([C, TILE], tl.float32)
     if dg is not None:
@@ -142,6 +141,35 @@ def finish_vector_kernel(
             store_rows(dg + row, o_c, m_c, H, o_k, K, tl.where(b_g.to(tl.float32) < DEAD_LOG_DECAY, 0.0, b_dg))
 
 
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def finish_vector_kernel(
+    qn, kn, g, factors, rows, dq, dk, dg, cu_seqlens, T, H, L,
+    K: tl.constexpr, NV: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dg of what `chunk_backward_kernel` left for the vector kind, dQn and dKn, a chunk at a time:
+
+    dq = dQn e^{G - m}      dk = dKn e^{m - G}      r = Qn dQn - Kn dKn      the sum restarted at every segment's end
+    """
+    KIND: tl.constexpr = KINDS % 8
+    FAR: tl.constexpr = KINDS // 8
+    TK: tl.constexpr = (K + TILE - 1) // TILE
+    S = tl.cdiv(T, L)
+    i_k, i_s = tl.program_id(0) % TK, tl.program_id(0) // TK % S
+    i_state, states = tl.program_id(0).to(tl.int64) // (TK * S), tl.num_programs(0) // (TK * S)
+    start, length, t_begin, t_end = segment(cu_seqlens, i_state // H, i_s, T, L)
+    if is_behind(i_s, t_begin, length):
+        return
+    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)
+    at = (start, t_begin, t_end, i_state, states, i_s, S)
+    if FAR == 0:
+        _finish_segment(qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K, NV, KIND)
+    else:
+        if is_far(factors, cu_seqlens, i_state, states, start, length, T, H, qn.dtype.element_ty, KIND):
+            _finish_segment(qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K, NV, FAR)
+        else:
+            _finish_segment(qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K, NV, KIND)
+
+
 def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: int, L: int, needs_gate: bool):
     """dq, dk, dg or None of a vector problem, from the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = problem.state_shape
@@ -150,8 +178,7 @@ def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: 
     dg = torch.empty_like(problem.gk) if needs_gate else None
     grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
     arguments = (prepared.q, prepared.k, problem.gk, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
-    for kind in prepared.kinds:
-        launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KIND": kind})
+    launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KINDS": prepared.kinds})
     return dq, dk, dg
 
 

@@ -29,6 +29,7 @@ from fla.backends.triton.decay._decay import (
     FAR_SCALAR,
     MARKS,
     NONE,
+    PAIR,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
@@ -68,7 +69,8 @@ def find_chunk(cu_seqlens, slot, N, T):
 def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
     """`sums`: the marks, then `G`. Of `q` the dtype counts."""
     slots = chunk_slots(cu_seqlens, T, N)
-    slot, i_h = tl.program_id(0) % slots, tl.program_id(0) // slots * HEADS + tl.arange(0, HEADS)
+    groups = tl.cdiv(H, HEADS)
+    slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     i_n, start, length, t = find_chunk(cu_seqlens, slot, N, T)
     if t >= length:
         return
@@ -111,7 +113,8 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     HEADS: tl.constexpr = CHANNELS // BK
     slots = chunk_slots(cu_seqlens, T, N)
-    slot, i_h = tl.program_id(0) % slots, tl.program_id(0) // slots * HEADS + tl.arange(0, HEADS)
+    groups = tl.cdiv(H, HEADS)  # neighbours in memory are neighbours in time
+    slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     i_n, start, length, t_slot = find_chunk(cu_seqlens, slot, N, T)
     if t_slot >= length:
         return
@@ -162,20 +165,20 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
 
 
 class Prepared:
-    """A chunked problem as the kernels take it: its decay kinds (two where SHORT may have to follow), the tensors for
-    `q`, `k` and the gate."""
+    """A chunked problem as the kernels take it: its decay kinds, the tensors for `q`, `k` and the gate."""
 
     def __init__(self, problem: Problem):
         self.q, self.k, self.gate = problem.q, problem.k, problem.g_gamma
-        self.kinds: tuple[int, ...] = (NONE.value,)
+        near, far = NONE.value, 0
         if problem.gk is not None:
-            self.kinds = (VECTOR.value, SHORT.value)
+            near, far = VECTOR.value, SHORT.value
             self._centre(problem)
         elif problem.g is not None:
-            self.kinds = (SCALAR.value, FAR_SCALAR.value)
+            near, far = SCALAR.value, FAR_SCALAR.value
             self._sum(problem)
         elif problem.g_gamma is not None:
-            self.kinds = (CONSTANT.value,) if is_mild(problem.g_gamma) else (CONSTANT.value, FAR_CONSTANT.value)
+            near, far = CONSTANT.value, 0 if is_mild(problem.g_gamma) else FAR_CONSTANT.value
+        self.kinds = near + PAIR * far
 
     def _sum(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
@@ -194,7 +197,7 @@ class Prepared:
         self.gate = q.new_empty(size, dtype=torch.float32)
         arguments = (q, k, problem.gk, self.q, self.k, self.gate, problem.cu_seqlens, q.shape[1], H, N)
         BK = padded(K)
-        for kind in self.kinds:
+        for kind in (VECTOR.value, SHORT.value):
             constants = {"K": K, "BK": BK, "KIND": kind}
             launch(centre_kernel, slots * ceil_div(H, CHANNELS.value // BK), arguments, constants)
 

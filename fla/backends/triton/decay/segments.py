@@ -31,7 +31,8 @@ from fla.backends.triton.decay._decay import (
     factors,
     first_slot,
     head_base,
-    is_idle,
+    is_behind,
+    is_far,
     marks_size,
     near_decay,
     scalar_decay,
@@ -46,31 +47,17 @@ ENOUGH = 128  # programs that need no segments, which cost a second read of half
 FULL = 200  # programs to come to with segments
 
 
-@triton.jit(do_not_specialize=["T", "H", "L"])
-def segment_states_kernel(
-    x, y, g, local, cu_seqlens, T, H, L, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, REVERSE: tl.constexpr
-):
-    """`local` `[N H, S]` slots of a `[K, V]` sum and a `[K]` decay. `x`, `y`: k, v; for REVERSE q, do."""
+@triton.jit
+def _walk(
+    x, y, g, local, cu_seqlens, at, T, H, i_k, i_v,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What one segment adds to the tile `(i_k, i_v)` of a state."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    NV: tl.constexpr = (V + TILE - 1) // TILE
-    NK: tl.constexpr = (K + BK - 1) // BK
     DTYPE: tl.constexpr = x.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    S = tl.cdiv(T, L)
-    i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
-    i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
-    states = tl.num_programs(0) // (NV * NK * S)
-    i_n, i_h = i_state // H, i_state % H
-    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_idle(g, cu_seqlens, i_state, states, i_s, start, t_begin, length, T, H, DTYPE, KIND):
-        return
-    if REVERSE:  # nothing reads what the first segment, or the last, would leave
-        if i_s == 0:
-            return
-    else:
-        if t_end == length:
-            return
+    start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     base = head_base(cu_seqlens, start, i_h, T, H)
     if (KIND == SCALAR) or (KIND == FAR_SCALAR):
@@ -117,6 +104,40 @@ def segment_states_kernel(
     tl.store(p + K * V + o_k, b_decay, mask=o_k < K)  # every value tile writes the same
 
 
+@triton.jit(do_not_specialize=["T", "H", "L"])
+def segment_states_kernel(
+    x, y, g, local, cu_seqlens, T, H, L,
+    K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """`local` `[N H, S]` slots of a `[K, V]` sum and a `[K]` decay. `x`, `y`: k, v; for REVERSE q, do."""
+    KIND: tl.constexpr = KINDS % 8
+    FAR: tl.constexpr = KINDS // 8
+    NV: tl.constexpr = (V + TILE - 1) // TILE
+    NK: tl.constexpr = (K + BK - 1) // BK
+    S = tl.cdiv(T, L)
+    i_v, i_k = tl.program_id(0) % NV, tl.program_id(0) // NV % NK
+    i_s, i_state = tl.program_id(0) // (NV * NK) % S, tl.program_id(0).to(tl.int64) // (NV * NK * S)
+    states = tl.num_programs(0) // (NV * NK * S)
+    i_n, i_h = i_state // H, i_state % H
+    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
+    if is_behind(i_s, t_begin, length):
+        return
+    if REVERSE:  # nothing reads what the first segment, or the last, would leave
+        if i_s == 0:
+            return
+    else:
+        if t_end == length:
+            return
+    at = (start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S)
+    if FAR == 0:
+        _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, KIND, REVERSE)
+    else:
+        if is_far(g, cu_seqlens, i_state, states, start, length, T, H, x.dtype.element_ty, KIND):
+            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, FAR, REVERSE)
+        else:
+            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, KIND, REVERSE)
+
+
 @functools.lru_cache(maxsize=4096)
 def segment_length(T: int, programs: int) -> int:
     """Tokens a segment, for so many programs of a forward without segments (heads times tiles of V). At least T: no
@@ -154,5 +175,4 @@ def _launch(problem: Problem, prepared: Prepared, L: int, x, y, local, REVERSE: 
     T = problem.q.shape[1]
     grid = N * H * ceil_div(T, L) * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
     arguments = (x, y, prepared.gate, local, problem.cu_seqlens, T, H, L)
-    for kind in prepared.kinds:
-        launch(segment_states_kernel, grid, arguments, {"K": K, "V": V, "KIND": kind, "REVERSE": REVERSE}, 4, 3)
+    launch(segment_states_kernel, grid, arguments, {"K": K, "V": V, "KINDS": prepared.kinds, "REVERSE": REVERSE}, 4, 3)
