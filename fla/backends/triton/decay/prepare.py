@@ -93,7 +93,9 @@ def log2_step(p, mask, C: tl.constexpr):
 
 @triton.jit
 def load_token(q, k, g, o, mask, C: tl.constexpr):
-    return tl.load(q + o, mask=mask, other=0.0), tl.load(k + o, mask=mask, other=0.0), log2_step(g + o, mask, C)
+    b_q = tl.load(q + o, mask=mask, other=0.0, eviction_policy="evict_first")  # so that g, read twice, stays in caches
+    b_k = tl.load(k + o, mask=mask, other=0.0, eviction_policy="evict_first")
+    return b_q, b_k, log2_step(g + o, mask, C)
 
 
 @triton.jit
@@ -137,22 +139,13 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
     for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
         row = (start + t_chunk) * H * K
         count = length - t_chunk
-        b_m, b_rest = tl.zeros([HEADS, BK], tl.float32), tl.zeros([HEADS, BK], tl.float32)
+        b_m = tl.zeros([HEADS, BK], tl.float32)
         for t in range(0, C // 2, 4):
             for i in tl.static_range(4):
-                late = t + i + C // 2
                 b_m += log2_step(g + row + (t + i) * (H * K) + columns, mask & (t + i < count), C)
-                b_rest += log2_step(g + row + late * (H * K) + columns, mask & (late < count), C)
-        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
-        tl.store(p, tl.exp2(b_m), mask=mask)
-        tl.store(p + K, tl.exp2(b_rest), mask=mask)
-        if KIND == VECTOR:
-            reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_rest)), 1)
-            tl.store(factors + i_h * slots + slot, (reach > RANGE * LOG2E).to(tl.float32), mask=i_h < H)
         b_u = -b_m
-        for t in range(
-            0, C, 4
-        ):  # four tokens' loads are under way at once: behind a store each would wait for its turn
+        for t in range(0, C, 4):
+            # four tokens' loads are under way at once: behind a store each would wait for its turn
             o, m_t = row + t * (H * K) + columns, count - t
             token0 = load_token(q, k, g, o, mask & (m_t > 0), C)
             token1 = load_token(q, k, g, o + H * K, mask & (m_t > 1), C)
@@ -162,6 +155,12 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
             b_u = store_token(token1, qn, kn, o + H * K, mask & (m_t > 1), b_u)
             b_u = store_token(token2, qn, kn, o + 2 * H * K, mask & (m_t > 2), b_u)
             b_u = store_token(token3, qn, kn, o + 3 * H * K, mask & (m_t > 3), b_u)
+        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
+        tl.store(p, tl.exp2(b_m), mask=mask)
+        tl.store(p + K, tl.exp2(b_u), mask=mask)
+        if KIND == VECTOR:
+            reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_u)), 1)
+            tl.store(factors + i_h * slots + slot, (reach > RANGE * LOG2E).to(tl.float32), mask=i_h < H)
 
 
 class Prepared:
