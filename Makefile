@@ -17,13 +17,14 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 # What Triton does anyway; 3.9 warns where it is not said
 export TRITON_DEFAULT_FP_FUSION := 1
 
-.PHONY: help demo test check test-gpu bench clean
+.PHONY: help demo test check test-gpu sanitize bench clean
 
 help:
 	@echo 'make demo      install, train a small language model on real text, save it, reload it, let it write'
 	@echo 'make test      the whole CPU suite'
 	@echo 'make check     format, lint, types, spelling'
 	@echo 'make test-gpu  the GPU suite, in the current Python'
+	@echo 'make sanitize  races and stray accesses of the kernels, with compute-sanitizer'
 	@echo 'make bench     time the ops'
 
 $(VENV)/.installed-demo: $(REQUIREMENTS)
@@ -50,6 +51,14 @@ check: $(VENV)/.installed
 
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests $(ARGS)
+
+# The first run compiles: the checkers would slow that down
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
+sanitize: export PYTHONPATH = .
+sanitize:
+	$(PYTHON) -m tests.gpu.sanitize
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m tests.gpu.sanitize
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m tests.gpu.sanitize
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.ops $(ARGS)

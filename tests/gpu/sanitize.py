@@ -1,6 +1,6 @@
-"""Every kernel on small shapes, for compute-sanitizer: `make sanitize`.
+"""Every kernel forward and backward on small shapes, for compute-sanitizer: `make sanitize`.
 
-Run by itself, `python -m tests.gpu.sanitize`, it only checks values. The caching allocator must be off
+Values are the suite's business; here only accesses count. The caching allocator must be off
 (`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), or an access behind a tensor may lie inside another one.
 """
 
@@ -10,7 +10,8 @@ import time
 import torch
 
 from fla.ops._spec import REGISTRY
-from fla.testing import GPU, check_values, plain_cases
+from fla.testing import GPU, plain_cases
+from fla.testing.contract import rounded_cotangent, run, whole
 
 CASES = (
     # two chunks and a rest, ordinary decays and ones that leave the near range; columns beside and inside the tiles
@@ -31,7 +32,8 @@ def main() -> int:
             gates = changes.get("gates", "ordinary") if spec.gates else "ordinary"
             cases = plain_cases(spec, GPU, **changes | {"gates": gates})
             for case in cases:
-                check_values(case)
+                run(whole(case), case.inputs(), cotangents=rounded_cotangent(case))
+            torch.cuda.synchronize()
             words = " ".join(str(x) for x in changes.values())
             print(f"{time.perf_counter() - start:5.0f} s  {spec.name}: {len(cases)} cases of {words}", flush=True)
     return 0
