@@ -229,10 +229,10 @@ def _dv_role(
 
 @triton.jit
 def _role(
-    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role,
+    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
-    """One role for one tile of one segment; `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
+    """A role for a tile of a segment. In `place`, `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
     BK: tl.constexpr = 64 if K <= 64 else 128
     BV: tl.constexpr = 64 if V <= 64 else 128
     TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
@@ -243,7 +243,8 @@ def _role(
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
+    at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     i_n, i_h = i_state // H, i_state % H
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
     size_k, size_v = tokens * H * K, tokens * H * V
@@ -308,18 +309,15 @@ def chunk_backward_kernel(
     if is_behind(i_s, t_begin, length):
         return
     base = head_base(cu_seqlens, start, i_h, T, H)
-    at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, tl.maximum(tl.cdiv(length, L), 1))
+    count = tl.maximum(tl.cdiv(length, L), 1)
+    place = (i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     if FAR == 0:
-        _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role, K, V, KIND, ROLES)
+        _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H, K, V, KIND, ROLES)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
-            _role(
-                q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role, K, V, FAR, ROLES
-            )  # fmt: skip
+            _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H, K, V, FAR, ROLES)
         else:
-            _role(
-                q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, at, scale, T, H, i_role, K, V, KIND, ROLES
-            )  # fmt: skip
+            _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H, K, V, KIND, ROLES)
 
 
 @functools.lru_cache(maxsize=4096)
