@@ -1,4 +1,5 @@
-"""What a run does before anything is timed: first calls, our kernels compiled, the peer tuned; all in parallel.
+"""What a run does before anything is timed: first calls one by one, then our kernels compiled and the peer tuned, in
+parallel.
 
 A row that has to compile takes seconds, and the peer's tuning minutes; device time is dear.
 """
@@ -23,7 +24,10 @@ WORTH_IT = 3  # fewer units of ours compile faster in the process that is there 
 
 
 def first_calls(run: "Run") -> None:
-    """Time the first call of every op at its first head size, in a fresh process with an empty compile cache."""
+    """Time the first call of every op at its first head size, in a fresh process with an empty compile cache.
+
+    One after the other, as a user's: beside three others a first call took 15 s that takes 11 alone.
+    """
     wanted: dict[Any, Job] = {}
     for job in run.jobs:
         if not job.baseline:
@@ -41,7 +45,7 @@ def first_calls(run: "Run") -> None:
             finally:
                 worker.close()
 
-    found = in_parallel(time_one, list(wanted.values()), max(1, (os.cpu_count() or 1) // 4), "first calls")
+    found = in_parallel(time_one, list(wanted.values()), 1, "first calls")
     for job, reply in zip(wanted.values(), found, strict=True):
         name = f"first call of {job.form} {job.op}, forward and backward, empty compile cache"
         say(f"{name}: {reply['seconds']:.1f} s" if reply["status"] == "ok" else f"{name}: none, {reply['why']}")
