@@ -139,22 +139,23 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
     for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
         row = (start + t_chunk) * H * K
         count = length - t_chunk
+        # (`where`, because a comparison of two numbers is no mask in the interpreter of Triton 3.9)
         b_m = tl.zeros([HEADS, BK], tl.float32)
         for t in range(0, C // 2, 4):
             for i in tl.static_range(4):
-                b_m += log2_step(g + row + (t + i) * (H * K) + columns, mask & (t + i < count), C)
+                b_m += log2_step(g + row + (t + i) * (H * K) + columns, tl.where(t + i < count, mask, False), C)
         b_u = -b_m
         for t in range(0, C, 4):
             # four tokens' loads are under way at once: behind a store each would wait for its turn
             o, m_t = row + t * (H * K) + columns, count - t
-            token0 = load_token(q, k, g, o, mask & (m_t > 0), C)
-            token1 = load_token(q, k, g, o + H * K, mask & (m_t > 1), C)
-            token2 = load_token(q, k, g, o + 2 * H * K, mask & (m_t > 2), C)
-            token3 = load_token(q, k, g, o + 3 * H * K, mask & (m_t > 3), C)
-            b_u = store_token(token0, qn, kn, o, mask & (m_t > 0), b_u)
-            b_u = store_token(token1, qn, kn, o + H * K, mask & (m_t > 1), b_u)
-            b_u = store_token(token2, qn, kn, o + 2 * H * K, mask & (m_t > 2), b_u)
-            b_u = store_token(token3, qn, kn, o + 3 * H * K, mask & (m_t > 3), b_u)
+            token0 = load_token(q, k, g, o, tl.where(m_t > 0, mask, False), C)
+            token1 = load_token(q, k, g, o + H * K, tl.where(m_t > 1, mask, False), C)
+            token2 = load_token(q, k, g, o + 2 * H * K, tl.where(m_t > 2, mask, False), C)
+            token3 = load_token(q, k, g, o + 3 * H * K, tl.where(m_t > 3, mask, False), C)
+            b_u = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_u)
+            b_u = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_u)
+            b_u = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_u)
+            b_u = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_u)
         p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
         tl.store(p, tl.exp2(b_m), mask=mask)
         tl.store(p + K, tl.exp2(b_u), mask=mask)
