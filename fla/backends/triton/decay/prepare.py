@@ -9,8 +9,8 @@ to RANGE nats per half chunk (kernels.md 1.2):
     Qn = q e^{G - m}     Kn = k e^{m - G}     factors of the state: e^m and e^{G_C - m}
 
 A head that decays faster than that in any chunk is prepared again with chunks of 16 tokens (a step clamped at -10 nats
-always fits there; what the clamp lets through is below 5e-5 of what was there), and computed by the launch of kind
-SHORT. fp16 operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
+always fits there; what the clamp lets through is below 5e-5 of what was there), and computed as kind SHORT. fp16
+operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
 
 A program takes one chunk (of 64 tokens) of some heads.
 """
