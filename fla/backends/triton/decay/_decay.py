@@ -2,10 +2,12 @@
 
 With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a
 factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per
-head and token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel (VECTOR), q and k
-come scaled (`prepare.py`). That holds while the factors fit in their dtype. Heads with stronger decays are of another
-kind: FAR_* (an exponential a pair) or SHORT (VECTOR with chunks of 16 tokens). A launch has both (KINDS), and each of
-its programs takes the one that its head needs.
+head and token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel, q and k come scaled
+(`prepare.py`): VECTOR takes the constant `m = log2 UNIT`, the middle of the range that fits, which is known before the
+gates are read and leaves one factor a chunk for the state, `exp2(G_C)`; all its states are held in units of `1 / UNIT`.
+That holds while the factors fit in their dtype. Heads with stronger decays are of another kind: FAR_* (an exponential a
+pair) or SHORT (chunks of 16 tokens, each with a middle of its own). A launch has both (KINDS), and each of its programs
+takes the one that its head needs.
 
 A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`).
 """
@@ -22,6 +24,7 @@ SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too str
 MARKS = tl.constexpr(256)  # marks that a program reads at once
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
+UNIT = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
 PAIR = 8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
 # log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
@@ -137,11 +140,15 @@ def strongest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
 
 
 @triton.jit
-def factors(p, o_k, is_chunk, K: tl.constexpr):
-    """Of the chunk at `p`, a vector kind's factors of the state: to its middle, and from there to its end. 1 where
-    there is no chunk."""
-    mask = tl.where(is_chunk, o_k < K, False)
-    return tl.load(p + o_k, mask=mask, other=1.0), tl.load(p + K + o_k, mask=mask, other=1.0)
+def factor_to(p, o_k, is_chunk, K: tl.constexpr):
+    """Of the chunk at `p`, SHORT's factor of the state to its middle. 1 where there is no chunk."""
+    return tl.load(p + o_k, mask=tl.where(is_chunk, o_k < K, False), other=1.0)
+
+
+@triton.jit
+def factor_on(p, o_k, is_chunk, K: tl.constexpr):
+    """Of the chunk at `p`, the factor of the state to its end: from its middle (SHORT), from its start (VECTOR)."""
+    return factor_to(p + K, o_k, is_chunk, K)
 
 
 @triton.jit

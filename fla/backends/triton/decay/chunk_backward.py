@@ -8,8 +8,9 @@ Relative to the chunk's middle `m`, as in the forward, Qn = e^{G - m} Q, Kn = e^
     reverse states:                      dS <- e^m (e^{G_C - m} dS + Qn^T dO)    in units of `scale`; at the start: d h0
 
 Per key channel, Qn and Kn come from `prepare.py`, dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS)), and
-`gate_gradient.py` makes dQ and dK of the gradients of Qn and Kn. FAR_* kinds scale the scores by `exp(G_i - G_j)` and
-states by the whole chunk's decay instead.
+`gate_gradient.py` makes dQ and dK of the gradients of Qn and Kn. Of VECTOR `e^m` is the constant UNIT: S is held in
+units of 1 / UNIT, dS in units of UNIT, and a chunk has one factor, `e^{G_C}`. FAR_* kinds scale the scores by
+`exp(G_i - G_j)` and states by the whole chunk's decay instead.
 
 Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand: what enters
 a state is a loaded tile on the left.
@@ -37,8 +38,10 @@ from fla.backends.triton.decay._decay import (
     SHORT,
     SHORT_CHUNK,
     TILE,
+    UNIT,
     VECTOR,
-    factors,
+    factor_on,
+    factor_to,
     first_slot,
     head_base,
     is_behind,
@@ -74,8 +77,11 @@ def _dq_role(
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
     if PREPARED:
-        b_to, b_on = factors(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_S *= b_to[None, :]
+        b_on = factor_on(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        if KIND == SHORT:
+            b_S *= factor_to(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
+        else:
+            b_S *= UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
@@ -91,11 +97,14 @@ def _dq_role(
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
         if PREPARED:
-            b_to, b_on_next = factors(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+            b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+            if KIND == SHORT:
+                b_to = factor_to(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-            # (the factors one after the other: their product may be no number of float32)
-            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :] * b_to[None, :]
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :]
+            if KIND == SHORT:
+                b_S *= b_to[None, :]  # apart: the product of the two may be no number of float32
             b_on = b_on_next
         else:
             if rows is not None:
@@ -117,6 +126,8 @@ def _dq_role(
             b_dS = state_gradient_after(
                 dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V
             )  # fmt: skip
+            if KIND == VECTOR:
+                b_S *= 1.0 / UNIT
             tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
         elif dht is not None:
             if t_end == length:
@@ -139,8 +150,11 @@ def _dk_role(
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if PREPARED:
-        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_dS *= b_on[None, :]
+        b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
+        if KIND == SHORT:
+            b_to = factor_to(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        else:
+            b_dS *= 1.0 / UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
@@ -157,11 +171,14 @@ def _dk_role(
         else:
             b_dk = dot_split(b_v, b_dS, DTYPE)
         if PREPARED:
-            b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS) * b_to[None, :] * b_on[None, :]
-            b_to = b_to_next
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            if KIND == SHORT:
+                b_dS *= b_to[None, :]
+                b_to = factor_to(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_dS *= b_on[None, :]
         else:
             if rows is not None:
                 b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
@@ -178,6 +195,8 @@ def _dk_role(
                 b_u, half = b_u_next, half_next
     if dh0 is not None:
         if i_s == 0:
+            if KIND == VECTOR:
+                b_dS *= UNIT
             store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
@@ -196,8 +215,11 @@ def _dv_role(
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if PREPARED:
-        b_to, b_on = factors(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_dS *= b_on[:, None]
+        b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
+        if KIND == SHORT:
+            b_to = factor_to(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
+        else:
+            b_dS *= 1.0 / UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
@@ -211,11 +233,14 @@ def _dv_role(
         b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
         if PREPARED:
-            b_to_next, b_on = factors(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS) * b_to[:, None] * b_on[:, None]
-            b_to = b_to_next
+            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
+            if KIND == SHORT:
+                b_dS *= b_to[:, None]
+                b_to = factor_to(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_dS *= b_on[:, None]
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
             b_do = scale_rows(b_do, b_u, KIND).to(DTYPE)

@@ -4,7 +4,9 @@ With `G` the running log decay in the chunk, `G_C` its last value, `m` its middl
 
     Vn = e^{m - G} V    P = tril(Q K^T)          O = scale e^{G - m} (Q (e^m S) + P Vn)
                         S <- e^{G_C - m} (e^m S + K^T Vn)
-    per key channel     P = tril(Qn Kn^T)        O = scale (Qn (e^m S) + P V)          with Qn, Kn of `prepare.py`
+    per key channel     P = tril(Qn Kn^T)        O = scale (Qn S + P V)                with Qn, Kn of `prepare.py`
+                        S <- e^{G_C} (S + Kn^T V)                                      and S in units of 1 / UNIT
+    the same, SHORT                              O = scale (Qn (e^m S) + P V)
                         S <- e^{G_C - m} (e^m S + Kn^T V)
     too strong (FAR_*)  P = tril(Q K^T * Gam)    O = scale (e^G Q S + P V)
                         S <- e^{G_C} S + K^T (e^{G_C - G} V)
@@ -35,8 +37,10 @@ from fla.backends.triton.decay._decay import (
     SHORT,
     SHORT_CHUNK,
     TILE,
+    UNIT,
     VECTOR,
-    factors,
+    factor_on,
+    factor_to,
     first_slot,
     head_base,
     is_behind,
@@ -79,9 +83,13 @@ def _walk(
         base += marks_size(cu_seqlens, T, H, states)
 
     b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
-    if PREPARED:  # the state stands at a chunk's middle, until it is decayed by `b_left` to its end
+    if PREPARED:  # a chunk leaves the state at its middle, until it is decayed by `b_left` to its end
         b_left = tl.full([BK], 1.0, tl.float32)
-        b_to, b_on = factors(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_on = factor_on(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        if KIND == SHORT:
+            b_to = factor_to(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        else:
+            b_S *= UNIT
     elif FAR:
         b_G, total = scalar_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
     else:
@@ -104,11 +112,14 @@ def _walk(
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             if PREPARED:
                 if not AT_ONCE:
-                    b_S *= b_left[:, None]  # not the two as one: their product may be no number of float32
-                b_S *= b_to[:, None]
+                    b_S *= b_left[:, None]
+                if KIND == SHORT:
+                    b_S *= b_to[:, None]  # apart: the product of the two may be no number of float32
             b_o = tl.dot(b_q, operand(b_S, DTYPE))
             if PREPARED:
-                b_to, b_on_next = factors(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+                b_on_next = factor_on(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+                if KIND == SHORT:
+                    b_to = factor_to(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             elif KIND != NONE:
                 b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
                 b_v = scale_rows(b_v, -b_u, KIND).to(DTYPE)
@@ -129,6 +140,8 @@ def _walk(
         if t_end == length:
             if PREPARED and not AT_ONCE:
                 b_S *= b_left[:, None]
+            if KIND == VECTOR:
+                b_S *= 1.0 / UNIT
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
 
 

@@ -25,6 +25,8 @@ from fla.backends.triton.decay._decay import (
     SHORT,
     SHORT_CHUNK,
     TILE,
+    UNIT,
+    VECTOR,
     head_base,
     is_behind,
     is_far,
@@ -88,24 +90,29 @@ def _suffix_sums(b_r, b_carry, C: tl.constexpr):
 
 
 @triton.jit
-def centred(b_g, C: tl.constexpr):
-    """`G - m` `[C, BK]` of a gate tile, log2, as `prepare.py` has it.
+def centred(b_g, KIND: tl.constexpr, PARTS: tl.constexpr):
+    """`G` (SHORT: `G - m`) `[C, BK]` of a gate tile, log2, as `prepare.py` has it.
 
-    The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as high and low
-    halves. (A running sum along the token axis is several times slower.)"""
+    The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as PARTS numbers
+    of 8 bits. (A running sum along the token axis is several times slower.)"""
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     o_c = tl.arange(0, C)
-    first = o_c < C // 2
-    b_w = tl.maximum(b_g.to(tl.float32), MIN_LOG_DECAY if C == CHUNK else MIN_LOG_DECAY / 2)
-    b_A = (o_c[:, None] >= o_c[None, :]).to(tl.float32) - first[None, :].to(tl.float32)
+    b_w = tl.maximum(b_g.to(tl.float32), MIN_LOG_DECAY / 2 if KIND == SHORT else MIN_LOG_DECAY)
+    b_A = (o_c[:, None] >= o_c[None, :]).to(tl.float32)
+    if KIND == SHORT:
+        b_A -= (o_c < C // 2)[None, :].to(tl.float32)
     if INTERPRETED:
         b_Gm = tl.dot(b_A, b_w)
     elif b_g.dtype == tl.float16:
         b_Gm = tl.dot(b_A.to(tl.float16), b_w.to(tl.float16))
     else:
-        b_high = b_w.to(tl.bfloat16)
-        b_Gm = tl.dot(b_A.to(tl.bfloat16), b_high)
+        b_part = b_w.to(tl.bfloat16)
+        b_Gm = tl.dot(b_A.to(tl.bfloat16), b_part)
         if b_g.dtype != tl.bfloat16:
-            b_Gm = tl.dot(b_A.to(tl.bfloat16), (b_w - b_high.to(tl.float32)).to(tl.bfloat16), acc=b_Gm)
+            for _ in tl.static_range(PARTS - 1):
+                b_w -= b_part.to(tl.float32)
+                b_part = b_w.to(tl.bfloat16)
+                b_Gm = tl.dot(b_A.to(tl.bfloat16), b_part, acc=b_Gm)
     return b_Gm * LOG2E
 
 
@@ -114,6 +121,8 @@ def _finish_segment(
     qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
 ):
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    UP: tl.constexpr = 1.0 / UNIT if KIND == VECTOR else 1.0
+    DOWN: tl.constexpr = UNIT if KIND == VECTOR else 1.0
     start, t_begin, t_end, i_state, states, i_s, S = at
     i_h = i_state % H
     o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
@@ -128,13 +137,13 @@ def _finish_segment(
         m_c = t + o_c < t_end
         row = ((start + t) * H + i_h) * K
         b_g = load_rows(g + row, o_c, m_c, H, o_k, K)
-        b_Gm = centred(b_g, C)
+        b_Gm = centred(b_g, KIND, 3 if qn.dtype.element_ty == tl.float32 else 2)
         b_dq, b_dk = tl.zeros([C, TILE], tl.float32), tl.zeros([C, TILE], tl.float32)
         for i_v in tl.static_range(NV):
             b_dq += load_rows(rows + i_v * tokens * H * K + row, o_c, m_c, H, o_k, K)
             b_dk += load_rows(rows + (NV + i_v) * tokens * H * K + row, o_c, m_c, H, o_k, K)
-        store_rows(dq + row, o_c, m_c, H, o_k, K, b_dq * tl.exp2(b_Gm))
-        store_rows(dk + row, o_c, m_c, H, o_k, K, b_dk * tl.exp2(-b_Gm))
+        store_rows(dq + row, o_c, m_c, H, o_k, K, b_dq * (tl.exp2(b_Gm) * UP))
+        store_rows(dk + row, o_c, m_c, H, o_k, K, b_dk * (tl.exp2(-b_Gm) * DOWN))
         if dg is not None:
             b_r = load_rows(qn + row, o_c, m_c, H, o_k, K) * b_dq - load_rows(kn + row, o_c, m_c, H, o_k, K) * b_dk
             b_dg, b_sum = _suffix_sums(b_r, b_sum, C)
@@ -149,6 +158,8 @@ def finish_vector_kernel(
     """dq, dk and dg of what `chunk_backward_kernel` left for the vector kind, dQn and dKn, a chunk at a time:
 
     dq = dQn e^{G - m}      dk = dKn e^{m - G}      r = Qn dQn - Kn dKn      the sum restarted at every segment's end
+
+    with `m` as in `prepare.py` (of VECTOR, `e^m` is UNIT).
     """
     KIND: tl.constexpr = KINDS % 8
     FAR: tl.constexpr = KINDS // 8

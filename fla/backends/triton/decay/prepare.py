@@ -3,14 +3,18 @@
 Per token and head (SCALAR): `G` `[B, H, T]` float32, the running log2 decay within each chunk, and a mark on every
 chunk that decays by too much for its halves: a head that has one is FAR_SCALAR's.
 
-Per key channel (VECTOR): everything relative to the chunk's middle `m = G_{C/2}`, so that both factors stay in range up
-to RANGE nats per half chunk (kernels.md 1.2):
+Per key channel (VECTOR): q and k scaled such that every factor stays in range up to RANGE nats a chunk (kernels.md
+1.2, with the middle of the range for a middle: no look ahead, and one factor a chunk for the state):
 
-    Qn = q e^{G - m}     Kn = k e^{m - G}     factors of the state: e^m and e^{G_C - m}
+    Qn = q e^G / UNIT     Kn = k e^{-G} UNIT     factor of the state: e^{G_C}
 
-A head that decays faster than that in any chunk is prepared again with chunks of 16 tokens (a step clamped at -10 nats
-always fits there; what the clamp lets through is below 5e-5 of what was there), and computed as kind SHORT. fp16
-operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
+A head that decays faster than that in any chunk is prepared again with chunks of 16 tokens, about the chunk's middle
+`m = G_{C/2}` (a step clamped at -10 nats always fits there; what the clamp lets through is below 5e-5 of what was
+there), and computed as kind SHORT:
+
+    Qn = q e^{G - m}      Kn = k e^{m - G}       factors of the state: e^m to the middle and e^{G_C - m} from there on
+
+fp16 operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
 
 A program takes one chunk (of 64 tokens) of some heads.
 """
@@ -33,6 +37,7 @@ from fla.backends.triton.decay._decay import (
     SCALAR,
     SHORT,
     SHORT_CHUNK,
+    UNIT,
     VECTOR,
     chunk_slot,
     chunk_slots,
@@ -45,7 +50,7 @@ from fla.backends.triton.decay._decay import (
 
 HEADS = tl.constexpr(16)  # of a program of the scalar kind
 CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
-RANGE = tl.constexpr(80.0)  # nats: bf16 and float32 end at e^88
+RANGE = tl.constexpr(80.0)  # nats a chunk: the state's factor e^-80 is a normal number, as e^+-40 and numbers near it are
 
 
 @triton.jit
@@ -93,25 +98,27 @@ def log2_step(p, mask, C: tl.constexpr):
 
 @triton.jit
 def load_token(q, k, g, o, mask, C: tl.constexpr):
-    b_q = tl.load(q + o, mask=mask, other=0.0, eviction_policy="evict_first")  # so that g, read twice, stays in caches
-    b_k = tl.load(k + o, mask=mask, other=0.0, eviction_policy="evict_first")
+    b_q = tl.load(q + o, mask=mask, other=0.0)
+    b_k = tl.load(k + o, mask=mask, other=0.0)
     return b_q, b_k, log2_step(g + o, mask, C)
 
 
 @triton.jit
-def store_token(token, qn, kn, o, mask, b_u):
-    """Stores a token's Qn and Kn; `G - m` at it, given that at the token before."""
+def store_token(token, qn, kn, o, mask, b_u, KIND: tl.constexpr):
+    """Stores a token's Qn and Kn; `G` (SHORT: `G - m`) at it, given that at the token before."""
+    UP: tl.constexpr = 1.0 / UNIT if KIND == VECTOR else 1.0  # not as a part of the exponent: these are exact
+    DOWN: tl.constexpr = UNIT if KIND == VECTOR else 1.0
     b_q, b_k, b_w = token
     b_u += b_w
-    tl.store(qn + o, operand(b_q * tl.exp2(b_u), qn.dtype.element_ty), mask=mask)
-    tl.store(kn + o, operand(b_k * tl.exp2(-b_u), kn.dtype.element_ty), mask=mask)
+    tl.store(qn + o, operand(b_q * (tl.exp2(b_u) * UP), qn.dtype.element_ty), mask=mask)
+    tl.store(kn + o, operand(b_k * (tl.exp2(-b_u) * DOWN), kn.dtype.element_ty), mask=mask)
     return b_u
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
 def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
-    """`factors`: the marks, then e^m and e^{G_C - m} of every chunk `[slots, H, 2, K]`. A thread walks the tokens of
-    its channels: nothing is exchanged between threads."""
+    """`factors`: the marks, then of every chunk the factor to its middle (SHORT alone has it) and that to its end,
+    `[slots, H, 2, K]`. A thread walks the tokens of its channels: nothing is exchanged between threads."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     HEADS: tl.constexpr = CHANNELS // BK
     slots = chunk_slots(cu_seqlens, T, N)
@@ -140,11 +147,12 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
         row = (start + t_chunk) * H * K
         count = length - t_chunk
         # (`where`, because a comparison of two numbers is no mask in the interpreter of Triton 3.9)
-        b_m = tl.zeros([HEADS, BK], tl.float32)
-        for t in range(0, C // 2, 4):
-            for i in tl.static_range(4):
-                b_m += log2_step(g + row + (t + i) * (H * K) + columns, tl.where(t + i < count, mask, False), C)
-        b_u = -b_m
+        b_u = tl.zeros([HEADS, BK], tl.float32)
+        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
+        if KIND == SHORT:
+            for t in tl.static_range(C // 2):
+                b_u -= log2_step(g + row + t * (H * K) + columns, tl.where(t < count, mask, False), C)
+            tl.store(p, tl.exp2(-b_u), mask=mask)
         for t in range(0, C, 4):
             # four tokens' loads are under way at once: behind a store each would wait for its turn
             o, m_t = row + t * (H * K) + columns, count - t
@@ -152,16 +160,14 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
             token1 = load_token(q, k, g, o + H * K, tl.where(m_t > 1, mask, False), C)
             token2 = load_token(q, k, g, o + 2 * H * K, tl.where(m_t > 2, mask, False), C)
             token3 = load_token(q, k, g, o + 3 * H * K, tl.where(m_t > 3, mask, False), C)
-            b_u = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_u)
-            b_u = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_u)
-            b_u = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_u)
-            b_u = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_u)
-        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
-        tl.store(p, tl.exp2(b_m), mask=mask)
+            b_u = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_u, KIND)
+            b_u = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_u, KIND)
+            b_u = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_u, KIND)
+            b_u = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_u, KIND)
         tl.store(p + K, tl.exp2(b_u), mask=mask)
         if KIND == VECTOR:
-            reach = tl.max(tl.maximum(tl.abs(b_m), tl.abs(b_u)), 1)
-            tl.store(factors + i_h * slots + slot, (reach > RANGE * LOG2E).to(tl.float32), mask=i_h < H)
+            is_strong = tl.max(tl.abs(b_u), 1) > RANGE * LOG2E
+            tl.store(factors + i_h * slots + slot, is_strong.to(tl.float32), mask=i_h < H)
 
 
 class Prepared:

@@ -27,8 +27,10 @@ from fla.backends.triton.decay._decay import (
     SHORT,
     SHORT_CHUNK,
     TILE,
+    UNIT,
     VECTOR,
-    factors,
+    factor_on,
+    factor_to,
     first_slot,
     head_base,
     is_behind,
@@ -68,7 +70,9 @@ def _walk(
     t = t_begin + ((count - 1) * C if REVERSE else 0)
     if PREPARED:
         p_factors = g + marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
-        b_to, b_on = factors(p_factors + t // C * (2 * K * H), o_k, True, K)
+        b_on = factor_on(p_factors + t // C * (2 * K * H), o_k, True, K)
+        if KIND == SHORT:
+            b_to = factor_to(p_factors + t // C * (2 * K * H), o_k, True, K)
     elif not FAR:
         b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
     for i in range(0, count):
@@ -79,13 +83,18 @@ def _walk(
         b_x = load_rows(x + row * K, o_c, m_c, H, o_k, K)
         b_y = load_rows(y + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
         if PREPARED:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
-            b_to_next, b_on_next = factors(p_factors + t_next // C * (2 * K * H), o_k, i + 1 < count, K)
-            b_decay *= b_to * b_on
+            b_on_next = factor_on(p_factors + t_next // C * (2 * K * H), o_k, i + 1 < count, K)
+            b_decay *= b_on
             b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
-            # from this chunk's middle to the next one's
-            b_S *= (b_to if REVERSE else b_on)[None, :]  # not the two as one: their product may be no number of float32
-            b_S *= (b_on_next if REVERSE else b_to_next)[None, :]
-            b_to, b_on = b_to_next, b_on_next
+            if KIND == SHORT:  # from this chunk's middle to the next one's
+                b_to_next = factor_to(p_factors + t_next // C * (2 * K * H), o_k, i + 1 < count, K)
+                b_decay *= b_to
+                b_S *= (b_to if REVERSE else b_on)[None, :]  # apart: the product may be no number of float32
+                b_S *= (b_on_next if REVERSE else b_to_next)[None, :]
+                b_to = b_to_next
+            else:  # to the end of this chunk, or of the one before it
+                b_S *= (b_on_next if REVERSE else b_on)[None, :]
+            b_on = b_on_next
         elif FAR:
             b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
             b_x = (b_x * tl.exp2(b_G if REVERSE else total - b_G)[:, None]).to(DTYPE)
@@ -99,6 +108,8 @@ def _walk(
                 b_decay *= half * half
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
+    if KIND == VECTOR:
+        b_S *= UNIT if REVERSE else 1.0 / UNIT
     p = local + (i_state * S + i_s) * (K * V + K)
     tl.store(p + o_k[None, :] * V + o_v[:, None], b_S, mask=(o_k < K)[None, :] & (o_v < V)[:, None])
     tl.store(p + K * V + o_k, b_decay, mask=o_k < K)  # every value tile writes the same
