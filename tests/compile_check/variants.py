@@ -37,12 +37,13 @@ COMMON = (128, 128)  # the head size that is compiled in more ways
 ALL = "all"  # packed, with states, every gradient, and so many segments that they fill a GPU
 FEW = "few"  # the same with so few programs that the launcher asks for more stages
 PLAIN = "plain"  # gate gradients of all that, and heads that fill a GPU
-SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256)}
+LONG = "long"  # segments without packing
+SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256), LONG: (65536, 4)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with all that a compiler is told. `posed`: ALL, FEW or PLAIN."""
+    """A kernel with all that a compiler is told. `posed`: ALL, FEW, PLAIN or LONG."""
 
     kernel: Any
     types: dict[str, str]
@@ -123,8 +124,9 @@ def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: t
     gates = {"g": empty(1, T, H), "gk": q, "gv": v, "g_gamma": empty(H, dtype=torch.float64)}
     given = [gates[name] if name in decays else None for name in gates]
     state = bounds = None
-    if posed != PLAIN:
+    if posed in (ALL, FEW):
         bounds = empty(2, dtype=torch.int32)
+    if posed != PLAIN:
         state = empty(1, H, K, V, dtype=torch.float32)
     return Problem(q, q, v, *given, state, bounds, 0.5, form)
 
@@ -156,7 +158,7 @@ def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
     for decays in ((), ("g_gamma",), ("g",), ("gk",)) if dtype != "fp32" else ():
         made = problem(DTYPES[dtype], K, V, posed, "chunk", decays)
         yield from described(record(lambda x=made: train(x)), K, V, posed)
-    if posed == PLAIN:
+    if posed in (PLAIN, LONG):
         return
     made = problem(DTYPES[dtype], K, V, posed, "recurrent", ("g", "gk", "gv", "g_gamma"))
     yield from described(record(lambda: train(made)), K, V, posed)
@@ -200,10 +202,12 @@ def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS) -> dict[str
     are launched."""
     found: dict[str, Variant] = {}
     for K, V in heads:
-        several = (ALL, FEW, PLAIN) if (K, V) == COMMON else (ALL,)
+        several = (ALL, FEW, PLAIN, LONG) if (K, V) == COMMON else (ALL,)
         for posed in several:
             for variant in launched(dtype, K, V, posed):
                 if posed == PLAIN and not variant.fits_twice:
+                    continue
+                if posed == LONG and variant.base != "segment_states":
                     continue
                 if variant.base == "segment_states" and (K, V) not in (COMMON, ODD):
                     continue  # its tile is the same for all

@@ -10,6 +10,8 @@ The call of a compiled kernel is the same in Triton 3.3 to 3.9:
 pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut.
 """
 
+import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +28,38 @@ MIXED = object()  # stands for the device of tensors on several ones
 _data_ptr, _get_device = Tensor.data_ptr, Tensor.get_device  # unbound: a fifth faster to call
 _launchers: dict[tuple, "Launcher"] = {}
 _watched = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel  # where hooks are set
+
+
+def has_tensor_descriptors(*tensors: Tensor) -> bool:
+    """Whether kernels may load these contiguous tensors of 16-bit numbers through descriptors (TMA), which want starts
+    and rows at multiples of 16 bytes. Tuned on Hopper; in the interpreter they may too."""
+    if not _has_descriptors(tensors[0].device):
+        return False
+    return all(x.dtype.itemsize == 2 and x.shape[-1] % 8 == 0 and not x.data_ptr() % ALIGNMENT for x in tensors)
+
+
+@functools.cache
+def _has_descriptors(device: torch.device) -> bool:
+    if not hasattr(triton.language, "make_tensor_descriptor") or not hasattr(triton, "set_allocator"):
+        return False  # before Triton 3.4
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of a launch for its programs' descriptors, on the current device; torch aligns it to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_scratch(call: Callable, *args: Any) -> Any:
+    """`call` with an allocator of scratch memory for Triton, and the caller's own allocator left as it was."""
+    return contextvars.copy_context().run(_set_and_call, call, args)
+
+
+def _set_and_call(call: Callable, args: tuple) -> Any:
+    triton.set_allocator(_allocate)
+    return call(*args)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -55,6 +89,7 @@ class Compiled(NamedTuple):
     current_device: Callable[[], int]
     current_stream: Callable[[int], int]
     tail: tuple  # the values of the arguments behind `args`
+    scratch: bool  # whether Triton allocates memory for it
     owner: Any  # keeps the module of `function` loaded
 
 
@@ -94,20 +129,27 @@ class Launcher:
             if compiled is not None and not bits % ALIGNMENT:
                 self._compiled[tuple(key)] = compiled
             return
-        run, function, metadata, current_device, current_stream, tail, _ = compiled
+        run, function, metadata, current_device, current_stream, tail, scratch, _ = compiled
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(grid, args)
-        run(grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
+        launch = (grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
+        if scratch:
+            _with_scratch(run, *launch)
+        else:
+            run(*launch)
 
     def _launch_slowly(self, grid: int, args: tuple, device: Any) -> Compiled | None:
         """Triton's own launch; what the next one of this signature can do without it, or None."""
         if isinstance(device, int) and device >= 0:
             with torch.cuda.device(device):
-                made = self._kernel[(grid,)](*args, **self._constants, **self._settings)
+                made = _with_scratch(self._launch_plainly, grid, args)
             return self._shortcut(made, args)
-        self._kernel[(grid,)](*args, **self._constants, **self._settings)  # no tensor, a mixture, or the interpreter
+        self._launch_plainly(grid, args)  # no tensor, a mixture, or the interpreter
         return None
+
+    def _launch_plainly(self, grid: int, args: tuple) -> Any:
+        return self._kernel[(grid,)](*args, **self._constants, **self._settings)
 
     def _shortcut(self, made: Any, args: tuple) -> Compiled | None:
         target = getattr(getattr(made, "metadata", None), "target", None)
@@ -125,7 +167,8 @@ class Launcher:
         current_device = active.get_current_device
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
-        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, made)
+        scratch = getattr(made.metadata, "global_scratch_size", 0) > 0
+        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, scratch, made)
 
 
 def _is_watched(kernel) -> bool:

@@ -44,6 +44,34 @@ def load_rows(p, o_c, m_c, H, o_d, D: tl.constexpr):
     return tl.load(p + o_c[:, None] * (H * D) + o_d[None, :], mask=columns_mask(m_c, o_d, D), other=0.0)
 
 
+# How a kernel loads tiles: by pointers, by a tensor descriptor (TMA), by one and on to registers. The last frees its
+# buffer at once, so that the next but one tile can be on its way: for left operands of dots.
+POINTERS, TILES, TO_REGISTERS = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def tiles_of(x, row, length, H, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WAY: tl.constexpr):
+    """What `load_tile` takes `[C, W]` tiles of a head's `length` tokens from, whose first one is `row` (64 bits) of
+    `x` `[., D]`."""
+    if WAY == POINTERS:
+        return x
+    elif WAY == TILES:
+        return tl.make_tensor_descriptor(x + row * D, [length, D], [H * D, 1], [C, W])
+    else:
+        return tl.make_tensor_descriptor(x + row * D, [length, 1, D], [H * D, D, 1], [C, 1, W])
+
+
+@triton.jit
+def load_tile(x, t, first, row, o_c, m_c, H, o_d, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WAY: tl.constexpr):
+    """Tokens from `t` on, columns from `first` on, zeros outside. By pointers: `load_rows` at token `row`."""
+    if WAY == POINTERS:
+        return load_rows(x + row * D, o_c, m_c, H, o_d, D)
+    elif WAY == TILES:
+        return x.load([t, first])
+    else:
+        return x.load([t, 0, first]).reshape(C, W)
+
+
 @triton.jit
 def store_rows(p, o_c, m_c, H, o_d, D: tl.constexpr, x):
     """The inverse of `load_rows`, in the tensor's dtype."""

@@ -24,8 +24,17 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, launch
-from fla.backends.triton._lib import load_rows, operand, store_rows, store_state
+from fla.backends.triton._launch import ceil_div, has_tensor_descriptors, launch
+from fla.backends.triton._lib import (
+    POINTERS,
+    TILES,
+    TO_REGISTERS,
+    load_tile,
+    operand,
+    store_rows,
+    store_state,
+    tiles_of,
+)
 from fla.backends.triton.decay._decay import (
     CHUNK,
     CONSTANT,
@@ -62,16 +71,15 @@ from fla.backends.triton.decay.slices import WIDEST, sum_slices
 @triton.jit
 def _walk(
     q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The tile `(i_k, i_v)` of a state through one segment."""
+    """The tile `(i_k, i_v)` of a state through one segment. WAY: how q comes (`load_tile`)."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    # With float32 operands and both decays at the loop's start, Triton 3.6 makes a program whose outputs are wrong (on
-    # an H200: the state's part of them is lost, the final state right). There a state is decayed at once.
-    AT_ONCE: tl.constexpr = PREPARED and tl.float32 == DTYPE
+    V_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES
+    K_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else V_WAY  # v's scaled rows need the registers
     start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] >= o_c[None, :]
@@ -83,8 +91,7 @@ def _walk(
         base += marks_size(cu_seqlens, T, H, states)
 
     b_S = state_before(h0, local, i_state, i_s, S, o_k[:, None], o_v[None, :], K, V)
-    if PREPARED:  # a chunk leaves the state at its middle, until it is decayed by `b_left` to its end
-        b_left = tl.full([BK], 1.0, tl.float32)
+    if PREPARED:
         b_on = factor_on(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
         if KIND == SHORT:
             b_to = factor_to(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
@@ -95,12 +102,16 @@ def _walk(
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
-    for t in range(t_begin, t_end, C):
+    q_tiles = tiles_of(q, start * H + i_h, length, H, K, C, BK, WAY)
+    k_tiles = tiles_of(k, start * H + i_h, length, H, K, C, BK, K_WAY)
+    v_tiles = tiles_of(v, start * H + i_h, length, H, V, C, TILE, V_WAY)
+    STAGES: tl.constexpr = 2 if FAR else None  # None: the launch's, more than pointers have room for
+    for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
-        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
+        b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, K_WAY)
+        b_v = load_tile(v_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, V_WAY).to(DTYPE)
         b_P = tl.dot(b_q, tl.trans(b_k))
         if FAR:
             b_o = tl.dot(b_q, operand(b_S, DTYPE)) * tl.exp2(b_G)[:, None]
@@ -110,11 +121,8 @@ def _walk(
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S * tl.exp2(total))
             b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
-            if PREPARED:
-                if not AT_ONCE:
-                    b_S *= b_left[:, None]
-                if KIND == SHORT:
-                    b_S *= b_to[:, None]  # apart: the product of the two may be no number of float32
+            if KIND == SHORT:
+                b_S *= b_to[:, None]  # apart from `b_on`: their product may be no number of float32
             b_o = tl.dot(b_q, operand(b_S, DTYPE))
             if PREPARED:
                 b_on_next = factor_on(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
@@ -128,18 +136,14 @@ def _walk(
                 b_o = scale_rows(b_o, b_u, KIND)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
-            if AT_ONCE:
+            if PREPARED:
                 b_S *= b_on[:, None]
                 b_on = b_on_next
-            elif PREPARED:
-                b_left, b_on = b_on, b_on_next
             elif KIND != NONE:
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
     if ht is not None:
         if t_end == length:
-            if PREPARED and not AT_ONCE:
-                b_S *= b_left[:, None]
             if KIND == VECTOR:
                 b_S *= 1.0 / UNIT
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
@@ -148,7 +152,7 @@ def _walk(
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def chunk_forward_kernel(
     q, k, v, g, h0, local, o, ht, cu_seqlens, scale, T, H, L,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KINDS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     KIND: tl.constexpr = KINDS % 8
     FAR: tl.constexpr = KINDS // 8
@@ -166,31 +170,37 @@ def chunk_forward_kernel(
         o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
     at = (start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S)
     if FAR == 0:
-        _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, KIND)
+        _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
-            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, FAR)
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, POINTERS, FAR)
         else:
-            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, KIND)
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int, kinds: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Channels and number of slices of K, tokens a segment, programs and pipeline stages: from shapes alone."""
+def _plan(
+    N: int, H: int, K: int, V: int, T: int, kinds: int, dtype: torch.dtype, tiled: bool
+) -> tuple[int, int, int, int, int, int]:
+    """Channels and number of slices of K, tokens a segment, programs, how q, k and v come, and pipeline stages: from
+    shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
     # wider ones spill too much where decays take registers too, or operands are float32 (fp16's of the vector kind)
     kind = kinds % PAIR
     narrow = kind == SCALAR.value or (kind == VECTOR.value and dtype == torch.float16)
     BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
     slices = ceil_div(K, BK)
-    tiles = slices * ceil_div(V, TILE.value)
     L = segment_length(T, N * H * ceil_div(V, TILE.value))
-    grid = N * H * ceil_div(T, L) * tiles
-    stages = 2
-    if BK > 128 and kind != CONSTANT.value:
-        stages = 1  # twice on a multiprocessor
-    elif BK <= 128 and grid <= 132 and kind != SCALAR.value:
+    grid = N * H * ceil_div(T, L) * slices * ceil_div(V, TILE.value)
+    tiled = tiled and CHUNK.value < T  # descriptors cost a program two microseconds
+    way, stages = POINTERS.value, 2
+    if BK > 128:
+        way = TILES.value if tiled and kind == NONE.value else way
+        stages = 2 if kind == CONSTANT.value else 1  # 1: twice on a multiprocessor
+    elif tiled and slices == 1:  # (partial sums are float32: their stores take what it gains)
+        way, stages = TO_REGISTERS.value, 3
+    elif grid <= 132 and kind != SCALAR.value:
         stages = 3  # one program a multiprocessor must hide its loads alone
-    return BK, slices, L, grid, stages
+    return BK, slices, L, grid, way, stages
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -199,14 +209,16 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     N, H, K, V = shape = problem.state_shape
     T = v.shape[1]
     prepared = Prepared(problem)
-    BK, slices, L, grid, stages = _plan(N, H, K, V, T, prepared.kinds, v.dtype)
+    tiled = problem.cu_seqlens is None and has_tensor_descriptors(prepared.q, prepared.k, v)
+    BK, slices, L, grid, way, stages = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
     o = torch.empty_like(v, dtype=problem.output_dtype)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
     local = segment_states(problem, prepared, L)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments += (problem.cu_seqlens, problem.scale, T, H, L)
-    launch(chunk_forward_kernel, grid, arguments, {"K": K, "V": V, "BK": BK, "KINDS": prepared.kinds}, 4, stages)
+    constants = {"K": K, "V": V, "BK": BK, "WAY": way, "KINDS": prepared.kinds}
+    launch(chunk_forward_kernel, grid, arguments, constants, 4, stages)
     if slices > 1:
         sum_slices(parts, o)
     return o, ht

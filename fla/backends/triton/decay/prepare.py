@@ -50,7 +50,7 @@ from fla.backends.triton.decay._decay import (
 
 HEADS = tl.constexpr(16)  # of a program of the scalar kind
 CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
-RANGE = tl.constexpr(80.0)  # nats a chunk: the state's factor e^-80 is a normal number, as e^+-40 and numbers near it are
+RANGE = tl.constexpr(80.0)  # nats a chunk: e^-80 is a normal number, and so are e^+-40 and numbers near it
 
 
 @triton.jit

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, launch
-from fla.backends.triton._lib import load_rows
+from fla.backends.triton._launch import ceil_div, has_tensor_descriptors, launch
+from fla.backends.triton._lib import POINTERS, TILES, load_tile, tiles_of
 from fla.backends.triton.decay._decay import (
     CHUNK,
     FAR_CONSTANT,
@@ -52,7 +52,7 @@ FULL = 200  # programs to come to with segments
 @triton.jit
 def _walk(
     x, y, g, local, cu_seqlens, at, T, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, REVERSE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What one segment adds to the tile `(i_k, i_v)` of a state."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
@@ -75,13 +75,15 @@ def _walk(
             b_to = factor_to(p_factors + t // C * (2 * K * H), o_k, True, K)
     elif not FAR:
         b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
+    x_tiles = tiles_of(x, start * H + i_h, t_end, H, K, C, BK, WAY)
+    y_tiles = tiles_of(y, start * H + i_h, t_end, H, V, C, TILE, WAY)
     for i in range(0, count):
         t = t_begin + (count - 1 - i if REVERSE else i) * C
         t_next = t - C if REVERSE else t + C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_x = load_rows(x + row * K, o_c, m_c, H, o_k, K)
-        b_y = load_rows(y + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_x = load_tile(x_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
+        b_y = load_tile(y_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, WAY).to(DTYPE)
         if PREPARED:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             b_on_next = factor_on(p_factors + t_next // C * (2 * K * H), o_k, i + 1 < count, K)
             b_decay *= b_on
@@ -118,7 +120,7 @@ def _walk(
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def segment_states_kernel(
     x, y, g, local, cu_seqlens, T, H, L,
-    K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, REVERSE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, WAY: tl.constexpr, KINDS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """`local` `[N H, S]` slots of a `[K, V]` sum and a `[K]` decay. `x`, `y`: k, v; for REVERSE q, do."""
     KIND: tl.constexpr = KINDS % 8
@@ -141,12 +143,12 @@ def segment_states_kernel(
             return
     at = (start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S)
     if FAR == 0:
-        _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, KIND, REVERSE)
+        _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, WAY, KIND, REVERSE)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, x.dtype.element_ty, KIND):
-            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, FAR, REVERSE)
+            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, POINTERS, FAR, REVERSE)
         else:
-            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, KIND, REVERSE)
+            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, WAY, KIND, REVERSE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -186,4 +188,6 @@ def _launch(problem: Problem, prepared: Prepared, L: int, x, y, local, REVERSE: 
     T = problem.q.shape[1]
     grid = N * H * ceil_div(T, L) * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
     arguments = (x, y, prepared.gate, local, problem.cu_seqlens, T, H, L)
-    launch(segment_states_kernel, grid, arguments, {"K": K, "V": V, "KINDS": prepared.kinds, "REVERSE": REVERSE}, 4, 3)
+    way = POINTERS if problem.cu_seqlens is not None or not has_tensor_descriptors(x, y) else TILES
+    constants = {"K": K, "V": V, "WAY": way.value, "KINDS": prepared.kinds, "REVERSE": REVERSE}
+    launch(segment_states_kernel, grid, arguments, constants, 4, 3)
