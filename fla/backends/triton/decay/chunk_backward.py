@@ -27,8 +27,20 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, launch
-from fla.backends.triton._lib import dot_split, load_rows, load_state, operand, store_rows, store_state
+from fla.backends.triton._launch import ceil_div, has_tensor_descriptors, launch
+from fla.backends.triton._lib import (
+    POINTERS,
+    TILES,
+    TO_REGISTERS,
+    dot_split,
+    load_rows,
+    load_state,
+    load_tile,
+    operand,
+    store_rows,
+    store_state,
+    tiles_of,
+)
 from fla.backends.triton.decay._decay import (
     CHUNK,
     FAR_CONSTANT,
@@ -60,16 +72,19 @@ from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST_BACKWARD, sum_slices
 
-DQ, DK, DV, GATES = (tl.constexpr(1 << i) for i in range(4))  # roles of a launch; GATES: gate gradients are wanted
+# roles of a launch; whether gate gradients are wanted; WAYS times how tiles come (`load_tile`), in the bits above
+DQ, DK, DV, GATES, WAYS = (tl.constexpr(1 << i) for i in range(5))
 
 
 @triton.jit
 def _dq_role(
     q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
+    B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
+    AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_h = i_state % H
@@ -85,12 +100,15 @@ def _dq_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
+    k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
+    v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
+    do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, WAY)
     for t in range(t_begin, t_end, C):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
-        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
+        b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
+        b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
         if change is None:
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
@@ -138,10 +156,12 @@ def _dq_role(
 @triton.jit
 def _dk_role(
     q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
+    B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
+    AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_h = i_state % H
@@ -158,13 +178,16 @@ def _dk_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
+    q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
+    v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, WAY)
+    do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
     for i in range(0, tl.cdiv(t_end - t_begin, C)):
         t = t_last - i * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
+        b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
+        b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
         if change is None:
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
@@ -203,10 +226,12 @@ def _dk_role(
 @triton.jit
 def _dv_role(
     q, k, g, do, dht, dv, local, at, scale, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
+    B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
+    AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_h = i_state % H
@@ -223,13 +248,16 @@ def _dv_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
+    q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, BK, AB_WAY)
+    k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, BK, WAY)
+    do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, TILE, B_WAY)
     for i in range(0, tl.cdiv(t_end - t_begin, C)):
         t = t_last - i * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
-        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
+        b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, AB_WAY)
+        b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
+        b_do = load_tile(do_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, B_WAY).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
         if PREPARED:
@@ -258,6 +286,7 @@ def _role(
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
     """A role for a tile of a segment. In `place`, `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
+    WAY: tl.constexpr = ROLES // WAYS
     BK: tl.constexpr = 64 if K <= 64 else 128
     BV: tl.constexpr = 64 if V <= 64 else 128
     TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
@@ -296,12 +325,12 @@ def _role(
         if FAR:
             far_dq(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
         else:
-            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
+            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, WAY, KIND)
     elif i_role < N_DQ + N_DK:
         if FAR:
             far_dk(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
         else:
-            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
+            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, WAY, KIND)
     else:
         i_value = i_role - N_DQ - N_DK
         i_slice, i_tile = i_value // TV, i_value % TV
@@ -309,7 +338,7 @@ def _role(
         if FAR:
             far_dv(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
         else:
-            _dv_role(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
+            _dv_role(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, WAY, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -374,8 +403,13 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
     arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
     roles = DQ.value | DK.value | DV.value | (GATES.value if needs_gate else 0)
+    stages = 2
+    # (gates' roles lack registers for it, sums of slices gain nothing: docs/measured.md)
+    if problem.cu_seqlens is None and CHUNK.value < T and not vector and problem.g is None and NK == NV == 1:
+        if has_tensor_descriptors(prepared.q, prepared.k, v, do):
+            roles, stages = roles + WAYS.value * TO_REGISTERS.value, 3
     constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
-    launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, 2)
+    launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, stages)
     if vector:
         dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
         return dq, dk, _sum(grads, NK, v), dg, dh0

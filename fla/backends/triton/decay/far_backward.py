@@ -21,6 +21,8 @@ from fla.backends.triton.decay._decay import (
     state_gradient_after,
 )
 
+STAGES = tl.constexpr(2)  # loads by pointers have room for no more beside a second program
+
 
 @triton.jit
 def far_dq(
@@ -34,7 +36,7 @@ def far_dq(
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
-    for t in range(t_begin, t_end, C):
+    for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
         b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
@@ -76,7 +78,7 @@ def far_dk(
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
-    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
         t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -116,7 +118,7 @@ def far_dv(
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
-    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
         t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
