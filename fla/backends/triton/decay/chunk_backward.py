@@ -78,7 +78,7 @@ DQ, DK, DV, GATES, WAYS = (tl.constexpr(1 << i) for i in range(5))
 
 @triton.jit
 def _dq_role(
-    q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v,
+    q, k, v, g, do, h0, dht, dq, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
@@ -87,6 +87,7 @@ def _dq_role(
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_k, i_v = tile
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
@@ -155,7 +156,7 @@ def _dq_role(
 
 @triton.jit
 def _dk_role(
-    q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v,
+    q, k, v, g, do, dht, dk, dh0, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
@@ -164,6 +165,7 @@ def _dk_role(
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_k, i_v = tile
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
@@ -225,7 +227,7 @@ def _dk_role(
 
 @triton.jit
 def _dv_role(
-    q, k, g, do, dht, dv, local, at, scale, H, i_k, i_v,
+    q, k, g, do, dht, dv, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
@@ -234,6 +236,7 @@ def _dv_role(
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    i_k, i_v = tile
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
@@ -325,12 +328,12 @@ def _role(
         if FAR:
             far_dq(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
         else:
-            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, WAY, KIND)
+            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     elif i_role < N_DQ + N_DK:
         if FAR:
             far_dk(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
         else:
-            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, WAY, KIND)
+            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     else:
         i_value = i_role - N_DQ - N_DK
         i_slice, i_tile = i_value // TV, i_value % TV
@@ -338,7 +341,7 @@ def _role(
         if FAR:
             far_dv(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
         else:
-            _dv_role(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, WAY, KIND)
+            _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
