@@ -29,10 +29,10 @@ NO_DOTS = (
     "recurrent_backward",
     "gate",
 )
-GATES = chunk_backward.GATES.value
 HEADS = ((64, 64), (100, 36), (128, 128), (256, 256))
 ODD = (100, 36)
 COMMON = (128, 128)  # the head size that is compiled in more ways
+WIDE = (256, 256)
 # how a problem is posed -> tokens and heads
 ALL = "all"  # packed, with states, every gradient, and so many segments that they fill a GPU
 FEW = "few"  # the same with so few programs that the launcher asks for more stages
@@ -97,6 +97,11 @@ class Variant:
         return "ROLES" in self.constants and all(self.constants["ROLES"] & role for role in ROLES.values())
 
     @property
+    def is_wide(self) -> bool:
+        """A backward launch of one role for wide heads."""
+        return bool(self.constants.get("ROLES", 0) & chunk_backward.WIDE.value)
+
+    @property
     def operands(self) -> str:
         """Type of what dots read."""
         return next(self.types[name] for name in ("qn", "x", "q", "parts", "g") if name in self.types)
@@ -109,9 +114,9 @@ class Variant:
     @property
     def fits_twice(self) -> bool:
         """Whether two programs are to fit on a multiprocessor."""
-        main = self.base == "chunk_forward" or self.is_whole
-        launched = self.is_pair or self.kind == "none"
-        return main and launched and self.heads == COMMON and self.posed != FEW
+        forward = self.base == "chunk_forward" and self.heads in (COMMON, WIDE)
+        backward = self.is_wide or (self.is_whole and self.heads == COMMON)
+        return (forward or backward) and (self.is_pair or self.kind == "none") and self.posed != FEW
 
 
 def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: tuple[str, ...]) -> Problem:
@@ -177,7 +182,7 @@ def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:
             yield from by_roles(replace(whole, constants=constants | {"KINDS": kind}))
         if not whole.is_pair:
             yield from by_roles(whole)
-        if (whole.is_pair or "ROLES" in constants) and (K, V) == COMMON:
+        if (whole.is_pair or "ROLES" in constants) and ((K, V) == COMMON or posed == PLAIN):
             yield whole
 
 
@@ -186,8 +191,10 @@ def by_roles(variant: Variant) -> Iterator[Variant]:
     if "ROLES" not in constants:
         yield variant
         return
+    others = constants["ROLES"] & ~chunk_backward.ALL_ROLES
     for role in ROLES.values():
-        yield replace(variant, constants=constants | {"ROLES": role | constants["ROLES"] & GATES})
+        if constants["ROLES"] & role:
+            yield replace(variant, constants=constants | {"ROLES": role | others})
 
 
 def type_of(value: Any) -> str:
@@ -198,11 +205,11 @@ def type_of(value: Any) -> str:
 
 
 def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS) -> dict[str, Variant]:
-    """Every kernel once by name: with all options, and at 128x128 in the other ways that forwards and whole backwards
-    are launched."""
+    """Every kernel once by name: with all options, and at 128x128 and 256x256 in the other ways that forwards and whole
+    backwards are launched."""
     found: dict[str, Variant] = {}
     for K, V in heads:
-        several = (ALL, FEW, PLAIN, LONG) if (K, V) == COMMON else (ALL,)
+        several = {COMMON: (ALL, FEW, PLAIN, LONG), WIDE: (ALL, PLAIN)}.get((K, V), (ALL,))
         for posed in several:
             for variant in launched(dtype, K, V, posed):
                 if posed == PLAIN and not variant.fits_twice:

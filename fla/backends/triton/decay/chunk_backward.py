@@ -46,6 +46,7 @@ from fla.backends.triton.decay._decay import (
     FAR_CONSTANT,
     FAR_SCALAR,
     NONE,
+    PAIR,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
@@ -70,10 +71,17 @@ from fla.backends.triton.decay.far_backward import far_dk, far_dq, far_dv
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
 from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
-from fla.backends.triton.decay.slices import WIDEST_BACKWARD, sum_slices
+from fla.backends.triton.decay.slices import WIDEST, WIDEST_BACKWARD, sum_slices
 
-# roles of a launch; whether gate gradients are wanted; WAYS times how tiles come (`load_tile`), in the bits above
-DQ, DK, DV, GATES, WAYS = (tl.constexpr(1 << i) for i in range(5))
+# roles of a launch; whether gate gradients are wanted; whether slices may be 256 wide, not 128; WAYS times
+# how tiles come (`load_tile`), in the bits above
+DQ, DK, DV, GATES, WIDE, WAYS = (tl.constexpr(1 << i) for i in range(6))
+ALL_ROLES, ON_TILES = DQ.value | DK.value | DV.value, WIDE.value + WAYS.value * TILES.value
+
+
+@triton.jit
+def _scores(b_a, b_b, m_pair, DTYPE: tl.constexpr):
+    return operand(tl.where(m_pair, tl.dot(b_a, tl.trans(b_b)), 0.0), DTYPE)
 
 
 @triton.jit
@@ -85,6 +93,7 @@ def _dq_role(
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
+    LATE: tl.constexpr = BV > 128  # scores after the state's part, for fewer spills
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
@@ -110,11 +119,14 @@ def _dq_role(
         b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
         b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
         b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
-        b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        if not LATE:
+            b_P = _scores(b_do, b_v, m_pair, DTYPE)
         if change is None:
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
+        if LATE:
+            b_P = _scores(b_do, b_v, m_pair, DTYPE)
         if PREPARED:
             b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             if KIND == SHORT:
@@ -163,6 +175,7 @@ def _dk_role(
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
+    LATE: tl.constexpr = BV > 128
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
@@ -190,11 +203,14 @@ def _dk_role(
         b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
         b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
         b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
-        b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        if not LATE:
+            b_P = _scores(b_v, b_do, m_pair, DTYPE)
         if change is None:
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
             b_dk = dot_split(b_v, b_dS, DTYPE)
+        if LATE:
+            b_P = _scores(b_v, b_do, m_pair, DTYPE)
         if PREPARED:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
@@ -234,6 +250,7 @@ def _dv_role(
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
+    LATE: tl.constexpr = BK > 128
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
@@ -261,8 +278,11 @@ def _dv_role(
         b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, AB_WAY)
         b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
         b_do = load_tile(do_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, B_WAY).to(DTYPE)
-        b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
+        if not LATE:
+            b_P = _scores(b_k, b_q, m_pair, DTYPE)
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
+        if LATE:
+            b_P = _scores(b_k, b_q, m_pair, DTYPE)
         if PREPARED:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
@@ -290,8 +310,9 @@ def _role(
 ):  # fmt: skip
     """A role for a tile of a segment. In `place`, `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
     WAY: tl.constexpr = ROLES // WAYS
-    BK: tl.constexpr = 64 if K <= 64 else 128
-    BV: tl.constexpr = 64 if V <= 64 else 128
+    SLICE: tl.constexpr = 256 if WIDE & ROLES else 128
+    BK: tl.constexpr = 64 if K <= 64 else 128 if K <= 128 else SLICE
+    BV: tl.constexpr = 64 if V <= 64 else 128 if V <= 128 else SLICE
     TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
     TV: tl.constexpr = (V + TILE - 1) // TILE
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -354,10 +375,11 @@ def chunk_backward_kernel(
     themselves, of Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
     KIND: tl.constexpr = KINDS % 8
     FAR: tl.constexpr = KINDS // 8
-    KEYS: tl.constexpr = ((K + TILE - 1) // TILE) * ((V + 127) // 128)  # programs of dq, and of dk
+    SLICE: tl.constexpr = 256 if WIDE & ROLES else 128
+    KEYS: tl.constexpr = ((K + TILE - 1) // TILE) * ((V + SLICE - 1) // SLICE)  # programs of dq, and of dk
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
-    ALL: tl.constexpr = N_DQ + N_DK + (((V + TILE - 1) // TILE) * ((K + 127) // 128) if DV & ROLES else 0)
+    ALL: tl.constexpr = N_DQ + N_DK + (((V + TILE - 1) // TILE) * ((K + SLICE - 1) // SLICE) if DV & ROLES else 0)
     S = tl.cdiv(T, L)
     i_role, i_s = tl.program_id(0) % ALL, tl.program_id(0) // ALL % S
     i_state, states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
@@ -378,10 +400,10 @@ def chunk_backward_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int) -> tuple[int, int, int, int, int]:
-    """Slices of K and of V, programs of dq (and of dk) and of dv a head, tokens a segment (the forward's, whose states
-    of segments are kept): from shapes alone."""
-    NK, NV = ceil_div(K, min(padded(K), WIDEST_BACKWARD)), ceil_div(V, min(padded(V), WIDEST_BACKWARD))
+def _plan(N: int, H: int, K: int, V: int, T: int, width: int) -> tuple[int, int, int, int, int]:
+    """Slices of this width of K and of V, programs of dq (and of dk) and of dv a head, tokens a segment (the forward's,
+    whose states of segments are kept): from shapes alone."""
+    NK, NV = ceil_div(K, min(padded(K), width)), ceil_div(V, min(padded(V), width))
     keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
     return NK, NV, keys, values, segment_length(T, N * H * ceil_div(V, TILE.value))
 
@@ -392,9 +414,13 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     N, H, K, V = shape = problem.state_shape
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
     vector = problem.gk is not None
-    NK, NV, keys, values, L = _plan(N, H, K, V, T)
-    S = ceil_div(T, L)
     prepared = Prepared(problem)
+    # (gates' roles lack registers for it: docs/measured.md)
+    tiled = problem.cu_seqlens is None and CHUNK.value < T and not vector and problem.g is None
+    tiled = tiled and has_tensor_descriptors(prepared.q, prepared.k, v, do)
+    wide = tiled and max(K, V) > WIDEST_BACKWARD and prepared.kinds < PAIR
+    NK, NV, keys, values, L = _plan(N, H, K, V, T, WIDEST if wide else WIDEST_BACKWARD)
+    S = ceil_div(T, L)
     local = segment_states(problem, prepared, L, do)
     dh0 = None if problem.initial_state is None else v.new_empty(shape, dtype=torch.float32)
     whole = NK == 1 and (vector or NV == 1)  # else partial sums
@@ -405,14 +431,16 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
         rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
     arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
     arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
-    roles = DQ.value | DK.value | DV.value | (GATES.value if needs_gate else 0)
-    stages = 2
-    # (gates' roles lack registers for it, sums of slices gain nothing: docs/measured.md)
-    if problem.cu_seqlens is None and CHUNK.value < T and not vector and problem.g is None and NK == NV == 1:
-        if has_tensor_descriptors(prepared.q, prepared.k, v, do):
+    if wide:  # together they spill ten times what each does alone
+        for role, programs in ((DQ, keys), (DK, keys), (DV, values)):
+            constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": role.value + ON_TILES}
+            launch(chunk_backward_kernel, N * H * S * programs, arguments, constants)
+    else:
+        roles, stages = ALL_ROLES | (GATES.value if needs_gate else 0), 2
+        if tiled and NK == NV == 1:  # (sums of slices gain nothing)
             roles, stages = roles + WAYS.value * TO_REGISTERS.value, 3
-    constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
-    launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, stages)
+        constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
+        launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, stages)
     if vector:
         dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
         return dq, dk, _sum(grads, NK, v), dg, dh0
@@ -431,6 +459,6 @@ def _sum(parts: torch.Tensor, slices: int, like: torch.Tensor) -> torch.Tensor:
     """The sum of partial gradients, in the dtype and shape of the input."""
     if slices == 1 and parts.dtype == like.dtype:
         return parts.view(like.shape)
-    out = torch.empty_like(like)
+    out = like.new_empty(like.shape)
     sum_slices(parts.view(slices, *like.shape), out)
     return out

@@ -78,7 +78,7 @@ def _walk(
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    SCORES_LATE: tl.constexpr = PREPARED and BK > 128  # a quarter less spills
+    SCORES_LATE: tl.constexpr = (BK > 128) and not FAR  # a quarter less spills, or more
     V_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES
     K_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else V_WAY  # v's scaled rows need the registers
     start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S = at
@@ -106,7 +106,7 @@ def _walk(
     q_tiles = tiles_of(q, start * H + i_h, length, H, K, C, BK, WAY)
     k_tiles = tiles_of(k, start * H + i_h, length, H, K, C, BK, K_WAY)
     v_tiles = tiles_of(v, start * H + i_h, length, H, V, C, TILE, V_WAY)
-    STAGES: tl.constexpr = 2 if FAR else None  # None: the launch's, more than pointers have room for
+    STAGES: tl.constexpr = 2 if FAR and BK <= 128 else None  # None: the launch's
     for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -177,7 +177,8 @@ def chunk_forward_kernel(
         _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
-            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, POINTERS, FAR)
+            FAR_WAY: tl.constexpr = WAY if BK > 128 else POINTERS
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, FAR_WAY, FAR)
         else:
             _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
 
@@ -188,18 +189,19 @@ def _plan(
 ) -> tuple[int, int, int, int, int, int]:
     """Channels and number of slices of K, tokens a segment, programs, how q, k and v come, and pipeline stages: from
     shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
-    # wider ones spill too much where decays take registers too, or operands are float32 (fp16's of the vector kind)
+    tiled = tiled and CHUNK.value < T  # descriptors cost a program two microseconds
     kind = kinds % PAIR
-    narrow = kind == SCALAR.value or (kind == VECTOR.value and dtype == torch.float16)
+    # wider ones spill too much where addresses take registers, or operands are float32 (fp16's of the vector kind)
+    narrow = (kind == SCALAR.value and not tiled) or (kind == VECTOR.value and dtype == torch.float16)
     BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
     slices = ceil_div(K, BK)
     L = segment_length(T, N * H * ceil_div(V, TILE.value))
     grid = N * H * ceil_div(T, L) * slices * ceil_div(V, TILE.value)
-    tiled = tiled and CHUNK.value < T  # descriptors cost a program two microseconds
     way, stages = POINTERS.value, 2
     if BK > 128:
-        way = TILES.value if tiled and kind == NONE.value else way
-        stages = 2 if kind == CONSTANT.value else 1  # 1: twice on a multiprocessor
+        way = TILES.value if tiled else way
+        # one: twice on a multiprocessor (strong constant decays by pointers spill more than they may)
+        stages = 2 if kinds == CONSTANT.value + PAIR * FAR_CONSTANT.value and not tiled else 1
     elif tiled and slices == 1:  # (partial sums are float32: their stores take what it gains)
         way, stages = TO_REGISTERS.value, 3
     elif grid <= 132 and kind != SCALAR.value:
@@ -215,7 +217,7 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     prepared = Prepared(problem)
     tiled = problem.cu_seqlens is None and has_tensor_descriptors(prepared.q, prepared.k, v)
     BK, slices, L, grid, way, stages = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
-    o = torch.empty_like(v, dtype=problem.output_dtype)
+    o = v.new_empty(v.shape, dtype=problem.output_dtype)  # (`empty_like` without memory imports for 0.3 s)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
     local = segment_states(problem, prepared, L)
