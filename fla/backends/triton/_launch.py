@@ -10,9 +10,9 @@ The call of a compiled kernel is the same in Triton 3.3 to 3.9:
 pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut.
 """
 
-import contextvars
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -22,20 +22,28 @@ from torch.nn import Parameter
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fla.backends.triton._ahead import compilers, rehearsed, under_way
+
 ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
 MIXED = object()  # stands for the device of tensors on several ones
 
 _data_ptr, _get_device = Tensor.data_ptr, Tensor.get_device  # unbound: a fifth faster to call
 _launchers: dict[tuple, "Launcher"] = {}
+_allocation = getattr(triton.runtime, "_allocation", None)
 _watched = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel  # where hooks are set
 
 
 def has_tensor_descriptors(*tensors: Tensor) -> bool:
     """Whether kernels may load these contiguous tensors of 16-bit numbers through descriptors (TMA), which want starts
     and rows at multiples of 16 bytes. Tuned on Hopper; in the interpreter they may too."""
-    if not _has_descriptors(tensors[0].device):
+    first, bits = tensors[0], 0
+    if not _has_descriptors(under_way.device if first.is_meta and under_way.device else first.device):
         return False
-    return all(x.dtype.itemsize == 2 and x.shape[-1] % 8 == 0 and not x.data_ptr() % ALIGNMENT for x in tensors)
+    for x in tensors:
+        if x.dtype.itemsize != 2 or x.shape[-1] % 8:
+            return False
+        bits |= _data_ptr(x)
+    return not bits % ALIGNMENT
 
 
 @functools.cache
@@ -52,14 +60,17 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _with_scratch(call: Callable, *args: Any) -> Any:
-    """`call` with an allocator of scratch memory for Triton, and the caller's own allocator left as it was."""
-    return contextvars.copy_context().run(_set_and_call, call, args)
+def _provide_scratch() -> None:
+    """Triton asks an allocator for the memory of descriptors. The user's own serves; where there is none, ours."""
+    if _is_without_allocator():
+        triton.set_allocator(_allocate)
 
 
-def _set_and_call(call: Callable, args: tuple) -> Any:
-    triton.set_allocator(_allocate)
-    return call(*args)
+def _is_without_allocator() -> bool:
+    found = _allocation and _allocation._allocator
+    if hasattr(found, "get"):  # a context variable since Triton 3.5
+        found = found.get()
+    return found is None or type(found).__name__ == "NullAllocator"
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -96,12 +107,13 @@ class Compiled(NamedTuple):
 class Launcher:
     """A kernel with its constants and settings, for a call site that launches it often: `launcher(grid, args)`."""
 
-    __slots__ = ("_compiled", "_constants", "_kernel", "_settings")
+    __slots__ = ("_begun", "_compiled", "_constants", "_kernel", "_settings")
 
     def __init__(self, kernel, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 1):
         self._kernel, self._constants = kernel, dict(constants)
         self._settings = {"num_warps": num_warps, "num_stages": num_stages}
         self._compiled: dict[tuple, Compiled] = {}
+        self._begun: dict[tuple, Future | None] = {}  # what was compiled ahead of its launch
 
     def __call__(self, grid: int, args: tuple) -> None:
         device: Any = None
@@ -133,23 +145,49 @@ class Launcher:
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(grid, args)
-        launch = (grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
         if scratch:
-            _with_scratch(run, *launch)
-        else:
-            run(*launch)
+            _provide_scratch()
+        run(grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
 
     def _launch_slowly(self, grid: int, args: tuple, device: Any) -> Compiled | None:
         """Triton's own launch; what the next one of this signature can do without it, or None."""
+        if under_way.seen is not None:
+            under_way.seen.append((self, args))
+            return None
         if isinstance(device, int) and device >= 0:
+            _provide_scratch()
+            self._await(args, device)
             with torch.cuda.device(device):
-                made = _with_scratch(self._launch_plainly, grid, args)
-            return self._shortcut(made, args)
+                return self._shortcut(self._launch_plainly(grid, args), args)
         self._launch_plainly(grid, args)  # no tensor, a mixture, or the interpreter
         return None
 
     def _launch_plainly(self, grid: int, args: tuple) -> Any:
         return self._kernel[(grid,)](*args, **self._constants, **self._settings)
+
+    def _await(self, args: tuple, device: int) -> None:
+        """Have all of the call under way compiled, each kernel in a thread of its own, and wait for this one."""
+        key = _signature(args, device)
+        if key not in self._begun:
+            for launcher, others in rehearsed(device) if torch.version.hip is None else ():
+                launcher._begin(others, device)
+        begun = self._begun.setdefault(key, None)
+        if begun is not None:
+            wait([begun])  # its errors are met again in the launch
+
+    def _begin(self, args: tuple, device: int) -> None:
+        key = _signature(args, device)
+        if key not in self._begun and isinstance(self._kernel, JITFunction) and not _is_watched(self._kernel):
+            self._begun[key] = compilers().submit(self._compile, args, device)
+
+    def _compile(self, args: tuple, device: int) -> None:
+        """What a launch does before it runs, the host code's compilation included."""
+        given = (x.dtype if isinstance(x, Tensor) else x for x in args)
+        with torch.cuda.device(device):
+            made = self._kernel.warmup(*given, grid=(1,), **self._constants, **self._settings)
+            host = getattr(driver.active, "launcher_cls", None)
+            if host is not None and hasattr(made, "src"):
+                host(made.src, made.metadata)  # kept on disk, where the launch finds it
 
     def _shortcut(self, made: Any, args: tuple) -> Compiled | None:
         target = getattr(getattr(made, "metadata", None), "target", None)
@@ -169,6 +207,10 @@ class Launcher:
             current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
         scratch = getattr(made.metadata, "global_scratch_size", 0) > 0
         return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, scratch, made)
+
+
+def _signature(args: tuple, device: int) -> tuple:
+    return device, *(x.dtype if isinstance(x, Tensor) else x.__class__ for x in args)
 
 
 def _is_watched(kernel) -> bool:

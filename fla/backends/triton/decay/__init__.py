@@ -7,12 +7,14 @@ float32 is computed token by token in both forms: every one of its digits, for e
 chunk's worth of tokens of few heads with gates, where one launch is all that the time goes into.
 """
 
-from dataclasses import replace
+import functools
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from fla.backends.decay import Gradients, Problem
+from fla.backends.triton._ahead import under_way
 from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent, step
 from fla.backends.triton.decay._decay import CHUNK
 
@@ -22,9 +24,28 @@ SMALL = 64  # heads of all sequences, up to which 64 tokens one by one take no l
 def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """Outputs in v's dtype, the final state in float32 or None. ValueError for what the kernels do not cover."""
     step.check(problem)
+    under_way.call = functools.partial(_rehearse, problem, output_final_state)
+    try:
+        return _forward(problem, output_final_state)
+    finally:
+        under_way.call = None  # it holds the problem's tensors
+
+
+def _forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     if problem.form == "recurrent" or problem.q.dtype == torch.float32 or _is_small(problem):
         return recurrent.forward(problem, output_final_state)
     return chunk_forward.forward(problem, output_final_state)
+
+
+def _rehearse(problem: Problem, output_final_state: bool) -> None:
+    """The launches of this forward, and of the backward that will follow it, on tensors without memory."""
+    given = {x.name: getattr(problem, x.name) for x in fields(problem)}
+    given = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given.items()}
+    made = Problem(**(given | {"g_gamma": problem.g_gamma}))  # that one is known by its identity (`is_mild`)
+    o, _ = _forward(made, output_final_state)
+    if problem.keeps:
+        gates = (problem.g, problem.gk, problem.gv)
+        backward(made, o.to(made.v.dtype), None, any(gate is not None for gate in gates))
 
 
 def _is_small(problem: Problem) -> bool:

@@ -185,8 +185,9 @@ def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: 
     """dq, dk, dg or None of a vector problem, from the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = problem.state_shape
     T = problem.q.shape[1]
-    dq, dk = torch.empty_like(problem.q), torch.empty_like(problem.k)
-    dg = torch.empty_like(problem.gk) if needs_gate else None
+    q, k, g = problem.q, problem.k, problem.gk
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dg = g.new_empty(g.shape) if needs_gate else None
     grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
     arguments = (prepared.q, prepared.k, problem.gk, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
     launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KINDS": prepared.kinds})
@@ -198,7 +199,7 @@ def close_gate_gradient(
 ) -> torch.Tensor:
     """dg `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = problem.state_shape
-    dg = torch.empty_like(problem.g)
+    dg = problem.g.new_empty(problem.g.shape)
     constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
     arguments = (problem.g, rows, dg, problem.cu_seqlens, problem.q.shape[1], H, L)
     launch(scalar_gate_gradient_kernel, N * H, arguments, constants)

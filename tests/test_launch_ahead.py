@@ -1,0 +1,132 @@
+"""Kernels compiled ahead of their launches (`fla.backends.triton._ahead`), on the driver of `test_launch.py`."""
+
+import threading
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from triton.runtime._allocation import NullAllocator
+from triton.runtime.jit import JITFunction
+
+from fla.backends.decay import Problem, retention_decay
+from fla.backends.triton import _ahead, _launch, decay
+from tests.test_launch import SIZE, arguments, machine, scaled_add_kernel  # noqa: F401
+
+DECAYS = {
+    "linear_attn": (None, None, None),
+    "retention": (None, None, retention_decay(2, torch.device("cpu"))),
+    "simple_gla": (torch.zeros(1, 2112, 2), None, None),
+    "gla": (None, torch.zeros(1, 2112, 2, 64), None),
+}
+
+
+@pytest.fixture
+def compiled(machine, monkeypatch):  # noqa: F811
+    """Kernel and thread of everything compiled. Nothing really is."""
+    found: list[tuple[str, str]] = []
+
+    def fake(self, key, signature, device, constexprs, options, attrs, warmup):
+        found.append((self.fn.__name__, threading.current_thread().name))
+        made = SimpleNamespace(
+            metadata=SimpleNamespace(target=machine.target),
+            function=5,
+            packed_metadata=(4, 1, 0),
+            run=machine.run,
+            launch_metadata=lambda *_: None,
+        )
+        self.device_caches[device][0][key] = made
+        return made
+
+    monkeypatch.setattr(JITFunction, "_do_compile", fake)
+    monkeypatch.setattr(_launch, "_get_device", lambda x: -1 if x.is_meta else machine.tensors_on)
+    monkeypatch.setattr(_launch, "_has_descriptors", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return found
+
+
+def problem(op: str, keeps: bool = True, form: str = "chunk", T: int = 2112) -> Problem:
+    g, gk, g_gamma = (x if x is None or x.dim() == 1 else x[:, :T].contiguous() for x in DECAYS[op])
+    q = torch.zeros(1, T, 2, 64, dtype=torch.bfloat16)
+    return Problem(q, q, q, g, gk, None, g_gamma, None, None, 0.5, form, keeps=keeps)
+
+
+@pytest.mark.parametrize("form", ("chunk", "recurrent"))
+@pytest.mark.parametrize("op", DECAYS)
+def test_the_first_launch_of_a_call_has_all_of_it_compiled_in_threads(machine, compiled, op, form):  # noqa: F811
+    """Forward with its segments, and backward: each kernel once, and none again when it is launched."""
+    given = problem(op, form=form)
+    decay.forward(given, False)
+    decay.backward(given, given.q, None, op in ("simple_gla", "gla"))
+    kernels = Counter(name for name, _ in compiled)
+    assert all(thread.startswith("fla-compile") for _, thread in compiled)
+    assert sum(kernels.values()) <= len(machine.launches)
+    if form == "chunk":
+        assert kernels["chunk_forward_kernel"] == kernels["chunk_backward_kernel"] == 1
+        assert kernels["segment_states_kernel"] == 2  # forward and reverse
+    assert _ahead.under_way.call is None, "the call's tensors are kept alive"
+    compiled.clear()
+    decay.forward(problem(op, form=form), False)
+    assert not compiled
+
+
+def test_wide_heads_have_their_roles_compiled_side_by_side(machine, compiled):  # noqa: F811
+    q = torch.zeros(1, 128, 2, 256, dtype=torch.bfloat16)
+    given = Problem(q, q, q, None, None, None, None, None, None, 0.5, "chunk", keeps=True)
+    decay.forward(given, False)
+    decay.backward(given, q, None, False)
+    assert Counter(name for name, _ in compiled) == {"chunk_forward_kernel": 1, "chunk_backward_kernel": 3}
+    assert all(thread.startswith("fla-compile") for _, thread in compiled)
+
+
+def test_a_forward_that_no_backward_follows_compiles_no_backward(machine, compiled):  # noqa: F811
+    decay.forward(problem("gla", keeps=False), False)
+    assert {name for name, _ in compiled} == {"centre_kernel", "segment_states_kernel", "chunk_forward_kernel"}
+
+
+def test_what_a_rehearsal_does_not_foresee_is_compiled_when_it_is_launched(machine, compiled):  # noqa: F811
+    given = problem("retention", T=128)
+    decay.forward(given, True)
+    compiled.clear()
+    dht = torch.zeros(given.state_shape)
+    decay.backward(given, given.q, dht, False)
+    assert compiled == [("chunk_backward_kernel", threading.current_thread().name)]
+
+
+def test_nothing_is_compiled_ahead_while_a_graph_is_captured(machine, compiled, monkeypatch):  # noqa: F811
+    """Another thread's calls could end a capture."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    decay.forward(problem("retention", T=128), False)
+    assert compiled == [("chunk_forward_kernel", threading.current_thread().name)]
+
+
+def test_a_rehearsal_that_fails_does_no_harm(machine, compiled, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(decay, "_rehearse", lambda *_: 1 / 0)
+    decay.forward(problem("retention", T=128), False)
+    assert compiled == [("chunk_forward_kernel", threading.current_thread().name)] and len(machine.launches) == 1
+
+
+def test_errors_of_the_compiler_reach_the_call(machine, compiled, monkeypatch):  # noqa: F811
+    def fail(*_, **__):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", fail)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        decay.forward(problem("retention", T=128), False)
+
+
+def test_an_allocator_is_provided_where_there_is_none(machine, monkeypatch):  # noqa: F811
+    """Descriptors take memory that Triton asks its allocator for: the user's own is left in place."""
+    seen: list = []
+    monkeypatch.setattr(triton, "set_allocator", seen.append)
+    allocation = SimpleNamespace(_allocator=SimpleNamespace(get=NullAllocator))
+    monkeypatch.setattr(_launch, "_allocation", allocation)
+    _launch.launch(scaled_add_kernel, 1, arguments(), SIZE)
+    assert seen == [_launch._allocate]
+    allocation._allocator = SimpleNamespace(get=lambda: torch.empty)
+    _launch.launch(scaled_add_kernel, 1, arguments(), SIZE | {"SIZE": 32})
+    assert seen == [_launch._allocate]
