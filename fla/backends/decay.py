@@ -29,7 +29,8 @@ FAMILY = "decay"
 class Problem:
     """One call, all tensors contiguous. `form`: "chunk" or "recurrent"; `wide`: outputs in float32 at least.
 
-    `keeps`: a backward will follow, for which the backend's forward may leave a tensor in `kept`.
+    `keeps`: a backward will follow, for which the backend's forward may leave tensors in `kept` and `prepared`, and may
+    put in place of q and k what it made of them in their shapes and dtypes: the backward's problem has all of these.
     """
 
     q: Tensor
@@ -46,6 +47,7 @@ class Problem:
     wide: bool = False
     keeps: bool = False
     kept: Tensor | None = None
+    prepared: Tensor | None = None
 
     @property
     def num_states(self) -> int:
@@ -316,6 +318,7 @@ class _Function(torch.autograd.Function):
             problem.initial_state,
             problem.cu_seqlens,
             problem.kept,
+            problem.prepared,
         )
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -329,13 +332,12 @@ class _Function(torch.autograd.Function):
 
 
 def _input_gradients(ctx, do, dht):
-    *tensors, kept = ctx.saved_tensors
+    *tensors, kept, prepared = ctx.saved_tensors
     scale, form, wide, module = ctx.settings
     do = torch.zeros_like(tensors[2]) if do is None else do
     needs = ctx.needs_input_grad
-    found = _gradients(
-        Problem(*tensors, scale, form, wide, kept=kept), do, dht, needs[3] or needs[4] or needs[5], module
-    )
+    problem = Problem(*tensors, scale, form, wide, kept=kept, prepared=prepared)
+    found = _gradients(problem, do, dht, needs[3] or needs[4] or needs[5], module)
     return (*found, None, None, None, None)
 
 

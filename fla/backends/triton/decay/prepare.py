@@ -171,7 +171,10 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
 
 
 class Prepared:
-    """A chunked problem as the kernels take it: its decay kinds, the tensors for `q`, `k` and the gate."""
+    """A chunked problem as the kernels take it: its decay kinds, the tensors for `q`, `k` and the gate.
+
+    A forward that a backward follows leaves them in the problem: Qn and Kn instead of q and k, which no gradient needs
+    (`finish_vector`), unless they take more memory (fp16)."""
 
     def __init__(self, problem: Problem):
         self.q, self.k, self.gate = problem.q, problem.k, problem.g_gamma
@@ -187,13 +190,21 @@ class Prepared:
         self.kinds = near + PAIR * far
 
     def _sum(self, problem: Problem) -> None:
+        if problem.prepared is not None:
+            self.gate = problem.prepared
+            return
         T, H = problem.q.shape[1:3]
         slots = self._slots(problem, CHUNK.value)
         self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
         arguments = (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H, problem.num_states)
         launch(running_sums_kernel, slots * ceil_div(H, HEADS.value), arguments, {})
+        if problem.keeps:
+            problem.prepared = self.gate
 
     def _centre(self, problem: Problem) -> None:
+        if problem.prepared is not None:
+            self.gate = problem.prepared
+            return
         q, k = problem.q, problem.k
         N, H, K, _ = problem.state_shape
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
@@ -206,6 +217,8 @@ class Prepared:
         for kind in (VECTOR.value, SHORT.value):
             constants = {"K": K, "BK": BK, "KIND": kind}
             launch(centre_kernel, slots * ceil_div(H, CHANNELS.value // BK), arguments, constants)
+        if problem.keeps and dtype == q.dtype:
+            problem.q, problem.k, problem.prepared = self.q, self.k, self.gate
 
     @staticmethod
     def _slots(problem: Problem, C: int) -> int:
