@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 
-from fla.backends.triton.decay import chunk_backward, chunk_forward, segments
+from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, segments
 from fla.testing.cases import INTERPRETER
 from tests.ops import suite
 from tests.ops.suite import check_chunks
@@ -53,6 +54,13 @@ def test_segments(case, short_segments, monkeypatch):
     seen = launches_of(monkeypatch, segments.segment_states_kernel)
     check_chunks(case)
     assert seen, "nothing was cut"
+
+
+@pytest.mark.parametrize("case", [case for case in SEGMENTED if case.spec.name == "simple_gla"], ids=str)
+def test_gate_gradients_in_parts(case, monkeypatch):
+    """Each part of a sequence adds up what lies behind it."""
+    monkeypatch.setattr(gate_gradient, "LONG", tl.constexpr(64))
+    check_chunks(case)
 
 
 @pytest.mark.parametrize("case", chunk_cases(tokens=70, heads=(1, 300, 300), gates="weak"), ids=str)

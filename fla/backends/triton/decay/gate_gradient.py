@@ -2,7 +2,7 @@
 
     dg_t = sum_{s >= t} r_s + change          0 where g_t < -16 nats
 
-A program walks a sequence (the vector kind: a segment) of one head backwards.
+A program walks a sequence, or a part of one, of one head backwards.
 """
 
 import torch
@@ -43,8 +43,10 @@ def scalar_gate_gradient_kernel(
     g, rows, dg, cu_seqlens, T, H, L, K: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr, CHANGES: tl.constexpr,
     HAS_CHANGE: tl.constexpr,
 ):  # fmt: skip
-    """Per head: `rows` as `chunk_backward_kernel` leaves them, TERMS of them (the latter half to be subtracted)."""
-    i_state, states = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    """Per head: `rows` as `chunk_backward_kernel` leaves them, TERMS of them (the latter half to be subtracted).
+    Without packing a program has LONG tokens, and sums the rows behind them itself; of a pack it walks a sequence."""
+    parts = tl.cdiv(T, LONG) if cu_seqlens is None else 1
+    i_state, states = tl.program_id(0).to(tl.int64) // parts, tl.num_programs(0) // parts
     i_n, i_h = i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
     base = head_base(cu_seqlens, start, i_h, T, H)
@@ -59,18 +61,30 @@ def scalar_gate_gradient_kernel(
             b_change = tl.load(p_change, mask=tl.where(length > 0, o_k < K, False), other=0.0).to(tl.float64)
             b_sum += tl.sum(b_change, 0)
     rows += (CHANGES * S * K) * states + base
-    for i_t in range(0, tl.cdiv(length, LONG)):
+    first, last = 0, tl.cdiv(length, LONG)
+    if cu_seqlens is None:
+        first = tl.program_id(0) % parts
+        last = first + 1
+        for i_t in range(0, first):
+            o_t = length - 1 - i_t * LONG - tl.arange(0, LONG)
+            b_sum += tl.sum(_rows_of(rows, o_t, tokens * H, TERMS).to(tl.float64), 0)
+    for i_t in range(first, last):
         o_t = length - 1 - i_t * LONG - tl.arange(0, LONG)
-        mask = o_t >= 0
-        b_r = tl.zeros([LONG], tl.float32)
-        for i in tl.static_range(TERMS):
-            b_term = tl.load(rows + i * tokens * H + o_t, mask=mask, other=0.0)
-            b_r += b_term if i < TERMS // 2 else -b_term
-        b_g = tl.load(g + (start + o_t) * H + i_h, mask=mask, other=0.0).to(tl.float32)
+        b_r = _rows_of(rows, o_t, tokens * H, TERMS)
+        b_g = tl.load(g + (start + o_t) * H + i_h, mask=o_t >= 0, other=0.0).to(tl.float32)
         b_dg = (b_sum + tl.cumsum(b_r.to(tl.float64), 0)).to(tl.float32)
         b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
-        tl.store(dg + (start + o_t) * H + i_h, b_dg.to(dg.dtype.element_ty), mask=mask)
+        tl.store(dg + (start + o_t) * H + i_h, b_dg.to(dg.dtype.element_ty), mask=o_t >= 0)
         b_sum += tl.sum(b_r.to(tl.float64), 0)
+
+
+@triton.jit
+def _rows_of(rows, o_t, size, TERMS: tl.constexpr):
+    b_r = o_t.to(tl.float32) * 0.0
+    for i in tl.static_range(TERMS):
+        b_term = tl.load(rows + i * size + o_t, mask=o_t >= 0, other=0.0)
+        b_r += b_term if i < TERMS // 2 else -b_term
+    return b_r
 
 
 @triton.jit
@@ -201,6 +215,7 @@ def close_gate_gradient(
     N, H, K, _ = problem.state_shape
     dg = problem.g.new_empty(problem.g.shape)
     constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
-    arguments = (problem.g, rows, dg, problem.cu_seqlens, problem.q.shape[1], H, L)
-    launch(scalar_gate_gradient_kernel, N * H, arguments, constants)
+    T = problem.q.shape[1]
+    parts = ceil_div(T, LONG.value) if problem.cu_seqlens is None else 1
+    launch(scalar_gate_gradient_kernel, N * H * parts, (problem.g, rows, dg, problem.cu_seqlens, T, H, L), constants)
     return dg

@@ -60,8 +60,6 @@ def _walk(
     DTYPE: tl.constexpr = x.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     PLAIN: tl.constexpr = (KIND == NONE) or (KIND == CONSTANT)  # what lies between two tokens is known
-    # the main launch begins with what a walk against its direction has read last: it is still in the L2 cache
-    BACKWARDS: tl.constexpr = REVERSE != PLAIN
     start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     base = head_base(cu_seqlens, start, i_h, T, H)
@@ -70,7 +68,7 @@ def _walk(
     slot = first_slot(cu_seqlens, start, i_n, T)
     b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
     count = tl.cdiv(t_end - t_begin, C)
-    t = t_begin + ((count - 1) * C if BACKWARDS else 0)
+    t = t_begin + ((count - 1) * C if REVERSE else 0)
     if KIND == CONSTANT:
         step = log2_decay(tl.load(g + i_h))
         b_decay *= tl.exp2(step * (t_end - t_begin))
@@ -84,8 +82,8 @@ def _walk(
     x_tiles = tiles_of(x, start * H + i_h, t_end, H, K, C, BK, WAY)
     y_tiles = tiles_of(y, start * H + i_h, t_end, H, V, C, TILE, WAY)
     for i in range(0, count):
-        t = t_begin + (count - 1 - i if BACKWARDS else i) * C
-        t_next = t - C if BACKWARDS else t + C
+        t = t_begin + (count - 1 - i if REVERSE else i) * C
+        t_next = t - C if REVERSE else t + C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
         b_x = load_tile(x_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
