@@ -80,12 +80,18 @@ class Variant:
         if number is None:
             return None
         near, far = KINDS[number % PAIR], KINDS[number // PAIR]
-        return f"{near}-or-{far}" if self.is_pair else near
+        return f"{near}-or-{far}" if self.is_pair else near if number < PAIR else f"only-{near}"
 
     @property
     def is_pair(self) -> bool:
         """A launch of two kinds."""
-        return self.constants.get("KINDS", 0) >= PAIR
+        kinds = self.constants.get("KINDS", 0)
+        return kinds // PAIR not in (0, kinds % PAIR)
+
+    @property
+    def is_launched(self) -> bool:
+        """As it is, not a part of a launch."""
+        return self.constants.get("KINDS", 0) >= PAIR or self.kind == "none"
 
     @property
     def is_matrix(self) -> bool:
@@ -116,7 +122,7 @@ class Variant:
         """Whether two programs are to fit on a multiprocessor."""
         forward = self.base == "chunk_forward" and self.heads in (COMMON, WIDE)
         backward = self.is_wide or (self.is_whole and self.heads == COMMON)
-        return (forward or backward) and (self.is_pair or self.kind == "none") and self.posed != FEW
+        return (forward or backward) and self.is_launched and self.posed != FEW
 
 
 def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: tuple[str, ...]) -> Problem:

@@ -78,7 +78,8 @@ def _walk(
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
-    SCORES_LATE: tl.constexpr = (BK > 128) and not FAR  # a quarter less spills, or more
+    # scores after the state's part: fewer spills; where decays need no registers, scores first are faster
+    SCORES_LATE: tl.constexpr = (BK >= 128) and (KIND != CONSTANT) and not FAR
     V_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES
     K_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else V_WAY  # v's scaled rows need the registers
     start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S = at
@@ -175,6 +176,11 @@ def chunk_forward_kernel(
     at = (start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S)
     if FAR == 0:
         _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
+    elif FAR == KIND:  # for heads of this kind alone
+        if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND) == (
+            KIND == FAR_SCALAR
+        ):
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
             FAR_WAY: tl.constexpr = WAY if BK > 128 else POINTERS
@@ -209,6 +215,15 @@ def _plan(
     return BK, slices, L, grid, way, stages
 
 
+def _launched(kinds: int, BK: int) -> tuple[int, ...]:
+    """The kinds of each launch: a pair whose bodies spill too much together takes one for each, said as a pair with
+    itself."""
+    near, far = kinds % PAIR, kinds // PAIR
+    if near == SCALAR.value and BK > 128:
+        return near + PAIR * near, far + PAIR * far
+    return (kinds,)
+
+
 def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`o` `[B, T, H, V]` in the problem's output dtype and the final state float32 `[N, H, K, V]` or None."""
     v = problem.v
@@ -223,8 +238,9 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     local = segment_states(problem, prepared, L)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments += (problem.cu_seqlens, problem.scale, T, H, L)
-    constants = {"K": K, "V": V, "BK": BK, "WAY": way, "KINDS": prepared.kinds}
-    launch(chunk_forward_kernel, grid, arguments, constants, 4, stages)
+    for kinds in _launched(prepared.kinds, BK):
+        constants = {"K": K, "V": V, "BK": BK, "WAY": way, "KINDS": kinds}
+        launch(chunk_forward_kernel, grid, arguments, constants, 4, stages)
     if slices > 1:
         sum_slices(parts, o)
     return o, ht

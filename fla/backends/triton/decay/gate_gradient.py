@@ -36,6 +36,7 @@ from fla.backends.triton.decay._decay import (
 from fla.backends.triton.decay.prepare import Prepared
 
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
+LONGER = tl.constexpr(4096)  # the same where they are only added up
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -65,12 +66,13 @@ def scalar_gate_gradient_kernel(
     if cu_seqlens is None:
         first = tl.program_id(0) % parts
         last = first + 1
-        for i_t in range(0, first):
-            o_t = length - 1 - i_t * LONG - tl.arange(0, LONG)
-            b_sum += tl.sum(_rows_of(rows, o_t, tokens * H, TERMS).to(tl.float64), 0)
+        for i in range(0, first * LONG, LONGER):
+            o_i = i + tl.arange(0, LONGER)
+            b_r = _rows_of(rows, length - 1 - o_i, o_i < first * LONG, tokens * H, TERMS)
+            b_sum += tl.sum(b_r.to(tl.float64), 0)
     for i_t in range(first, last):
         o_t = length - 1 - i_t * LONG - tl.arange(0, LONG)
-        b_r = _rows_of(rows, o_t, tokens * H, TERMS)
+        b_r = _rows_of(rows, o_t, o_t >= 0, tokens * H, TERMS)
         b_g = tl.load(g + (start + o_t) * H + i_h, mask=o_t >= 0, other=0.0).to(tl.float32)
         b_dg = (b_sum + tl.cumsum(b_r.to(tl.float64), 0)).to(tl.float32)
         b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
@@ -79,10 +81,10 @@ def scalar_gate_gradient_kernel(
 
 
 @triton.jit
-def _rows_of(rows, o_t, size, TERMS: tl.constexpr):
+def _rows_of(rows, o_t, mask, size, TERMS: tl.constexpr):
     b_r = o_t.to(tl.float32) * 0.0
     for i in tl.static_range(TERMS):
-        b_term = tl.load(rows + i * size + o_t, mask=o_t >= 0, other=0.0)
+        b_term = tl.load(rows + i * size + o_t, mask=mask, other=0.0)
         b_r += b_term if i < TERMS // 2 else -b_term
     return b_r
 
