@@ -34,7 +34,6 @@ from fla.backends.triton._lib import (
     TO_REGISTERS,
     dot_split,
     load_rows,
-    load_state,
     load_tile,
     operand,
     store_rows,
@@ -48,12 +47,10 @@ from fla.backends.triton.decay._decay import (
     NONE,
     SCALAR,
     SHORT,
-    SHORT_CHUNK,
     TILE,
     UNIT,
     VECTOR,
     factor_on,
-    factor_to,
     first_slot,
     head_base,
     is_behind,
@@ -65,8 +62,9 @@ from fla.backends.triton.decay._decay import (
     segment,
     state_before,
     state_gradient_after,
+    store_change,
 )
-from fla.backends.triton.decay.far_backward import far_dk, far_dq, far_dv
+from fla.backends.triton.decay.far_backward import far_role
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
 from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
@@ -81,23 +79,19 @@ def _dq_role(
     q, k, v, g, do, h0, dht, dq, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
-    if PREPARED:
+    if KIND == VECTOR:
         b_on = factor_on(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        if KIND == SHORT:
-            b_S *= factor_to(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
-        else:
-            b_S *= UNIT
+        b_S *= UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
@@ -115,15 +109,11 @@ def _dq_role(
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
-        if PREPARED:
+        if KIND == VECTOR:
             b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
-            if KIND == SHORT:
-                b_to = factor_to(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
             b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :]
-            if KIND == SHORT:
-                b_S *= b_to[None, :]  # apart: the product of the two may be no number of float32
             b_on = b_on_next
         else:
             if rows is not None:
@@ -140,18 +130,7 @@ def _dq_role(
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
     if change is not None:
-        # <S, dS> with the S of these rounded operands: with any other the gate gradient's terms do not cancel
-        if PREPARED:
-            b_dS = state_gradient_after(
-                dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V
-            )  # fmt: skip
-            if KIND == VECTOR:
-                b_S *= 1.0 / UNIT
-            tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
-        elif dht is not None:
-            if t_end == length:
-                b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
-                tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
+        store_change(change, b_S, dht, local, at, scale, o_k, o_v, K, V, KIND)
 
 
 @triton.jit
@@ -159,11 +138,10 @@ def _dk_role(
     q, k, v, g, do, dht, dk, dh0, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -171,12 +149,9 @@ def _dk_role(
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
-    if PREPARED:
+    if KIND == VECTOR:
         b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
-        if KIND == SHORT:
-            b_to = factor_to(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        else:
-            b_dS *= 1.0 / UNIT
+        b_dS *= 1.0 / UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
@@ -195,14 +170,11 @@ def _dk_role(
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
             b_dk = dot_split(b_v, b_dS, DTYPE)
-        if PREPARED:
+        if KIND == VECTOR:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
             b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
-            if KIND == SHORT:
-                b_dS *= b_to[None, :]
-                b_to = factor_to(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dS *= b_on[None, :]
         else:
             if rows is not None:
@@ -230,11 +202,10 @@ def _dv_role(
     q, k, g, do, dht, dv, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -242,12 +213,9 @@ def _dv_role(
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
-    if PREPARED:
+    if KIND == VECTOR:
         b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
-        if KIND == SHORT:
-            b_to = factor_to(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        else:
-            b_dS *= 1.0 / UNIT
+        b_dS *= 1.0 / UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
@@ -263,14 +231,11 @@ def _dv_role(
         b_do = load_tile(do_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, B_WAY).to(DTYPE)
         b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
-        if PREPARED:
+        if KIND == VECTOR:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
             b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
-            if KIND == SHORT:
-                b_dS *= b_to[:, None]
-                b_to = factor_to(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dS *= b_on[:, None]
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
@@ -299,7 +264,7 @@ def _role(
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
-    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
+    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR) or (KIND == SHORT)
     i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
     at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     i_n, i_h = i_state // H, i_state % H
@@ -310,12 +275,13 @@ def _role(
     if PREPARED:
         slot = first_slot(cu_seqlens, start, i_n, T)
         g += marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
-    i_key = i_role % KEYS
-    i_k, i_v = i_key % TK, i_key // TK
+    i_key, i_value = i_role % KEYS, i_role - N_DQ - N_DK
+    i_k, i_v = i_key % TK, i_key // TK  # tile and slice of dq and dk
+    i_slice, i_tile = i_value // TV, i_value % TV  # of dv
     change = rows if GATES & ROLES else None
     if GATES & ROLES:
         change += ((i_v * states + i_state) * S + i_s) * K
-    dq, dv = grads + i_v * size_k, grads
+    dq, dv = grads + i_v * size_k, grads + i_slice * size_v
     dk = dq + NV * size_k
     if PREPARED:
         dq = rows + NV * states * S * K + i_v * size_k
@@ -324,24 +290,17 @@ def _role(
         dv += 2 * NV * size_k
         if rows is not None:
             rows += NV * states * S * K + i_role * tokens * H
-    if i_role < N_DQ:
-        if FAR:
-            far_dq(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
-        else:
-            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+    if FAR:
+        is_dq, is_dv = i_role < N_DQ, i_role >= N_DQ + N_DK
+        role = (is_dq, is_dv, tl.where(is_dv, i_slice, i_v), tl.where(is_dv, i_tile, i_k))
+        d_key = tl.where(is_dq, dq, dk)
+        far_role(q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H, K, V, KIND)
+    elif i_role < N_DQ:
+        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     elif i_role < N_DQ + N_DK:
-        if FAR:
-            far_dk(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
-        else:
-            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     else:
-        i_value = i_role - N_DQ - N_DK
-        i_slice, i_tile = i_value // TV, i_value % TV
-        dv += i_slice * size_v
-        if FAR:
-            far_dv(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
-        else:
-            _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
+        _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
