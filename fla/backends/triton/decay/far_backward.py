@@ -46,11 +46,9 @@ def _load(x, y, is_y, row, o_c, m_c, H, o_d, D, DTYPE: tl.constexpr):
     if x.dtype == y.dtype:
         return load_rows(tl.where(is_y, y, x) + row * D, o_c, m_c, H, o_d, D).to(DTYPE)
     else:
-        if is_y:
-            b_x = load_rows(y + row * D, o_c, m_c, H, o_d, D).to(DTYPE)
-        else:
-            b_x = load_rows(x + row * D, o_c, m_c, H, o_d, D).to(DTYPE)
-        return b_x
+        b_x = load_rows(x + row * D, o_c, tl.where(is_y, False, m_c), H, o_d, D).to(DTYPE)
+        b_y = load_rows(y + row * D, o_c, tl.where(is_y, m_c, False), H, o_d, D).to(DTYPE)
+        return tl.where(is_y, b_y, b_x)
 
 
 @triton.jit
@@ -59,18 +57,16 @@ def _store(x, y, is_y, row, o_c, m_c, H, o_d, D, b_x):
     if x.dtype == y.dtype:
         store_rows(tl.where(is_y, y, x) + row * D, o_c, m_c, H, o_d, D, b_x)
     else:
-        if is_y:
-            store_rows(y + row * D, o_c, m_c, H, o_d, D, b_x)
-        else:
-            store_rows(x + row * D, o_c, m_c, H, o_d, D, b_x)
+        store_rows(x + row * D, o_c, tl.where(is_y, False, m_c), H, o_d, D, b_x)
+        store_rows(y + row * D, o_c, tl.where(is_y, m_c, False), H, o_d, D, b_x)
 
 
 @triton.jit
 def _factors(p, is_chunk, is_dv, o_d, o_e, K: tl.constexpr):
     """SHORT's factors at `p` for both axes of a state. One of them is that of K; those of the other are 1."""
-    b_d = factor_to(p, o_d, is_chunk & is_dv, K)
-    b_e = factor_to(p, o_e, is_chunk & (is_dv == 0), K)
-    return b_d[:, None], b_e[None, :]
+    b_d = factor_to(p, o_d, is_chunk, tl.where(is_dv, K, 0))
+    b_e = factor_to(p, o_e, is_chunk, tl.where(is_dv, 0, K))
+    return b_d, b_e
 
 
 @triton.jit
@@ -94,7 +90,7 @@ def far_role(
     chunks = tl.cdiv(t_end - t_begin, C)
     sign = tl.where(is_dq, 1, -1)
     t_first = tl.where(is_dq, t_begin, t_begin + (chunks - 1) * C)
-    m_pair = (o_c[:, None] - o_c[None, :]) * sign >= 0
+    m_pair = tl.where(is_dq, o_c[:, None] >= o_c[None, :], o_c[:, None] <= o_c[None, :])
     if is_dq:
         b_Z = state_before(h0, local, i_state, i_s, S, o_e[None, :], o_d[:, None], K, V)
     elif is_dv:
@@ -105,17 +101,15 @@ def far_role(
         # a chunk's factor to its middle, then that from there on: in the order of time, or in reverse
         g_in, g_out = g + tl.where(is_dq, 0, K), g + tl.where(is_dq, K, 0)
         b_d, b_e = _factors(g_in + t_first // C * (2 * K * H), t_begin < t_end, is_dv, o_d, o_e, K)
-        b_Z *= b_d * b_e
+        b_Z = b_Z * b_d[:, None] * b_e[None, :]
     for i in tl.range(0, chunks, num_stages=STAGES):
-        t = t_first + i * C * sign
+        t = tl.where(is_dq, t_first + i * C, t_first - i * C)
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
         b_a = _load(tl.where(is_dq, do, v), k, is_dv, row, o_c, m_c, H, o_d, D, DTYPE)
         b_b = _load(tl.where(is_dq, v, do), q, is_dv, row, o_c, m_c, H, o_d, D, DTYPE)
         b_c = _load(tl.where(is_dq, k, q), do, is_dv, row, o_c, m_c, H, o_e, E, DTYPE)
         if KIND == SHORT:
-            b_d_out, b_e_out = _factors(g_out + t // C * (2 * K * H), True, is_dv, o_d, o_e, K)
-            b_d, b_e = _factors(g_in + (t // C + sign) * (2 * K * H), i + 1 < chunks, is_dv, o_d, o_e, K)
             b_P = tl.where(m_pair, tl.dot(b_a, tl.trans(b_b)), 0.0)
         else:
             b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
@@ -126,7 +120,10 @@ def far_role(
             b_inter = tl.dot(b_a, operand(b_Z, DTYPE))
         else:
             b_inter = dot_split(b_a, b_Z, DTYPE)
-        if KIND != SHORT:
+        if KIND == SHORT:
+            b_d_out, b_e_out = _factors(g_out + t // C * (2 * K * H), True, is_dv, o_d, o_e, K)
+            b_d, b_e = _factors(g_in + (t // C + sign) * (2 * K * H), i + 1 < chunks, is_dv, o_d, o_e, K)
+        else:
             if rows is not None:  # of dq and dk
                 m_row = tl.where(is_dv, False, m_c)
                 b_x = load_rows(tl.where(is_dq, q, k) + row * K, o_c, m_row, H, o_e, K)
@@ -138,8 +135,8 @@ def far_role(
         _store(d_key, dv, is_dv, row, o_c, m_c, H, o_e, E, (b_X + b_inter) * scale)
         b_Z = tl.dot(tl.trans(b_b), b_c, acc=b_Z)
         if KIND == SHORT:
-            b_Z *= b_d_out * b_e_out
-            b_Z *= b_d * b_e  # apart: the product of both factors may be no number of float32
+            b_Z = b_Z * b_d_out[:, None] * b_e_out[None, :]
+            b_Z = b_Z * b_d[:, None] * b_e[None, :]  # apart: the product of both factors may be no number of float32
     if change is not None:
         if is_dq:
             store_change(change, b_Z, dht, local, at, scale, o_e, o_d, K, V, KIND)
