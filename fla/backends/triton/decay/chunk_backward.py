@@ -9,8 +9,8 @@ Relative to the chunk's middle `m`, as in the forward, Qn = e^{G - m} Q, Kn = e^
 
 Per key channel, Qn and Kn come from `prepare.py`, dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS)), and
 `gate_gradient.py` makes dQ and dK of the gradients of Qn and Kn. Of VECTOR `e^m` is the constant UNIT: S is held in
-units of 1 / UNIT, dS in units of UNIT, and a chunk has one factor, `e^{G_C}`. FAR_* kinds scale the scores by
-`exp(G_i - G_j)` and states by the whole chunk's decay instead.
+units of 1 / UNIT, dS in units of UNIT, and a chunk has one factor, `e^{G_C}`. Heads with stronger decays (FAR_*, SHORT)
+take another body, one for all roles (`far_backward.py`).
 
 Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand: what enters
 a state is a loaded tile on the left.

@@ -42,7 +42,9 @@ STAGES = tl.constexpr(2)  # loads by pointers have room for no more beside a sec
 
 @triton.jit
 def _load(x, y, is_y, row, o_c, m_c, H, o_d, D, DTYPE: tl.constexpr):
-    """`load_rows` from token `row` (64 bits) on, of `y` if `is_y`, else of `x`, in DTYPE."""
+    """`load_rows` from token `row` (64 bits) on, of `y` if `is_y`, else of `x`, in DTYPE. Where they differ in type
+    (of fp16, prepared q and k are float32) both are loaded, one of them all masked: a branch's loads would not be on
+    their way ahead of time."""
     if x.dtype == y.dtype:
         return load_rows(tl.where(is_y, y, x) + row * D, o_c, m_c, H, o_d, D).to(DTYPE)
     else:
@@ -53,7 +55,7 @@ def _load(x, y, is_y, row, o_c, m_c, H, o_d, D, DTYPE: tl.constexpr):
 
 @triton.jit
 def _store(x, y, is_y, row, o_c, m_c, H, o_d, D, b_x):
-    """The inverse of `_load`, in the tensor's dtype."""
+    """The inverse of `_load`."""
     if x.dtype == y.dtype:
         store_rows(tl.where(is_y, y, x) + row * D, o_c, m_c, H, o_d, D, b_x)
     else:
@@ -74,13 +76,15 @@ def far_role(
     q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """`role`: whether it is dq, whether it is dv, its slice of D and its tile of E. `d_key`: where dq or dk goes."""
+    """`role`: whether it is dq, whether it is dv, its slice of D and its tile of E. `d_key`: where dq or dk goes.
+
+    (How things are put here that look as good otherwise was chosen by what spills least.)"""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     BD: tl.constexpr = 64 if K <= 64 and V <= 64 else 128
     DTYPE: tl.constexpr = q.dtype.element_ty
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     is_dq, is_dv, i_d, i_e = role
-    if K == V:
+    if K == V:  # then both are known to the compiler
         D: tl.constexpr = K
         E: tl.constexpr = K
     else:
@@ -132,7 +136,7 @@ def far_role(
             b_inter *= tl.exp2(b_into)[:, None]
             b_c = (b_c * tl.exp2(b_on)[:, None]).to(DTYPE)
             b_Z *= tl.exp2(total)
-        _store(d_key, dv, is_dv, row, o_c, m_c, H, o_e, E, (b_X + b_inter) * scale)
+        _store(d_key, dv, is_dv, row, o_c, m_c, H, o_e, E, b_X * scale + b_inter * scale)
         b_Z = tl.dot(tl.trans(b_b), b_c, acc=b_Z)
         if KIND == SHORT:
             b_Z = b_Z * b_d_out[:, None] * b_e_out[None, :]
