@@ -29,16 +29,19 @@ def sequence(cu_seqlens, i_n, T):
 
 
 @triton.jit
-def columns_mask(m_row, o_d, D: tl.constexpr):
-    """`m_row` for tiles that lie inside D columns, with the columns after D masked too for others."""
-    if D // o_d.shape[0] * o_d.shape[0] == D:  # (no % here: the interpreter has none)
+def columns_mask(m_row, o_d, D):
+    """`m_row` for tiles that lie inside D columns, with the columns after D masked too for others and where D is known
+    at run time alone."""
+    if isinstance(D, tl.tensor):
+        return m_row[:, None] & (o_d < D)[None, :]
+    elif D // o_d.shape[0] * o_d.shape[0] == D:  # (no % here: the interpreter has none)
         return m_row[:, None]
     else:
         return m_row[:, None] & (o_d < D)[None, :]
 
 
 @triton.jit
-def load_rows(p, o_c, m_c, H, o_d, D: tl.constexpr):
+def load_rows(p, o_c, m_c, H, o_d, D):
     """Tokens `o_c` of one head of a `[., H, D]` tensor, columns `o_d`, zeros outside. `p` points at the head's token 0:
     offsets inside a tile fit in 32 bits."""
     return tl.load(p + o_c[:, None] * (H * D) + o_d[None, :], mask=columns_mask(m_c, o_d, D), other=0.0)
@@ -73,7 +76,7 @@ def load_tile(x, t, first, row, o_c, m_c, H, o_d, D: tl.constexpr, C: tl.constex
 
 
 @triton.jit
-def store_rows(p, o_c, m_c, H, o_d, D: tl.constexpr, x):
+def store_rows(p, o_c, m_c, H, o_d, D, x):
     """The inverse of `load_rows`, in the tensor's dtype."""
     x = x.to(p.dtype.element_ty)
     tl.store(p + o_c[:, None] * (H * D) + o_d[None, :], x, mask=columns_mask(m_c, o_d, D))

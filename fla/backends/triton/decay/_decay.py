@@ -198,6 +198,22 @@ def state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k,
 
 
 @triton.jit
+def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
+    """`<S, dS>` of every channel of K, for the state at the end of a segment (`at`: a program's place). It takes the S
+    of a role's rounded operands: with any other the gate gradient's terms do not cancel."""
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    if (KIND == VECTOR) or (KIND == SHORT):
+        b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
+        if KIND == VECTOR:
+            b_S *= 1.0 / UNIT
+        tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
+    elif dht is not None:
+        if t_end == length:
+            b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
+            tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
+
+
+@triton.jit
 def add_segment(b_S, slot, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
     """`b_S` decayed by a segment, plus what the segment adds. A slot holds its `[K, V]` sum, then its `[K]` decay."""
     b_decay = tl.load(slot + K * V + o_k, mask=o_k < K, other=0.0)

@@ -9,8 +9,8 @@ Relative to the chunk's middle `m`, as in the forward, Qn = e^{G - m} Q, Kn = e^
 
 Per key channel, Qn and Kn come from `prepare.py`, dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS)), and
 `gate_gradient.py` makes dQ and dK of the gradients of Qn and Kn. Of VECTOR `e^m` is the constant UNIT: S is held in
-units of 1 / UNIT, dS in units of UNIT, and a chunk has one factor, `e^{G_C}`. FAR_* kinds scale the scores by
-`exp(G_i - G_j)` and states by the whole chunk's decay instead.
+units of 1 / UNIT, dS in units of UNIT, and a chunk has one factor, `e^{G_C}`. Heads with stronger decays (FAR_*, SHORT)
+take another body, one for all roles (`far_backward.py`).
 
 Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand: what enters
 a state is a loaded tile on the left.
@@ -34,7 +34,6 @@ from fla.backends.triton._lib import (
     TO_REGISTERS,
     dot_split,
     load_rows,
-    load_state,
     load_tile,
     operand,
     store_rows,
@@ -49,12 +48,10 @@ from fla.backends.triton.decay._decay import (
     PAIR,
     SCALAR,
     SHORT,
-    SHORT_CHUNK,
     TILE,
     UNIT,
     VECTOR,
     factor_on,
-    factor_to,
     first_slot,
     head_base,
     is_behind,
@@ -66,8 +63,9 @@ from fla.backends.triton.decay._decay import (
     segment,
     state_before,
     state_gradient_after,
+    store_change,
 )
-from fla.backends.triton.decay.far_backward import far_dk, far_dq, far_dv
+from fla.backends.triton.decay.far_backward import far_role
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
 from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
@@ -80,33 +78,23 @@ ALL_ROLES, ON_TILES = DQ.value | DK.value | DV.value, WIDE.value + WAYS.value * 
 
 
 @triton.jit
-def _scores(b_a, b_b, m_pair, DTYPE: tl.constexpr):
-    return operand(tl.where(m_pair, tl.dot(b_a, tl.trans(b_b)), 0.0), DTYPE)
-
-
-@triton.jit
 def _dq_role(
     q, k, v, g, do, h0, dht, dq, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    LATE: tl.constexpr = BV > 128  # scores after the state's part, for fewer spills
-    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
-    if PREPARED:
+    if KIND == VECTOR:
         b_on = factor_on(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        if KIND == SHORT:
-            b_S *= factor_to(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
-        else:
-            b_S *= UNIT
+        b_S *= UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
@@ -119,23 +107,16 @@ def _dq_role(
         b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
         b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
         b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
-        if not LATE:
-            b_P = _scores(b_do, b_v, m_pair, DTYPE)
         if change is None:
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
-        if LATE:
-            b_P = _scores(b_do, b_v, m_pair, DTYPE)
-        if PREPARED:
+        b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        if KIND == VECTOR:
             b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
-            if KIND == SHORT:
-                b_to = factor_to(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
             b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :]
-            if KIND == SHORT:
-                b_S *= b_to[None, :]  # apart: the product of the two may be no number of float32
             b_on = b_on_next
         else:
             if rows is not None:
@@ -152,18 +133,7 @@ def _dq_role(
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
     if change is not None:
-        # <S, dS> with the S of these rounded operands: with any other the gate gradient's terms do not cancel
-        if PREPARED:
-            b_dS = state_gradient_after(
-                dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V
-            )  # fmt: skip
-            if KIND == VECTOR:
-                b_S *= 1.0 / UNIT
-            tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
-        elif dht is not None:
-            if t_end == length:
-                b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
-                tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
+        store_change(change, b_S, dht, local, at, scale, o_k, o_v, K, V, KIND)
 
 
 @triton.jit
@@ -171,12 +141,10 @@ def _dk_role(
     q, k, v, g, do, dht, dk, dh0, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    LATE: tl.constexpr = BV > 128
-    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -184,12 +152,9 @@ def _dk_role(
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
-    if PREPARED:
+    if KIND == VECTOR:
         b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
-        if KIND == SHORT:
-            b_to = factor_to(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        else:
-            b_dS *= 1.0 / UNIT
+        b_dS *= 1.0 / UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
@@ -203,22 +168,16 @@ def _dk_role(
         b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
         b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
         b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
-        if not LATE:
-            b_P = _scores(b_v, b_do, m_pair, DTYPE)
         if change is None:
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
             b_dk = dot_split(b_v, b_dS, DTYPE)
-        if LATE:
-            b_P = _scores(b_v, b_do, m_pair, DTYPE)
-        if PREPARED:
+        b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        if KIND == VECTOR:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
             b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
-            if KIND == SHORT:
-                b_dS *= b_to[None, :]
-                b_to = factor_to(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dS *= b_on[None, :]
         else:
             if rows is not None:
@@ -246,12 +205,10 @@ def _dv_role(
     q, k, g, do, dht, dv, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    LATE: tl.constexpr = BK > 128
-    PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -259,12 +216,9 @@ def _dv_role(
     m_pair = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
-    if PREPARED:
+    if KIND == VECTOR:
         b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
-        if KIND == SHORT:
-            b_to = factor_to(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)
-        else:
-            b_dS *= 1.0 / UNIT
+        b_dS *= 1.0 / UNIT
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
@@ -278,19 +232,13 @@ def _dv_role(
         b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, AB_WAY)
         b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
         b_do = load_tile(do_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, B_WAY).to(DTYPE)
-        if not LATE:
-            b_P = _scores(b_k, b_q, m_pair, DTYPE)
         b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
-        if LATE:
-            b_P = _scores(b_k, b_q, m_pair, DTYPE)
-        if PREPARED:
+        b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
+        if KIND == VECTOR:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
             b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
-            if KIND == SHORT:
-                b_dS *= b_to[:, None]
-                b_to = factor_to(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dS *= b_on[:, None]
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
@@ -320,7 +268,7 @@ def _role(
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
-    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
+    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR) or (KIND == SHORT)
     i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
     at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     i_n, i_h = i_state // H, i_state % H
@@ -331,12 +279,13 @@ def _role(
     if PREPARED:
         slot = first_slot(cu_seqlens, start, i_n, T)
         g += marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
-    i_key = i_role % KEYS
-    i_k, i_v = i_key % TK, i_key // TK
+    i_key, i_value = i_role % KEYS, i_role - N_DQ - N_DK
+    i_k, i_v = i_key % TK, i_key // TK  # tile and slice of dq and dk
+    i_slice, i_tile = i_value // TV, i_value % TV  # of dv
     change = rows if GATES & ROLES else None
     if GATES & ROLES:
         change += ((i_v * states + i_state) * S + i_s) * K
-    dq, dv = grads + i_v * size_k, grads
+    dq, dv = grads + i_v * size_k, grads + i_slice * size_v
     dk = dq + NV * size_k
     if PREPARED:
         dq = rows + NV * states * S * K + i_v * size_k
@@ -345,24 +294,17 @@ def _role(
         dv += 2 * NV * size_k
         if rows is not None:
             rows += NV * states * S * K + i_role * tokens * H
-    if i_role < N_DQ:
-        if FAR:
-            far_dq(q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
-        else:
-            _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+    if FAR:
+        is_dq, is_dv = i_role < N_DQ, i_role >= N_DQ + N_DK
+        role = (is_dq, is_dv, tl.where(is_dv, i_slice, i_v), tl.where(is_dv, i_tile, i_k))
+        d_key = tl.where(is_dq, dq, dk)
+        far_role(q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H, K, V, KIND)
+    elif i_role < N_DQ:
+        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     elif i_role < N_DQ + N_DK:
-        if FAR:
-            far_dk(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v, K, V, BV, KIND)
-        else:
-            _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     else:
-        i_value = i_role - N_DQ - N_DK
-        i_slice, i_tile = i_value // TV, i_value % TV
-        dv += i_slice * size_v
-        if FAR:
-            far_dv(q, k, g, do, dht, dv, local, at, scale, H, i_slice, i_tile, K, V, BK, KIND)
-        else:
-            _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
+        _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -415,9 +357,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
     vector = problem.gk is not None
     prepared = Prepared(problem)
-    # (gates' roles lack registers for it: docs/measured.md)
-    tiled = problem.cu_seqlens is None and CHUNK.value < T and not vector and problem.g is None
-    tiled = tiled and has_tensor_descriptors(prepared.q, prepared.k, v, do)
+    tiled = problem.cu_seqlens is None and CHUNK.value < T and has_tensor_descriptors(prepared.q, prepared.k, v, do)
     wide = tiled and max(K, V) > WIDEST_BACKWARD and prepared.kinds < PAIR
     NK, NV, keys, values, L = _plan(N, H, K, V, T, WIDEST if wide else WIDEST_BACKWARD)
     S = ceil_div(T, L)
@@ -438,7 +378,9 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     else:
         roles, stages = ALL_ROLES | (GATES.value if needs_gate else 0), 2
         if tiled and NK == NV == 1:  # (sums of slices gain nothing)
-            roles, stages = roles + WAYS.value * TO_REGISTERS.value, 3
+            gated = vector or problem.g is not None  # then registers are short
+            way, stages = (TILES.value, 2) if gated else (TO_REGISTERS.value, 3)
+            roles += WAYS.value * way
         constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
         launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, stages)
     if vector:

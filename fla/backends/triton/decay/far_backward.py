@@ -1,137 +1,149 @@
-"""The roles of the backward for heads whose decay, the same for all channels, is too strong for one middle a chunk
-(FAR_CONSTANT, FAR_SCALAR): an exponential for every pair of tokens, and states decayed by whole chunks.
+"""The backward for heads whose decay is too strong for one middle a chunk (FAR_*, SHORT): one body for any role.
 
-    dq:  dP = tril(dO V^T * Gam)    dQ = scale (dP K + e^G dO S^T)
-    dk:  dK = scale (dP^T Q + e^{G_C - G} V dS^T)
-    dv:  P = tril(Q K^T * Gam)      dV = scale (P^T dO + e^{G_C - G} K dS)        dS <- e^{G_C} dS + Q^T (e^G dO)
+All roles are one computation, in one of two directions. With rows `a` and `b` of one width (a slice of D channels),
+rows `c` and `out` of another (a tile of E), and a state `Z` `[D, E]`:
 
-Their frame is that of `chunk_backward.py`.
+                out = scale (X + into Z)         X = (masked A B^T) C         Z <- through Z + B^T (on C)
+
+    dq:     A, B, C = dO, V, K       masked to j <= i       forward in time       Z = S
+    dk:               V, dO, Q                 j >= i       reverse               Z = dS
+    dv:               K, Q, dO                 j >= i       reverse               Z = dS, transposed
+
+FAR_CONSTANT, FAR_SCALAR (one decay for all channels): an exponential for every pair of tokens, `exp(G_i - G_j)` (the
+reverse roles: `exp(G_j - G_i)`), beside the mask. A row's decay from the chunk's start, `e^G`, is `into` of dq and `on`
+of the others; that to its end, `e^{G_C - G}`, is `on` of dq and `into` of the others; `through` is `e^{G_C}`.
+
+SHORT (a decay per channel of K): chunks of 16 tokens, with q and k as `prepare.py` scaled them. Z is held at the middle
+of a chunk, and goes from middle to middle by two factors a channel.
+
+Such heads are rare, and a kernel with a body for each role takes much longer to compile than it saves them: what a role
+does otherwise is chosen at run time. The frame is that of `chunk_backward.py`.
 """
 
 import triton
 import triton.language as tl
 
-from fla.backends.triton._lib import dot_split, load_rows, load_state, store_rows, store_state
+from fla.backends.triton._lib import dot_split, load_rows, operand, store_rows, store_state
 from fla.backends.triton.decay._decay import (
     CHUNK,
+    SHORT,
+    SHORT_CHUNK,
     TILE,
+    factor_to,
     pair_decay,
     scalar_decay,
     state_before,
     state_gradient_after,
+    store_change,
 )
 
 STAGES = tl.constexpr(2)  # loads by pointers have room for no more beside a second program
 
 
 @triton.jit
-def far_dq(
-    q, k, v, g, do, h0, dht, dq, rows, change, local, at, scale, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
+def _load(x, y, is_y, row, o_c, m_c, H, o_d, D, DTYPE: tl.constexpr):
+    """`load_rows` from token `row` (64 bits) on, of `y` if `is_y`, else of `x`, in DTYPE. Where they differ in type
+    (of fp16, prepared q and k are float32) both are loaded, one of them all masked: a branch's loads would not be on
+    their way ahead of time."""
+    if x.dtype == y.dtype:
+        return load_rows(tl.where(is_y, y, x) + row * D, o_c, m_c, H, o_d, D).to(DTYPE)
+    else:
+        b_x = load_rows(x + row * D, o_c, tl.where(is_y, False, m_c), H, o_d, D).to(DTYPE)
+        b_y = load_rows(y + row * D, o_c, tl.where(is_y, m_c, False), H, o_d, D).to(DTYPE)
+        return tl.where(is_y, b_y, b_x)
+
+
+@triton.jit
+def _store(x, y, is_y, row, o_c, m_c, H, o_d, D, b_x):
+    """The inverse of `_load`."""
+    if x.dtype == y.dtype:
+        store_rows(tl.where(is_y, y, x) + row * D, o_c, m_c, H, o_d, D, b_x)
+    else:
+        store_rows(x + row * D, o_c, tl.where(is_y, False, m_c), H, o_d, D, b_x)
+        store_rows(y + row * D, o_c, tl.where(is_y, m_c, False), H, o_d, D, b_x)
+
+
+@triton.jit
+def _factors(p, is_chunk, is_dv, o_d, o_e, K: tl.constexpr):
+    """SHORT's factors at `p` for both axes of a state. One of them is that of K; those of the other are 1."""
+    b_d = factor_to(p, o_d, is_chunk, tl.where(is_dv, K, 0))
+    b_e = factor_to(p, o_e, is_chunk, tl.where(is_dv, 0, K))
+    return b_d, b_e
+
+
+@triton.jit
+def far_role(
+    q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = CHUNK
+    """`role`: whether it is dq, whether it is dv, its slice of D and its tile of E. `d_key`: where dq or dk goes.
+
+    (How things are put here that look as good otherwise was chosen by what spills least.)"""
+    C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
+    BD: tl.constexpr = 64 if K <= 64 and V <= 64 else 128
     DTYPE: tl.constexpr = q.dtype.element_ty
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    is_dq, is_dv, i_d, i_e = role
+    if K == V:  # then both are known to the compiler
+        D: tl.constexpr = K
+        E: tl.constexpr = K
+    else:
+        D, E = tl.where(is_dv, K, V), tl.where(is_dv, V, K)
     i_h = i_state % H
-    o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
-    m_pair = o_c[:, None] >= o_c[None, :]
-    b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
-    for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
+    o_c, o_d, o_e = tl.arange(0, C), i_d * BD + tl.arange(0, BD), i_e * TILE + tl.arange(0, TILE)
+    chunks = tl.cdiv(t_end - t_begin, C)
+    sign = tl.where(is_dq, 1, -1)
+    t_first = tl.where(is_dq, t_begin, t_begin + (chunks - 1) * C)
+    m_pair = tl.where(is_dq, o_c[:, None] >= o_c[None, :], o_c[:, None] <= o_c[None, :])
+    if is_dq:
+        b_Z = state_before(h0, local, i_state, i_s, S, o_e[None, :], o_d[:, None], K, V)
+    elif is_dv:
+        b_Z = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_d[:, None], o_e[None, :], K, V)
+    else:
+        b_Z = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_e[None, :], o_d[:, None], K, V)
+    if KIND == SHORT:
+        # a chunk's factor to its middle, then that from there on: in the order of time, or in reverse
+        g_in, g_out = g + tl.where(is_dq, 0, K), g + tl.where(is_dq, K, 0)
+        b_d, b_e = _factors(g_in + t_first // C * (2 * K * H), t_begin < t_end, is_dv, o_d, o_e, K)
+        b_Z = b_Z * b_d[:, None] * b_e[None, :]
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        t = tl.where(is_dq, t_first + i * C, t_first - i * C)
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
-        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
-        if rows is not None:
-            b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-        b_P = (tl.dot(b_do, tl.trans(b_v)) * pair_decay(b_G, m_pair, False)).to(DTYPE)
-        b_dq = tl.dot(b_P, b_k)
-        if rows is None:
-            b_inter = tl.dot(b_do, b_S.to(DTYPE))
+        b_a = _load(tl.where(is_dq, do, v), k, is_dv, row, o_c, m_c, H, o_d, D, DTYPE)
+        b_b = _load(tl.where(is_dq, v, do), q, is_dv, row, o_c, m_c, H, o_d, D, DTYPE)
+        b_c = _load(tl.where(is_dq, k, q), do, is_dv, row, o_c, m_c, H, o_e, E, DTYPE)
+        if KIND == SHORT:
+            b_P = tl.where(m_pair, tl.dot(b_a, tl.trans(b_b)), 0.0)
         else:
-            b_inter = dot_split(b_do, b_S, DTYPE)
-            b_qs = (b_q * tl.exp2(b_G)[:, None]).to(DTYPE)
-            tl.store(rows + base + t + o_c, tl.sum(b_q * b_dq + b_qs * b_inter, 1) * scale, mask=m_c)
-        b_inter *= tl.exp2(b_G)[:, None]
-        b_k = (b_k * tl.exp2(total - b_G)[:, None]).to(DTYPE)
-        b_S *= tl.exp2(total)
-        store_rows(dq + row * K, o_c, m_c, H, o_k, K, (b_dq + b_inter) * scale)
-        b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
+            b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
+            b_into, b_on = tl.where(is_dq, b_G, total - b_G), tl.where(is_dq, total - b_G, b_G)
+            b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_pair, False)
+        b_X = tl.dot(operand(b_P, DTYPE), b_c)
+        if change is None:
+            b_inter = tl.dot(b_a, operand(b_Z, DTYPE))
+        else:
+            b_inter = dot_split(b_a, b_Z, DTYPE)
+        if KIND == SHORT:
+            b_d_out, b_e_out = _factors(g_out + t // C * (2 * K * H), True, is_dv, o_d, o_e, K)
+            b_d, b_e = _factors(g_in + (t // C + sign) * (2 * K * H), i + 1 < chunks, is_dv, o_d, o_e, K)
+        else:
+            if rows is not None:  # of dq and dk
+                m_row = tl.where(is_dv, False, m_c)
+                b_x = load_rows(tl.where(is_dq, q, k) + row * K, o_c, m_row, H, o_e, K)
+                b_xs = (b_x * tl.exp2(b_into)[:, None]).to(DTYPE)
+                tl.store(rows + base + t + o_c, tl.sum(b_x * b_X + b_xs * b_inter, 1) * scale, mask=m_row)
+            b_inter *= tl.exp2(b_into)[:, None]
+            b_c = (b_c * tl.exp2(b_on)[:, None]).to(DTYPE)
+            b_Z *= tl.exp2(total)
+        _store(d_key, dv, is_dv, row, o_c, m_c, H, o_e, E, b_X * scale + b_inter * scale)
+        b_Z = tl.dot(tl.trans(b_b), b_c, acc=b_Z)
+        if KIND == SHORT:
+            b_Z = b_Z * b_d_out[:, None] * b_e_out[None, :]
+            b_Z = b_Z * b_d[:, None] * b_e[None, :]  # apart: the product of both factors may be no number of float32
     if change is not None:
-        # <S, dS> with the S of these rounded operands: with any other the gate gradient's terms do not cancel
-        if dht is not None:
-            if t_end == length:
-                b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
-                tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
-
-
-@triton.jit
-def far_dk(
-    q, k, v, g, do, dht, dk, dh0, rows, change, local, at, scale, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    C: tl.constexpr = CHUNK
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
-    i_h = i_state % H
-    o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
-    m_pair = o_c[:, None] <= o_c[None, :]
-    b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
-    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
-        t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
-        m_c = t + o_c < t_end
-        row = (start + t) * H + i_h
-        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-        b_v = load_rows(v + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
-        if rows is not None:
-            b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
-        b_P = (tl.dot(b_v, tl.trans(b_do)) * pair_decay(b_G, m_pair, True)).to(DTYPE)
-        b_dk = tl.dot(b_P, b_q)
-        if rows is None:
-            b_inter = tl.dot(b_v, b_dS.to(DTYPE))
-        else:
-            b_inter = dot_split(b_v, b_dS, DTYPE)
-            b_ks = (b_k * tl.exp2(total - b_G)[:, None]).to(DTYPE)
-            tl.store(rows + base + t + o_c, tl.sum(b_k * b_dk + b_ks * b_inter, 1) * scale, mask=m_c)
-        b_inter *= tl.exp2(total - b_G)[:, None]
-        b_q = (b_q * tl.exp2(b_G)[:, None]).to(DTYPE)
-        b_dS *= tl.exp2(total)
-        store_rows(dk + row * K, o_c, m_c, H, o_k, K, (b_dk + b_inter) * scale)
-        b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+        if is_dq:
+            store_change(change, b_Z, dht, local, at, scale, o_e, o_d, K, V, KIND)
     if dh0 is not None:
-        if i_s == 0:
-            store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
-
-
-@triton.jit
-def far_dv(
-    q, k, g, do, dht, dv, local, at, scale, H, i_k, i_v,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    C: tl.constexpr = CHUNK
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
-    i_h = i_state % H
-    o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
-    m_pair = o_c[:, None] <= o_c[None, :]
-    b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
-    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
-        t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
-        m_c = t + o_c < t_end
-        row = (start + t) * H + i_h
-        b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
-        b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
-        b_do = load_rows(do + row * V, o_c, m_c, H, o_v, V).to(DTYPE)
-        b_P = tl.dot(b_k, tl.trans(b_q))
-        b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
-        b_P = (b_P * pair_decay(b_G, m_pair, True)).to(DTYPE)
-        b_dv = tl.dot(b_k, b_dS.to(DTYPE))
-        b_dv *= tl.exp2(total - b_G)[:, None]
-        b_dv = tl.dot(b_P, b_do, acc=b_dv)
-        store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-        b_do = (b_do * tl.exp2(b_G)[:, None]).to(DTYPE)
-        b_dS *= tl.exp2(total)
-        b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
+        if (i_s == 0) & (is_dq == 0) & (is_dv == 0):
+            store_state(dh0, i_state, o_e[None, :], o_d[:, None], K, V, b_Z * scale)
