@@ -161,13 +161,9 @@ def scale_rows(x, b_u, KIND: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(b_G, m_pair, TRANSPOSED: tl.constexpr):
-    """`exp2(G_i - G_j)` where `m_pair`, else 0; `[j, i]` when TRANSPOSED."""
-    if TRANSPOSED:
-        b_D = b_G[None, :] - b_G[:, None]
-    else:
-        b_D = b_G[:, None] - b_G[None, :]
-    return tl.where(m_pair, tl.exp2(tl.where(m_pair, b_D, 0.0)), 0.0)
+def pair_decay(b_G, m_pair):
+    """`exp2(G_i - G_j)` where `m_pair`, else 0."""
+    return tl.where(m_pair, tl.exp2(tl.where(m_pair, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
 
 
 @triton.jit

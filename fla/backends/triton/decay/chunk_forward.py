@@ -118,7 +118,7 @@ def _walk(
             b_P = tl.dot(b_q, tl.trans(b_k))
         if FAR:
             b_o = tl.dot(b_q, operand(b_S, DTYPE)) * tl.exp2(b_G)[:, None]
-            b_o = tl.dot(operand(b_P * pair_decay(b_G, m_pair, False), DTYPE), b_v, acc=b_o)
+            b_o = tl.dot(operand(b_P * pair_decay(b_G, m_pair), DTYPE), b_v, acc=b_o)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_v = (b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S * tl.exp2(total))

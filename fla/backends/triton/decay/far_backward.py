@@ -118,7 +118,7 @@ def far_role(
         else:
             b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
             b_into, b_on = tl.where(is_dq, b_G, total - b_G), tl.where(is_dq, total - b_G, b_G)
-            b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_pair, False)
+            b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_pair)
         b_X = tl.dot(operand(b_P, DTYPE), b_c)
         if change is None:
             b_inter = tl.dot(b_a, operand(b_Z, DTYPE))
