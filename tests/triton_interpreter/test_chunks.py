@@ -56,10 +56,12 @@ def test_segments(case, short_segments, monkeypatch):
     assert seen, "nothing was cut"
 
 
+@pytest.mark.parametrize("parts", (2, 16))
 @pytest.mark.parametrize("case", [case for case in SEGMENTED if case.spec.name == "simple_gla"], ids=str)
-def test_gate_gradients_in_parts(case, monkeypatch):
-    """Each part of a sequence adds up what lies behind it."""
+def test_gate_gradients_in_parts(case, parts, monkeypatch):
+    """Each part of a sequence, of one block or several, adds up what lies behind it."""
     monkeypatch.setattr(gate_gradient, "LONG", tl.constexpr(64))
+    monkeypatch.setattr(gate_gradient, "PARTS", tl.constexpr(parts))
     check_chunks(case)
 
 

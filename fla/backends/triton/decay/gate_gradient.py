@@ -37,6 +37,7 @@ from fla.backends.triton.decay.prepare import Prepared
 
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
 LONGER = tl.constexpr(4096)  # the same where they are only added up
+PARTS = tl.constexpr(16)  # of a sequence at most: what all of them add up grows with their square
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
@@ -45,8 +46,8 @@ def scalar_gate_gradient_kernel(
     HAS_CHANGE: tl.constexpr,
 ):  # fmt: skip
     """Per head: `rows` as `chunk_backward_kernel` leaves them, TERMS of them (the latter half to be subtracted).
-    Without packing a program has LONG tokens, and sums the rows behind them itself; of a pack it walks a sequence."""
-    parts = tl.cdiv(T, LONG) if cu_seqlens is None else 1
+    Without packing a program has a part of them, and adds up the rows behind itself; of a pack it walks a sequence."""
+    parts = tl.minimum(tl.cdiv(T, LONG), PARTS) if cu_seqlens is None else 1
     i_state, states = tl.program_id(0).to(tl.int64) // parts, tl.num_programs(0) // parts
     i_n, i_h = i_state // H, i_state % H
     start, length = sequence(cu_seqlens, i_n, T)
@@ -64,8 +65,9 @@ def scalar_gate_gradient_kernel(
     rows += (CHANGES * S * K) * states + base
     first, last = 0, tl.cdiv(length, LONG)
     if cu_seqlens is None:
-        first = tl.program_id(0) % parts
-        last = first + 1
+        blocks = tl.cdiv(last, parts)
+        first = tl.program_id(0) % parts * blocks
+        last = tl.minimum(last, first + blocks)
         for i in range(0, first * LONG, LONGER):
             o_i = i + tl.arange(0, LONGER)
             b_r = _rows_of(rows, length - 1 - o_i, o_i < first * LONG, tokens * H, TERMS)
@@ -218,6 +220,6 @@ def close_gate_gradient(
     dg = problem.g.new_empty(problem.g.shape)
     constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
     T = problem.q.shape[1]
-    parts = ceil_div(T, LONG.value) if problem.cu_seqlens is None else 1
+    parts = min(ceil_div(T, LONG.value), PARTS.value) if problem.cu_seqlens is None else 1
     launch(scalar_gate_gradient_kernel, N * H * parts, (problem.g, rows, dg, problem.cu_seqlens, T, H, L), constants)
     return dg

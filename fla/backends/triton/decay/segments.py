@@ -17,11 +17,9 @@ import triton.language as tl
 
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import ceil_div, has_tensor_descriptors, launch
-from fla.backends.triton._lib import POINTERS, TILES, load_tile, log2_decay, tiles_of
+from fla.backends.triton._lib import POINTERS, TILES, load_tile, tiles_of
 from fla.backends.triton.decay._decay import (
     CHUNK,
-    CONSTANT,
-    FAR_SCALAR,
     NONE,
     PAIR,
     SCALAR,
@@ -37,9 +35,7 @@ from fla.backends.triton.decay._decay import (
     is_behind,
     is_far,
     marks_size,
-    near_decay,
     scalar_decay,
-    scale_rows,
     segment,
 )
 from fla.backends.triton.decay.prepare import Prepared
@@ -59,31 +55,31 @@ def _walk(
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = x.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
-    PLAIN: tl.constexpr = (KIND == NONE) or (KIND == CONSTANT)  # what lies between two tokens is known
+    # with one decay for all channels rows are scaled to the segment's far end, whatever their strength, and the walk
+    # begins there; with one a channel states are, chunk by chunk
+    BACKWARDS: tl.constexpr = REVERSE if PREPARED else not REVERSE
     start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     base = head_base(cu_seqlens, start, i_h, T, H)
-    if not (PREPARED or PLAIN):
+    if KIND == SCALAR:
         base += marks_size(cu_seqlens, T, H, states)
     slot = first_slot(cu_seqlens, start, i_n, T)
     b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
     count = tl.cdiv(t_end - t_begin, C)
-    t = t_begin + ((count - 1) * C if REVERSE else 0)
-    if KIND == CONSTANT:
-        step = log2_decay(tl.load(g + i_h))
-        b_decay *= tl.exp2(step * (t_end - t_begin))
+    t = t_begin + ((count - 1) * C if BACKWARDS else 0)
     if PREPARED:
         p_factors = g + marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
         b_on = factor_on(p_factors + t // C * (2 * K * H), o_k, True, K)
         if KIND == SHORT:
             b_to = factor_to(p_factors + t // C * (2 * K * H), o_k, True, K)
-    elif KIND == SCALAR:
-        b_u, half = near_decay(g, base, i_h, t, t_end, True, KIND)
+    else:
+        passed = 0.0  # log2 decay of the chunks behind
+        b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
     x_tiles = tiles_of(x, start * H + i_h, t_end, H, K, C, BK, WAY)
     y_tiles = tiles_of(y, start * H + i_h, t_end, H, V, C, TILE, WAY)
     for i in range(0, count):
-        t = t_begin + (count - 1 - i if REVERSE else i) * C
-        t_next = t - C if REVERSE else t + C
+        t = t_begin + (count - 1 - i if BACKWARDS else i) * C
+        t_next = t - C if BACKWARDS else t + C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
         b_x = load_tile(x_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
@@ -101,23 +97,15 @@ def _walk(
             else:  # to the end of this chunk, or of the one before it
                 b_S *= (b_on_next if REVERSE else b_on)[None, :]
             b_on = b_on_next
-        elif PLAIN:
-            if KIND == CONSTANT:
-                o_t = t + o_c - t_begin + 1 if REVERSE else tl.maximum(t_end - 1 - t - o_c, 0)
-                b_x = (b_x * tl.exp2(step * o_t)[:, None]).to(DTYPE)
-            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
-        elif KIND == FAR_SCALAR:
-            b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
-            b_x = (b_x * tl.exp2(b_G if REVERSE else total - b_G)[:, None]).to(DTYPE)
-            b_decay *= tl.exp2(total)
-            b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S * tl.exp2(total))
         else:
-            b_u_next, half_next = near_decay(g, base, i_h, t_next, t_end, i + 1 < count, KIND)
-            b_x = scale_rows(b_x, b_u if REVERSE else -b_u, KIND).to(DTYPE)
+            b_G_next, total_next = scalar_decay(g, base, i_h, t_next, t_end, i + 1 < count, KIND)
+            if KIND != NONE:
+                b_x = (b_x * tl.exp2(passed + (b_G if REVERSE else total - b_G))[:, None]).to(DTYPE)
             b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
-            b_decay *= half * half
-            b_S *= half * half_next
-            b_u, half = b_u_next, half_next
+            passed += total
+            b_G, total = b_G_next, total_next
+    if not PREPARED:
+        b_decay *= tl.exp2(passed)
     if KIND == VECTOR:
         b_S *= UNIT if REVERSE else 1.0 / UNIT
     p = local + (i_state * S + i_s) * (K * V + K)
@@ -197,7 +185,7 @@ def _launch(problem: Problem, prepared: Prepared, L: int, x, y, local, REVERSE: 
     grid = N * H * ceil_div(T, L) * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
     arguments = (x, y, prepared.gate, local, problem.cu_seqlens, T, H, L)
     way = POINTERS if problem.cu_seqlens is not None or not has_tensor_descriptors(x, y) else TILES
-    # constant decays of any strength are computed alike
-    kinds = CONSTANT.value if prepared.kinds % PAIR == CONSTANT.value else prepared.kinds
+    # one decay for all channels: near and far heads are computed alike
+    kinds = prepared.kinds if problem.gk is not None else prepared.kinds % PAIR
     constants = {"K": K, "V": V, "WAY": way.value, "KINDS": kinds, "REVERSE": REVERSE}
     launch(segment_states_kernel, grid, arguments, constants, 4, 3)
