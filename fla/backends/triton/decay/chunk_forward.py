@@ -192,11 +192,10 @@ def chunk_forward_kernel(
 @functools.lru_cache(maxsize=4096)
 def _plan(
     N: int, H: int, K: int, V: int, T: int, kinds: int, dtype: torch.dtype, tiled: bool
-) -> tuple[int, int, int, int, int, int]:
-    """Channels and number of slices of K, tokens a segment, programs, how q, k and v come, and pipeline stages: from
-    shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
-    tiled = tiled and CHUNK.value < T  # descriptors cost a program two microseconds
-    kind = kinds % PAIR
+) -> tuple[int, int, int, int, int, int, tuple[int, ...]]:
+    """Channels and number of slices of K, tokens a segment, programs, how q, k and v come, pipeline stages, and the
+    kinds of each launch: from shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
+    kind, far = kinds % PAIR, kinds // PAIR
     # wider ones spill too much where addresses take registers, or operands are float32 (fp16's of the vector kind)
     narrow = (kind == SCALAR.value and not tiled) or (kind == VECTOR.value and dtype == torch.float16)
     BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
@@ -212,16 +211,10 @@ def _plan(
         way, stages = TO_REGISTERS.value, 3
     elif grid <= 132 and kind != SCALAR.value:
         stages = 3  # one program a multiprocessor must hide its loads alone
-    return BK, slices, L, grid, way, stages
-
-
-def _launched(kinds: int, BK: int) -> tuple[int, ...]:
-    """The kinds of each launch: a pair whose bodies spill too much together takes one for each, said as a pair with
-    itself."""
-    near, far = kinds % PAIR, kinds // PAIR
-    if near == SCALAR.value and BK > 128:
-        return near + PAIR * near, far + PAIR * far
-    return (kinds,)
+    launches: tuple[int, ...] = (kinds,)
+    if kind == SCALAR.value and BK > 128:  # the pair spills too much: each alone, said as a pair with itself
+        launches = (kind + PAIR * kind, far + PAIR * far)
+    return BK, slices, L, grid, way, stages, launches
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -230,15 +223,16 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     N, H, K, V = shape = problem.state_shape
     T = v.shape[1]
     prepared = Prepared(problem)
-    tiled = problem.cu_seqlens is None and has_tensor_descriptors(prepared.q, prepared.k, v)
-    BK, slices, L, grid, way, stages = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
+    tiled = problem.cu_seqlens is None and CHUNK.value < T  # descriptors cost a program two microseconds
+    tiled = tiled and has_tensor_descriptors(prepared.q, prepared.k, v)
+    BK, slices, L, grid, way, stages, launches = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
     o = v.new_empty(v.shape, dtype=problem.output_dtype)  # (`empty_like` without memory imports for 0.3 s)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
     local = segment_states(problem, prepared, L)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments += (problem.cu_seqlens, problem.scale, T, H, L)
-    for kinds in _launched(prepared.kinds, BK):
+    for kinds in launches:
         constants = {"K": K, "V": V, "BK": BK, "WAY": way, "KINDS": kinds}
         launch(chunk_forward_kernel, grid, arguments, constants, 4, stages)
     if slices > 1:
