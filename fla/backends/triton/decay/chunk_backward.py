@@ -33,7 +33,6 @@ from fla.backends.triton._lib import (
     TILES,
     TO_REGISTERS,
     dot_split,
-    load_rows,
     load_tile,
     operand,
     store_rows,
@@ -86,6 +85,8 @@ def _dq_role(
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
+    # said here, all loads are pipelined, not those of dots alone (by pointers there is no room for it)
+    STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -98,10 +99,12 @@ def _dq_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
+    if (rows is not None) and (KIND == SCALAR):
+        q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
     do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, WAY)
-    for t in range(t_begin, t_end, C):
+    for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
         b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
@@ -120,7 +123,7 @@ def _dq_role(
             b_on = b_on_next
         else:
             if rows is not None:
-                b_q = load_rows(q + row * K, o_c, m_c, H, o_k, K)
+                b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
             b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
             b_k = scale_rows(b_k, -b_u, KIND).to(DTYPE)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
@@ -145,6 +148,7 @@ def _dk_role(
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
+    STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -159,9 +163,11 @@ def _dk_role(
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
     q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
+    if (rows is not None) and (KIND == SCALAR):
+        k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, WAY)
     do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
-    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
         t = t_last - i * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
@@ -181,7 +187,7 @@ def _dk_role(
             b_dS *= b_on[None, :]
         else:
             if rows is not None:
-                b_k = load_rows(k + row * K, o_c, m_c, H, o_k, K)
+                b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
             b_q = scale_rows(b_q, b_u, KIND).to(DTYPE)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
@@ -209,6 +215,7 @@ def _dv_role(
     DTYPE: tl.constexpr = q.dtype.element_ty
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
+    STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
     start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
     i_k, i_v = tile
     i_h = i_state % H
@@ -225,7 +232,7 @@ def _dv_role(
     q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, BK, AB_WAY)
     k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, BK, WAY)
     do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, TILE, B_WAY)
-    for i in range(0, tl.cdiv(t_end - t_begin, C)):
+    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
         t = t_last - i * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
