@@ -309,12 +309,11 @@ def test_a_launcher_is_launch_with_its_settings_kept(machine, slow):
     assert len(slow) == 1 and machine.launches[1][:3] == (3, 1, 1) and machine.launches[1][5][0] == 2
 
 
-@pytest.mark.parametrize("kernel", decay_kernels(), ids=lambda kernel: kernel.fn.__name__)
-def test_the_family_s_kernels_are_launched_directly(machine, slow, monkeypatch, kernel):
-    """Every kernel of the decay family takes the short way from its second call on, with the arguments where Triton
-    puts them. Nothing is compiled: only the way there is of interest."""
+def instead_of_compiling(machine, see=lambda kernel: None):
+    """A `JITFunction._do_compile` that compiles nothing and shows the kernel to `see`."""
 
     def fake(self, key, signature, device, constexprs, options, attrs, warmup):
+        see(self)
         made = SimpleNamespace(
             metadata=SimpleNamespace(target=machine.target),
             function=5,
@@ -325,7 +324,15 @@ def test_the_family_s_kernels_are_launched_directly(machine, slow, monkeypatch, 
         self.device_caches[device][0][key] = made
         return made
 
-    monkeypatch.setattr(JITFunction, "_do_compile", fake)
+    return fake
+
+
+@pytest.mark.parametrize("kernel", decay_kernels(), ids=lambda kernel: kernel.fn.__name__)
+def test_the_family_s_kernels_are_launched_directly(machine, slow, monkeypatch, kernel):
+    """Every kernel of the decay family takes the short way from its second call on, with the arguments where Triton
+    puts them. Nothing is compiled: only the way there is of interest."""
+
+    monkeypatch.setattr(JITFunction, "_do_compile", instead_of_compiling(machine))
     values = iter(range(1, 100))
     before = [p for p in kernel.params if not p.is_constexpr]
     args = tuple(_value(p, next(values)) for p in before)

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from fla.backends.decay import Problem, retention_decay
 from fla.backends.triton import _ahead, _launch, decay
-from tests.test_launch import SIZE, arguments, machine, scaled_add_kernel  # noqa: F401
+from tests.test_launch import SIZE, arguments, instead_of_compiling, machine, scaled_add_kernel  # noqa: F401
 
 DECAYS = {
     "linear_attn": (None, None, None),
@@ -30,19 +30,10 @@ def compiled(machine, monkeypatch):  # noqa: F811
     """Kernel and thread of everything compiled. Nothing really is."""
     found: list[tuple[str, str]] = []
 
-    def fake(self, key, signature, device, constexprs, options, attrs, warmup):
-        found.append((self.fn.__name__, threading.current_thread().name))
-        made = SimpleNamespace(
-            metadata=SimpleNamespace(target=machine.target),
-            function=5,
-            packed_metadata=(4, 1, 0),
-            run=machine.run,
-            launch_metadata=lambda *_: None,
-        )
-        self.device_caches[device][0][key] = made
-        return made
+    def see(kernel):
+        found.append((kernel.fn.__name__, threading.current_thread().name))
 
-    monkeypatch.setattr(JITFunction, "_do_compile", fake)
+    monkeypatch.setattr(JITFunction, "_do_compile", instead_of_compiling(machine, see))
     monkeypatch.setattr(_launch, "_get_device", lambda x: -1 if x.is_meta else machine.tensors_on)
     monkeypatch.setattr(_launch, "_has_descriptors", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
