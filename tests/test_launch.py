@@ -331,7 +331,6 @@ def instead_of_compiling(machine, see=lambda kernel: None):
 def test_the_family_s_kernels_are_launched_directly(machine, slow, monkeypatch, kernel):
     """Every kernel of the decay family takes the short way from its second call on, with the arguments where Triton
     puts them. Nothing is compiled: only the way there is of interest."""
-
     monkeypatch.setattr(JITFunction, "_do_compile", instead_of_compiling(machine))
     values = iter(range(1, 100))
     before = [p for p in kernel.params if not p.is_constexpr]

@@ -207,7 +207,7 @@ def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: 
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dg = g.new_empty(g.shape) if needs_gate else None
     grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
-    arguments = (prepared.q, prepared.k, problem.gk, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
+    arguments = (prepared.q, prepared.k, g, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
     launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KINDS": prepared.kinds})
     return dq, dk, dg
 

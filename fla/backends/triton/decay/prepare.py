@@ -181,18 +181,19 @@ class Prepared:
         near, far = NONE.value, 0
         if problem.gk is not None:
             near, far = VECTOR.value, SHORT.value
-            self._centre(problem)
         elif problem.g is not None:
             near, far = SCALAR.value, FAR_SCALAR.value
-            self._sum(problem)
         elif problem.g_gamma is not None:
             near, far = CONSTANT.value, 0 if is_mild(problem.g_gamma) else FAR_CONSTANT.value
         self.kinds = near + PAIR * far
-
-    def _sum(self, problem: Problem) -> None:
         if problem.prepared is not None:
             self.gate = problem.prepared
-            return
+        elif near == VECTOR.value:
+            self._centre(problem)
+        elif near == SCALAR.value:
+            self._sum(problem)
+
+    def _sum(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
         slots = self._slots(problem, CHUNK.value)
         self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
@@ -202,9 +203,6 @@ class Prepared:
             problem.prepared = self.gate
 
     def _centre(self, problem: Problem) -> None:
-        if problem.prepared is not None:
-            self.gate = problem.prepared
-            return
         q, k = problem.q, problem.k
         N, H, K, _ = problem.state_shape
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
