@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+WARM_SECONDS = 0.1  # of calls before any counts: the clocks of a processor that was idle take their time to rise
 FLUSH_BYTES = 128 * MIB  # more than any L2: every run starts with its inputs in device memory
 BANDWIDTH_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
@@ -132,7 +133,9 @@ def _gpu_times(call: Callable[[], Any], budget: Budget) -> tuple[list[float], fl
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / MIB
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    estimate = sum(event_times(call, flush, 5)) / 5e3
+    estimate, end = 0.0, time.perf_counter() + WARM_SECONDS
+    while estimate == 0.0 or time.perf_counter() < end:
+        estimate = sum(event_times(call, flush, 5)) / 5e3
     runs = max(5, min(budget.runs, int(budget.seconds / max(estimate, 1e-6))))
     return event_times(call, flush, runs), peak
 
