@@ -99,8 +99,8 @@ def _walk(
             b_on = b_on_next
         else:
             b_G_next, total_next = scalar_decay(g, base, i_h, t_next, t_end, i + 1 < count, KIND)
-            if KIND != NONE:
-                b_x = (b_x * tl.exp2(passed + (b_G if REVERSE else total - b_G))[:, None]).to(DTYPE)
+            if KIND != NONE:  # of the two factors the narrower is scaled
+                b_y = (b_y * tl.exp2(passed + (b_G if REVERSE else total - b_G))[:, None]).to(DTYPE)
             b_S = tl.dot(tl.trans(b_y), b_x, acc=b_S)
             passed += total
             b_G, total = b_G_next, total_next
