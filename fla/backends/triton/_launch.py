@@ -46,9 +46,9 @@ def has_tensor_descriptors(*tensors: Tensor) -> bool:
     if not _has_descriptors(under_way.device if first.is_meta and under_way.device else first.device):
         return False
     for x in tensors:
-        if x.dtype.itemsize != 2 or x.shape[-1] % 8:
+        if x.dtype.itemsize != 2:
             return False
-        bits |= _data_ptr(x)
+        bits |= _data_ptr(x) | 2 * x.shape[-1]
     return not bits % ALIGNMENT
 
 
@@ -81,6 +81,11 @@ def _is_without_allocator() -> bool:
     if hasattr(found, "get"):  # a context variable since Triton 3.5
         found = found.get()
     return found is None or found is _allocate or type(found).__name__ == "NullAllocator"
+
+
+def empty_as(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.empty_like`, by far the cheapest allocation. Of a tensor without memory it imports for 0.3 s."""
+    return x.new_empty(x.shape, dtype=dtype) if x.is_meta else torch.empty_like(x, dtype=dtype)
 
 
 def ceil_div(a: int, b: int) -> int:
