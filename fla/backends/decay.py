@@ -202,8 +202,8 @@ def _call(form, q, k, v, decays, scale, state, output_final_state, state_v_first
     else:
         module = family(FAMILY, backend, op)
         if torch.is_grad_enabled() and _needs_gradient(q, k, v, g, gk, gv, state):
-            settings = (scale, form, wide, module)
-            o, state = _Function.apply(q, k, v, g, gk, gv, state, g_gamma, cu_seqlens, settings, output_final_state)
+            others = (g_gamma, cu_seqlens, scale, form, wide, module, output_final_state)
+            o, state = _Function.apply(q, k, v, g, gk, gv, state, others)  # it takes its time over every argument
         else:
             problem = _problem(q, k, v, g, gk, gv, g_gamma, state, cu_seqlens, scale, form, wide)
             o, state = _run(problem, output_final_state, module)
@@ -302,8 +302,8 @@ def _gate_gradient(gradient: Tensor | None, gate: Tensor | None, dead: bool) -> 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, gk, gv, state, g_gamma, cu_seqlens, settings, output_final_state):
-        scale, form, wide, module = settings
+    def forward(ctx, q, k, v, g, gk, gv, state, others):
+        g_gamma, cu_seqlens, scale, form, wide, module, output_final_state = others
         problem = _problem(q, k, v, g, gk, gv, g_gamma, state, cu_seqlens, scale, form, wide)
         problem.keeps = True
         results = _run(problem, output_final_state, module)
@@ -320,7 +320,7 @@ class _Function(torch.autograd.Function):
             problem.kept,
             problem.prepared,
         )
-        ctx.settings = settings
+        ctx.settings = scale, form, wide, module
         ctx.set_materialize_grads(False)
         return results
 
@@ -338,7 +338,7 @@ def _input_gradients(ctx, do, dht):
     needs = ctx.needs_input_grad
     problem = Problem(*tensors, scale, form, wide, kept=kept, prepared=prepared)
     found = _gradients(problem, do, dht, needs[3] or needs[4] or needs[5], module)
-    return (*found, None, None, None, None)
+    return (*found, None)
 
 
 # Apart, because its wrapping costs 4 us a call and matters only when the gradient itself is to be differentiated.

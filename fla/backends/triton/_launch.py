@@ -7,12 +7,15 @@ the interpreter or on another vendor's GPU goes Triton's way.
 
 The call of a compiled kernel is the same in Triton 3.3 to 3.9:
 `run(grid x, y, z, stream, function, packed metadata, launch metadata, enter hook, exit hook, *all arguments)`, where a
-pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut.
+pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut. In one whose `run` is
+the known frame around a C function (`_entry`), that function is called.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,9 @@ from fla.backends.triton._ahead import compilers, rehearsed, under_way
 
 ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
 MIXED = object()  # stands for the device of tensors on several ones
+# what the C function behind `run` takes before the kernel's arguments, in the one form known here (Triton 3.6): grid,
+# stream, function, cooperative, dependent launch, scratch, profiler's scratch, metadata, its launch's, hooks
+ENTRY_FORMAT = "iiiKKppOOOOOO"
 
 _data_ptr, _get_device = Tensor.data_ptr, Tensor.get_device  # unbound: a fifth faster to call
 _launchers: dict[tuple, "Launcher"] = {}
@@ -40,9 +46,9 @@ def has_tensor_descriptors(*tensors: Tensor) -> bool:
     if not _has_descriptors(under_way.device if first.is_meta and under_way.device else first.device):
         return False
     for x in tensors:
-        if x.dtype.itemsize != 2 or x.shape[-1] % 8:
+        if x.dtype.itemsize != 2:
             return False
-        bits |= _data_ptr(x)
+        bits |= _data_ptr(x) | 2 * x.shape[-1]
     return not bits % ALIGNMENT
 
 
@@ -60,6 +66,9 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+_ALIGNMENTS = tuple(1 << i for i in range(10))  # that such memory has
+
+
 def _provide_scratch() -> None:
     """Triton asks an allocator for the memory of descriptors. The user's own serves; where there is none, ours."""
     if _is_without_allocator():
@@ -67,10 +76,16 @@ def _provide_scratch() -> None:
 
 
 def _is_without_allocator() -> bool:
+    """Whether the user has set no allocator."""
     found = _allocation and _allocation._allocator
     if hasattr(found, "get"):  # a context variable since Triton 3.5
         found = found.get()
-    return found is None or type(found).__name__ == "NullAllocator"
+    return found is None or found is _allocate or type(found).__name__ == "NullAllocator"
+
+
+def empty_as(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.empty_like`, by far the cheapest allocation. Of a tensor without memory it imports for 0.3 s."""
+    return x.new_empty(x.shape, dtype=dtype) if x.is_meta else torch.empty_like(x, dtype=dtype)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -100,8 +115,24 @@ class Compiled(NamedTuple):
     current_device: Callable[[], int]
     current_stream: Callable[[int], int]
     tail: tuple  # the values of the arguments behind `args`
-    scratch: bool  # whether Triton allocates memory for it
+    scratch: int  # bytes of memory for its descriptors that a program needs
     owner: Any  # keeps the module of `function` loaded
+    entry: tuple[Callable, int, int] | None = None  # the C function behind `run`, with what `run` knows for it
+
+
+def _entry(run: Any, scratch: int) -> tuple[Callable, int, int] | None:
+    """What `run` calls, where it is a launcher whose every step is known; else None."""
+    launch = getattr(run, "launch", None)
+    if type(run).__name__ != "CudaLauncher" or type(launch) is not BuiltinFunctionType:  # one may wrap another
+        return None
+    if getattr(sys.modules[type(run).__module__], "_BASE_ARGS_FORMAT", None) != ENTRY_FORMAT:
+        return None
+    parts = ("num_ctas", "global_scratch_size", "global_scratch_align", "profile_scratch_size")
+    ctas, size, alignment, profiled = (getattr(run, name, None) for name in parts)
+    flags = getattr(run, "launch_cooperative_grid", None), getattr(run, "launch_pdl", None)
+    if ctas != 1 or size != scratch or profiled != 0 or None in flags or (size and alignment not in _ALIGNMENTS):
+        return None
+    return launch, *flags
 
 
 class Launcher:
@@ -120,6 +151,10 @@ class Launcher:
         bits, key, values = 0, [], []
         note, add = key.append, values.append
         for x in args:
+            if x is None:
+                add(x)
+                note(x)
+                continue
             kind = x.__class__
             if kind is Tensor or kind is Parameter:
                 pointer = _data_ptr(x)
@@ -134,20 +169,28 @@ class Launcher:
                 note(kind)
                 if kind is int and not -0x80000000 <= x <= 0x7FFFFFFF:  # would be 64 bits wide
                     bits = 1
-        key.append(device)
-        compiled = None if bits % ALIGNMENT else self._compiled.get(tuple(key))
+        note(device)
+        signature = tuple(key)
+        compiled = None if bits % ALIGNMENT else self._compiled.get(signature)
         if compiled is None or _is_watched(self._kernel):
             compiled = self._launch_slowly(grid, args, device)
             if compiled is not None and not bits % ALIGNMENT:
-                self._compiled[tuple(key)] = compiled
+                self._compiled[signature] = compiled
             return
-        run, function, metadata, current_device, current_stream, tail, scratch, _ = compiled
+        run, function, metadata, current_device, current_stream, tail, scratch, _, entry = compiled
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(grid, args)
+        stream = current_stream(device)
+        if entry is not None and (not scratch or _is_without_allocator()):
+            launch, cooperative, dependent = entry
+            memory = _allocate(grid * scratch, ALIGNMENT, stream) if scratch else None
+            fixed = (function, cooperative, dependent, memory, None, metadata, None, None, None)
+            launch(grid, 1, 1, stream, *fixed, *values, *tail)
+            return
         if scratch:
             _provide_scratch()
-        run(grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *values, *tail)
 
     def _launch_slowly(self, grid: int, args: tuple, device: Any) -> Compiled | None:
         """Triton's own launch; what the next one of this signature can do without it, or None."""
@@ -205,8 +248,9 @@ class Launcher:
         current_device = active.get_current_device
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
-        scratch = getattr(made.metadata, "global_scratch_size", 0) > 0
-        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, scratch, made)
+        scratch = getattr(made.metadata, "global_scratch_size", 0)
+        stream, entry = active.get_current_stream, _entry(run, scratch)
+        return Compiled(run, function, metadata, current_device, stream, tail, scratch, made, entry)
 
 
 def _signature(args: tuple, device: int) -> tuple:

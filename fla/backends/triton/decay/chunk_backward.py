@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, has_tensor_descriptors, launch
+from fla.backends.triton._launch import ceil_div, empty_as, has_tensor_descriptors, launch
 from fla.backends.triton._lib import (
     POINTERS,
     TILES,
@@ -399,7 +399,10 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     dh0 = None if problem.initial_state is None else v.new_empty(shape, dtype=torch.float32)
     whole = NK == 1 and (vector or NV == 1)  # else partial sums
     sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]
-    grads = v.new_empty(sum(sizes), dtype=v.dtype if whole else torch.float32)
+    if whole and (vector or K == V):
+        grads = empty_as(v) if vector else v.new_empty((3 * v.shape[0], T, H, V))
+    else:
+        grads = v.new_empty(sum(sizes), dtype=v.dtype if whole else torch.float32)
     changes, rows = NV * N * H * S * K, None
     if vector or needs_gate:
         size = changes + 2 * (NV * heads * K if vector else keys * heads)
@@ -420,9 +423,9 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
         launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, stages)
     if vector:
         dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
-        return dq, dk, _sum(grads, NK, v), dg, dh0
+        return dq, dk, grads if whole else _sum(grads, NK, v), dg, dh0
     if whole and K == V:
-        dq, dk, dv = grads.view(3, *v.shape).unbind(0)
+        dq, dk, dv = grads.unsafe_split(v.shape[0])  # not as views, whose bookkeeping takes microseconds
     else:
         dq, dk, dv = grads.split(sizes)
         dq, dk, dv = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), _sum(dv, NK, v)
@@ -436,6 +439,6 @@ def _sum(parts: torch.Tensor, slices: int, like: torch.Tensor) -> torch.Tensor:
     """The sum of partial gradients, in the dtype and shape of the input."""
     if slices == 1 and parts.dtype == like.dtype:
         return parts.view(like.shape)
-    out = like.new_empty(like.shape)
+    out = empty_as(like)
     sum_slices(parts.view(slices, *like.shape), out)
     return out

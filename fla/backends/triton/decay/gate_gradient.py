@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._launch import ceil_div, empty_as, launch
 from fla.backends.triton._lib import (
     DEAD_LOG_DECAY,
     INTERPRETED,
@@ -239,8 +239,8 @@ def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: 
     N, H, K, _ = problem.state_shape
     T = problem.q.shape[1]
     q, k, g = problem.q, problem.k, problem.gk
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    dg = g.new_empty(g.shape) if needs_gate else None
+    dq, dk = empty_as(q), empty_as(k)
+    dg = empty_as(g) if needs_gate else None
     grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
     arguments = (prepared.q, prepared.k, g, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
     launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KINDS": prepared.kinds})
@@ -260,7 +260,7 @@ def close_gate_gradient(
 ) -> torch.Tensor:
     """dg `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, V = problem.state_shape
-    dg = problem.g.new_empty(problem.g.shape)
+    dg = empty_as(problem.g)
     DTYPE = tl.bfloat16 if problem.q.dtype == torch.bfloat16 else tl.float16
     constants = {"K": K, "V": V, "DTYPE": DTYPE, "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
     T = problem.q.shape[1]

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem, is_mild
-from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._launch import ceil_div, empty_as, launch
 from fla.backends.triton._lib import LOG2E, MIN_LOG_DECAY, log2_decay, operand, sequence
 from fla.backends.triton.decay._decay import (
     CHUNK,
@@ -206,7 +206,7 @@ class Prepared:
         q, k = problem.q, problem.k
         N, H, K, _ = problem.state_shape
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        self.q, self.k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
+        self.q, self.k = empty_as(q, dtype), empty_as(k, dtype)
         slots = self._slots(problem, CHUNK.value)
         size = _even(slots * H) + self._slots(problem, SHORT_CHUNK.value) * H * 2 * K
         self.gate = q.new_empty(size, dtype=torch.float32)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.backends.decay import Gradients, Problem, combine
-from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._launch import ceil_div, empty_as, launch
 from fla.backends.triton._lib import DEAD_LOG_DECAY, sequence
 from fla.backends.triton.decay.step import factor, run_forward, while_positive
 
@@ -215,7 +215,7 @@ def forward(
     problem: Problem, output_final_state: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`o` in `dtype` (by default what the problem asks for), and the final state float32 or None."""
-    o = problem.v.new_empty(problem.v.shape, dtype=dtype or problem.output_dtype)
+    o = empty_as(problem.v, dtype or problem.output_dtype)
     ht = problem.q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
     run_forward(problem, o, ht)
     return o, ht
@@ -234,7 +234,7 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
     key_slices, value_slices = ceil_div(K, SLICE.value), ceil_div(V, SLICE.value)
     at = value_slices * K  # the columns before it belong to key channels, those from it on to value channels
     back = q.new_empty((*q.shape[:3], at + key_slices * V), dtype=wide)
-    ahead = back.new_empty(back.shape) if with_o else q.new_empty((*q.shape[:3], at), dtype=wide)
+    ahead = empty_as(back) if with_o else q.new_empty((*q.shape[:3], at), dtype=wide)
     change = q.new_empty((N, H, ahead.shape[-1]), dtype=wide) if needs_gates and dht is not None else None
     dh0 = None if problem.initial_state is None else q.new_empty(problem.state_shape, dtype=torch.float32)
     keys = ceil_div(K, TILE.value) * value_slices
@@ -274,7 +274,7 @@ def _sum(partial: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
 def _gate_gradient(gate: Tensor, x: Tensor, y: Tensor, problem: Problem, ahead, back, change, column, slices) -> Tensor:
     N, H = problem.state_shape[:2]
     D, scalar = x.shape[-1], gate.dim() == 3
-    dg = gate.new_empty(gate.shape)
+    dg = empty_as(gate)
     arguments = (x, ahead, y, back, change, gate, dg, problem.cu_seqlens, problem.q.shape[1], H)
     constants = {"COLUMN": column, "D": D, "AHEAD": ahead.shape[-1], "BACK": back.shape[-1], "SLICES": slices}
     launch(
