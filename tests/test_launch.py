@@ -90,12 +90,10 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", made.of)
     before = driver._active if hasattr(driver, "_active") else driver.active
     driver.set_active(made)
-    for kernel in (scaled_add_kernel, value_kernel, *decay_kernels()):
-        kernel.device_caches.clear()
+    forget_kernels()
     yield made
     _launch._launchers.clear()
-    for kernel in (scaled_add_kernel, value_kernel, *decay_kernels()):
-        kernel.device_caches.clear()
+    forget_kernels()
     gc.collect()  # compiled kernels unload themselves from the driver
     driver.set_active(before)
 
@@ -114,11 +112,24 @@ def slow(monkeypatch):
     return calls
 
 
-def decay_kernels() -> list[JITFunction]:
+def decay_modules() -> list:
     modules = [info.name for info in pkgutil.iter_modules(fla.backends.triton.decay.__path__)]
-    found = [vars(importlib.import_module(f"fla.backends.triton.decay.{name}")) for name in modules]
+    return [importlib.import_module(f"fla.backends.triton.decay.{name}") for name in modules]
+
+
+def decay_kernels() -> list[JITFunction]:
+    found = [vars(module) for module in decay_modules()]
     kernels = {id(x): x for names in found for n, x in names.items() if n.endswith("_kernel")}
     return [x for x in kernels.values() if isinstance(x, JITFunction)]
+
+
+def forget_kernels() -> None:
+    """What was compiled, and the plans, which keep launchers."""
+    for kernel in (scaled_add_kernel, value_kernel, *decay_kernels()):
+        kernel.device_caches.clear()
+    for module in decay_modules():
+        if hasattr(module, "_plan"):
+            module._plan.cache_clear()
 
 
 def arguments(**changes) -> tuple:

@@ -74,7 +74,7 @@ def check_shapes(
     scale: float | None = None,
     **tensors: Tensor | None,
 ) -> dict[str, int]:
-    """Check the tensors of a call against each other and return the size of every axis.
+    """Check the tensors of a call against each other and return the size of every axis (to be read only: it is kept).
 
     Raises TypeError for what is no floating tensor or has another dtype than it must, ValueError for ranks, sizes,
     devices, `scale` and the form of `cu_seqlens`. Its values are checked where they are read (`fla.varlen`).
@@ -89,16 +89,16 @@ def check_shapes(
 def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int] | None:
     """The sizes of the axes when all is as it must be, and None when something may not be: in a third of the time of
     the checks that can say what. Every rule here is one of `_check_one_by_one`."""
-    dims: dict[Any, int] = {}
-    first = None
+    first_dtype = None
+    found: list[Any] = []
     for name, x in tensors.items():
         if x is None and name not in required:
             continue
         if not isinstance(x, Tensor):
             return None
-        shape, dtype, sizes = shapes[name], x.dtype, x.shape
-        if first is None:
-            first, first_dtype, first_sizes, device = shape, dtype, sizes, x.device
+        dtype = x.dtype
+        if first_dtype is None:
+            first_dtype, device = dtype, x.device
             if not dtype.is_floating_point:
                 return None
             if cu_seqlens is not None:
@@ -106,20 +106,34 @@ def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[s
                     _check_packing(cu_seqlens, x, name)
                 except (TypeError, ValueError):
                     return None
-                dims["N"] = cu_seqlens.shape[0] - 1
+                found.append(cu_seqlens.shape[0] - 1)
         else:
             if x.device != device:
                 return None
             if dtype is not first_dtype and (name in same_dtype or not dtype.is_floating_point):
                 return None
-            if shape == first:
-                if sizes != first_sizes:
-                    return None
-                continue
+        found += shapes[name], x.shape
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        return None
+    try:
+        return _sizes(*found)
+    except TypeError:  # sizes that are symbols have no hash
+        return _sizes.__wrapped__(*found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(*found: Any) -> dict[Any, int] | None:
+    """The size of every axis, of the strings and sizes of the tensors in turn, or None where they contradict. First
+    may come N."""
+    dims: dict[Any, int] = {}
+    start = len(found) % 2
+    if start:
+        dims["N"] = found[0]
+    for shape, sizes in zip(found[start::2], found[start + 1 :: 2], strict=True):
         axes = _AXES.get(shape) or _parse(shape)
         if len(sizes) != len(axes):
             return None
-        for axis, size in zip(axes, sizes, strict=False):
+        for axis, size in zip(axes, sizes, strict=True):
             if axis in dims:
                 if dims[axis] != size:
                     return None
@@ -131,8 +145,6 @@ def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[s
                 dims[axis] = size
             elif axis != size:
                 return None
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-        return None
     return dims
 
 

@@ -98,12 +98,17 @@ def launch(kernel, grid: int, args: tuple, constants: dict[str, Any], num_warps:
 
     `args`: the arguments before the constexpr ones: tensors, None, ints and floats. `constants`: the constexpr ones.
     """
+    launcher_of(kernel, constants, num_warps, num_stages)(grid, args)
+
+
+def launcher_of(kernel, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 1) -> "Launcher":
+    """The one launcher of these settings."""
     # values alone: a kernel's constants come in one order; and the launcher keeps the kernel, so its id stays
     key = (id(kernel), num_warps, num_stages, *constants.values())
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = Launcher(kernel, constants, num_warps, num_stages)
-    launcher(grid, args)
+    return launcher
 
 
 class Compiled(NamedTuple):

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, empty_as, has_tensor_descriptors, launch
+from fla.backends.triton._launch import Launcher, ceil_div, empty_as, has_tensor_descriptors, launcher_of
 from fla.backends.triton._lib import (
     POINTERS,
     TILES,
@@ -192,9 +192,9 @@ def chunk_forward_kernel(
 @functools.lru_cache(maxsize=4096)
 def _plan(
     N: int, H: int, K: int, V: int, T: int, kinds: int, dtype: torch.dtype, tiled: bool
-) -> tuple[int, int, int, int, int, int, tuple[int, ...]]:
-    """Channels and number of slices of K, tokens a segment, programs, how q, k and v come, pipeline stages, and the
-    kinds of each launch: from shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
+) -> tuple[int, int, int, tuple[Launcher, ...]]:
+    """Number of slices of K, tokens a segment, programs, and the launches: from shapes alone, and whether tensor
+    descriptors are to be had (`tiled`)."""
     kind, far = kinds % PAIR, kinds // PAIR
     # wider ones spill too much where addresses take registers, or operands are float32 (fp16's of the vector kind)
     narrow = (kind == SCALAR.value and not tiled) or (kind == VECTOR.value and dtype == torch.float16)
@@ -211,10 +211,12 @@ def _plan(
         way, stages = TO_REGISTERS.value, 3
     elif grid <= 132 and kind != SCALAR.value:
         stages = 3  # one program a multiprocessor must hide its loads alone
-    launches: tuple[int, ...] = (kinds,)
+    pairs: tuple[int, ...] = (kinds,)
     if kind == SCALAR.value and BK > 128:  # the pair spills too much: each alone, said as a pair with itself
-        launches = (kind + PAIR * kind, far + PAIR * far)
-    return BK, slices, L, grid, way, stages, launches
+        pairs = (kind + PAIR * kind, far + PAIR * far)
+    constants = {"K": K, "V": V, "BK": BK, "WAY": way}
+    launches = [launcher_of(chunk_forward_kernel, {**constants, "KINDS": pair}, 4, stages) for pair in pairs]
+    return slices, L, grid, tuple(launches)
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -225,16 +227,15 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     prepared = Prepared(problem)
     tiled = problem.cu_seqlens is None and CHUNK.value < T  # descriptors cost a program two microseconds
     tiled = tiled and has_tensor_descriptors(prepared.q, prepared.k, v)
-    BK, slices, L, grid, way, stages, launches = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
+    slices, L, grid, launches = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
     o = empty_as(v, problem.output_dtype)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
-    local = segment_states(problem, prepared, L)
+    local = None if L >= T else segment_states(problem, prepared, L)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
     arguments += (problem.cu_seqlens, problem.scale, T, H, L)
-    for kinds in launches:
-        constants = {"K": K, "V": V, "BK": BK, "WAY": way, "KINDS": kinds}
-        launch(chunk_forward_kernel, grid, arguments, constants, 4, stages)
+    for launch in launches:
+        launch(grid, arguments)
     if slices > 1:
         sum_slices(parts, o)
     return o, ht
