@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fla.backends
 from fla.backends import decay
 from fla.ops import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla
-from fla.ops._spec import REGISTRY, _check_one_by_one, _fitting, current_names
+from fla.ops._spec import REGISTRY, _check_one_by_one, _fitting, _sizes, current_names
 
 
 class Idle:
@@ -227,6 +228,28 @@ def test_the_fast_check_of_shapes_agrees_with_the_one_that_explains():
         good += expected is not None
         assert _fitting(*call) == expected, call
     assert 500 < good < 2500
+
+
+def test_remembered_shapes_are_bounded_and_keep_no_tensor(monkeypatch):
+    """One entry per sizes, whatever the tensors; a contradiction that was met once is met again."""
+    _sizes.cache_clear()
+    x = inputs()
+    for _ in range(3):
+        assert chunk_linear_attn(x.q.clone(), x.k, x.v, normalize=False)[0].shape == x.v.shape
+        with pytest.raises(ValueError, match="k must have shape"):
+            chunk_linear_attn(x.q, x.k[:, 1:], x.v, normalize=False)
+    assert _sizes.cache_info().currsize == 2 and _sizes.cache_info().maxsize == 4096
+
+
+def test_shapes_may_be_symbols():
+    """As they are where PyTorch traces an op without compiling it: a symbol cannot be remembered."""
+
+    def call(q, k, v, g):
+        return chunk_simple_gla(q, k, v, g, backend="torch")[0]
+
+    x = inputs(tokens=8, dtype=torch.float32)
+    traced = make_fx(call, tracing_mode="symbolic")(x.q, x.k, x.v, x.g)
+    torch.testing.assert_close(traced(x.q, x.k, x.v, x.g), call(x.q, x.k, x.v, x.g))
 
 
 every_form = pytest.mark.parametrize(

@@ -320,110 +320,18 @@ def test_a_launcher_is_launch_with_its_settings_kept(machine, slow):
     assert len(slow) == 1 and machine.launches[1][:3] == (3, 1, 1) and machine.launches[1][5][0] == 2
 
 
-class Kernel:
-    """The C function behind Triton's launcher, and what reached it."""
-
-    def __init__(self):
-        self.seen: list[tuple] = []
-
-    def launch(self, *arguments):
-        self.seen.append(arguments)
-
-
-@pytest.fixture
-def launcher_of_triton(machine, monkeypatch):
-    """The installed Triton's own `CudaLauncher` around a C function that records; nothing is built for it."""
-    nvidia = importlib.import_module("triton.backends.nvidia.driver")
-    if getattr(nvidia, "_BASE_ARGS_FORMAT", None) != _launch.ENTRY_FORMAT:
-        pytest.skip("this Triton's launcher is another one")
-    made = object.__new__(nvidia.CudaLauncher)
-    made.num_ctas, made.launch, made.launch_cooperative_grid, made.launch_pdl = 1, Kernel().launch, False, True
-    made.global_scratch_size, made.global_scratch_align = 0, 128
-    made.profile_scratch_size, made.profile_scratch_align = 0, 1
-    monkeypatch.setattr(_launch, "BuiltinFunctionType", type(made.launch))
-    monkeypatch.setattr(machine, "launcher_cls", lambda src, metadata: made)
-    return made
+def test_empty_as(monkeypatch):
+    """Without memory by the slow allocation: the quick one would import for 0.3 s, in every rehearsal."""
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert described(_launch.empty_as(x)) == described(x)
+    assert _launch.empty_as(x, torch.float32).dtype == torch.float32
+    monkeypatch.setattr(torch, "empty_like", None)
+    assert described(_launch.empty_as(x.to("meta"))) == (x.shape, x.dtype, "meta")
+    assert _launch.empty_as(x.to("meta"), torch.float32).dtype == torch.float32
 
 
-def numbers(seen: list[tuple]) -> list[tuple]:
-    """Launches of the C function as numbers; hooks and what they are told as None."""
-    return [plain((*x[:5], x[9], *x[10:13], *x[13:])) + x[5:9] for x in seen]
-
-
-def test_the_c_function_is_called_as_triton_calls_it(machine, slow, launcher_of_triton):
-    seen = launcher_of_triton.launch.__self__.seen
-    for _ in range(3):
-        launch(scaled_add_kernel, 3, arguments(), SIZE)
-    (compiled,) = next(iter(_launch._launchers.values()))._compiled.values()
-    assert compiled.entry == (launcher_of_triton.launch, False, True) and len(slow) == 1
-    args = arguments()
-    launch(scaled_add_kernel, 3, args, SIZE)  # ours
-    scaled_add_kernel[(3,)](*args, **SIZE, num_warps=4, num_stages=1)  # theirs
-    assert numbers(seen)[-2] == numbers(seen)[-1] and len(seen) == 5
-    machine.tensors_on = 1
-    launch(scaled_add_kernel, 3, args, SIZE)
-    launch(scaled_add_kernel, 3, args, SIZE)
-    assert seen[-1][3:5] == (71, 1001)
-    with hook(lambda metadata: None):
-        launch(scaled_add_kernel, 3, args, SIZE)
-        assert seen[-1][11] is not None, "hooks are the launcher's business"
-
-
-def test_memory_for_descriptors_is_as_large_as_triton_has_it(machine, launcher_of_triton, monkeypatch):
-    """So many bytes a program, from our allocator or the user's, whichever it is at the time of the launch."""
-    asked: list = []
-
-    def allocator(owner):
-        return lambda size, alignment, stream: asked.append((owner, size, stream)) or torch.empty(size)
-
-    ours, user = allocator("ours"), allocator("user")
-    monkeypatch.setattr(_launch, "_allocate", ours)
-    launcher_of_triton.global_scratch_size = 384
-    launcher = Launcher(scaled_add_kernel, SIZE)
-    shortcut = launcher._shortcut
-
-    def with_scratch(made, args):
-        made.metadata = SimpleNamespace(target=made.metadata.target, global_scratch_size=384)
-        return shortcut(made, args)
-
-    monkeypatch.setattr(Launcher, "_shortcut", lambda self, made, args: with_scratch(made, args))
-    triton.set_allocator(triton.runtime._allocation.NullAllocator())
-    try:
-        launcher(5, arguments())  # through Triton, which asks the allocator that it was given
-        launcher(7, arguments())
-        (compiled,) = launcher._compiled.values()
-        assert compiled.entry is not None
-        assert asked == [("ours", 5 * 384, 70), ("ours", 7 * 384, 70)]
-        triton.set_allocator(user)
-        launcher(9, arguments())
-        assert asked[2:] == [("user", 9 * 384, 70)]
-    finally:
-        triton.set_allocator(triton.runtime._allocation.NullAllocator())
-    first, second, third = launcher_of_triton.launch.__self__.seen
-    assert all(isinstance(x[7], torch.Tensor) and x[8] is None for x in (first, second, third))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_ctas": 2},
-        {"global_scratch_size": 256},
-        {"profile_scratch_size": 8},
-        {"launch_pdl": None},
-        {"launch": lambda *_: None},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_a_launcher_that_does_more_is_called_whole(launcher_of_triton, changes):
-    assert _launch._entry(launcher_of_triton, 0) is not None
-    vars(launcher_of_triton).update(changes)
-    assert _launch._entry(launcher_of_triton, 0) is None
-
-
-def test_a_launcher_of_another_format_is_called_whole(launcher_of_triton, monkeypatch):
-    monkeypatch.setattr(sys.modules[type(launcher_of_triton).__module__], "_BASE_ARGS_FORMAT", "iiiKKOOOO")
-    assert _launch._entry(launcher_of_triton, 0) is None
-    assert _launch._entry(print, 0) is None
+def described(x: torch.Tensor) -> tuple:
+    return x.shape, x.dtype, x.device.type
 
 
 def instead_of_compiling(machine, see=lambda kernel: None):

@@ -395,7 +395,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     wide = tiled and max(K, V) > WIDEST_BACKWARD and prepared.kinds < PAIR
     NK, NV, keys, values, L = _plan(N, H, K, V, T, WIDEST if wide else WIDEST_BACKWARD)
     S = ceil_div(T, L)
-    local = segment_states(problem, prepared, L, do)
+    local = None if S == 1 else segment_states(problem, prepared, L, do)
     dh0 = None if problem.initial_state is None else v.new_empty(shape, dtype=torch.float32)
     whole = NK == 1 and (vector or NV == 1)  # else partial sums
     sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]

@@ -7,13 +7,15 @@ all the traffic of a decoding step. Its loads are issued before anything else, t
 ahead. Along the state's contiguous axis a thread reads 16 bytes at a time.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launcher_of
 from fla.backends.triton._lib import LOG2E, sequence
 
 MAX_KEY_DIM = 512  # a program holds all of K
@@ -127,16 +129,21 @@ def run_forward(
     in_place: bool = False,
     v_first: bool = False,
 ) -> None:
-    """Fill `o`, and `ht` or, in place, the initial states. ValueError for what the kernel does not cover."""
-    check(problem)
+    """Fill `o`, and `ht` or, in place, the initial states, of a problem that passed `check`."""
     q, v, states = problem.q, problem.v, problem.initial_state
     N, H, K, V = problem.state_shape
-    BV, warps = tiles(N * H, K, V)
+    grid, launch = _plan(N * H, K, V, V_FIRST * v_first + IN_PLACE * in_place)
     arguments = (q, problem.k, v, problem.g, problem.gk, problem.gv, problem.g_gamma, states, o, ht)
     arguments += (problem.cu_seqlens, state_indices, problem.scale, q.shape[1], H)
-    constants = {"K": K, "V": V, "BV": BV, "FLAGS": V_FIRST * v_first + IN_PLACE * in_place}
-    slots = 1 if states is None else states.shape[0]
-    launch(recurrent_forward_kernel, ceil_div(V, BV) * N * H, (*arguments, slots), constants, warps, 1)
+    launch(grid, (*arguments, 1 if states is None else states.shape[0]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(states: int, K: int, V: int, flags: int) -> tuple[int, Launcher]:
+    """Programs, and the launch."""
+    BV, warps = tiles(states, K, V)
+    constants = {"K": K, "V": V, "BV": BV, "FLAGS": flags}
+    return ceil_div(V, BV) * states, launcher_of(recurrent_forward_kernel, constants, warps, 1)
 
 
 def tiles(states: int, K: int, V: int) -> tuple[int, int]:
@@ -153,9 +160,11 @@ def tiles(states: int, K: int, V: int) -> tuple[int, int]:
 def step(
     problem: Problem, state_indices: Tensor | None, output_final_state: bool, in_place: bool, v_first: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`o`, and the fresh final states or None; `problem.initial_state` is a pool where `state_indices` say so."""
+    """`o`, and the fresh final states or None; `problem.initial_state` is a pool where `state_indices` say so.
+    ValueError for what the kernel does not cover."""
+    check(problem)
     q, v = problem.q, problem.v
-    o = torch.empty_like(v, dtype=problem.output_dtype)
+    o = empty_as(v, problem.output_dtype)
     N, H, K, V = problem.state_shape
     ht = None
     if output_final_state and not in_place:
