@@ -68,9 +68,15 @@ def test_the_c_function_is_called_as_triton_calls_it(machine, slow, launcher_of_
 def test_memory_for_descriptors_is_as_large_as_triton_has_it(machine, launcher_of_triton, monkeypatch):  # noqa: F811
     """So many bytes a program, from our allocator or the user's, whichever it is at the time of the launch."""
     asked: list = []
+    given: list[torch.Tensor] = []
 
     def allocator(owner):
-        return lambda size, alignment, stream: asked.append((owner, size, stream)) or torch.empty(size)
+        def allocate(size, alignment, stream):
+            asked.append((owner, size, stream))
+            given.append(torch.empty(size))
+            return given[-1]
+
+        return allocate
 
     ours, user = allocator("ours"), allocator("user")
     monkeypatch.setattr(_launch, "_allocate", ours)
@@ -96,7 +102,9 @@ def test_memory_for_descriptors_is_as_large_as_triton_has_it(machine, launcher_o
     finally:
         triton.set_allocator(triton.runtime._allocation.NullAllocator())
     first, second, third = launcher_of_triton.launch.__self__.seen
-    assert all(isinstance(x[7], torch.Tensor) and x[8] is None for x in (first, second, third))
+    assert [x[8] for x in (first, second, third)] == [None] * 3
+    assert first[7] is given[0] and third[7] is given[2]
+    assert second[7] == given[1].data_ptr()  # a number: where it is, the driver need not be asked
 
 
 @pytest.mark.parametrize(

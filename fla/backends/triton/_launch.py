@@ -190,7 +190,8 @@ class Launcher:
         if entry is not None and (not scratch or _is_without_allocator()):
             launch, cooperative, dependent = entry
             memory = _allocate(grid * scratch, ALIGNMENT, stream) if scratch else None
-            fixed = (function, cooperative, dependent, memory, None, metadata, None, None, None)
+            pointer = memory if memory is None else _data_ptr(memory)  # a tensor's would be looked up in the driver
+            fixed = (function, cooperative, dependent, pointer, None, metadata, None, None, None)
             launch(grid, 1, 1, stream, *fixed, *values, *tail)
             return
         if scratch:
