@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from fla.backends.triton.decay import _decay, chunk_backward, chunk_forward, gate_gradient, segments
+from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, segments
 from fla.testing.cases import INTERPRETER
 from tests.ops import suite
 from tests.ops.suite import check_chunks
@@ -56,26 +56,12 @@ def test_segments(case, short_segments, monkeypatch):
     assert seen, "nothing was cut"
 
 
-UNEVEN_BATCH = [replace(case, gates="uneven") for case in chunk_cases(tokens=200, heads=(2, 16, 80), batch=2)]
-WINDOWED = [case for case in (*SEGMENTED, *UNEVEN_BATCH) if case.spec.name == "simple_gla"]
-
-
-@pytest.fixture(params=(64, 128))
-def short_windows(request, monkeypatch):
-    """Boundaries every chunk or two, where the sums of scalar gate gradients begin anew."""
-    for module in (_decay, chunk_backward, gate_gradient):
-        monkeypatch.setattr(module, "WINDOW", tl.constexpr(request.param))
+@pytest.mark.parametrize("parts", (2, 16))
+@pytest.mark.parametrize("case", [case for case in SEGMENTED if case.spec.name == "simple_gla"], ids=str)
+def test_gate_gradients_in_parts(case, parts, monkeypatch):
+    """Each part of a sequence, of one block or several, adds up what lies behind it."""
     monkeypatch.setattr(gate_gradient, "LONG", tl.constexpr(64))
-
-
-@pytest.mark.parametrize("case", WINDOWED, ids=str)
-def test_windows(case, short_windows):
-    check_chunks(case)
-
-
-@pytest.mark.parametrize("case", WINDOWED, ids=str)
-def test_windows_of_segments(case, short_windows, short_segments):
-    """Segments that begin inside a window, and at its boundary."""
+    monkeypatch.setattr(gate_gradient, "PARTS", tl.constexpr(parts))
     check_chunks(case)
 
 

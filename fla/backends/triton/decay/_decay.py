@@ -22,7 +22,6 @@ from fla.backends.triton._lib import load_state, log2_decay, sequence
 CHUNK = tl.constexpr(64)  # tokens a chunk
 SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
 MARKS = tl.constexpr(256)  # marks that a program reads at once
-WINDOW = tl.constexpr(1024)  # tokens between the boundaries where a scalar gate's gradient is summed anew
 TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
 UNIT = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
@@ -208,36 +207,6 @@ def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, 
         if t_end == length:
             b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
             tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
-
-
-@triton.jit
-def window(i_w, t_begin, t_end):
-    """The tokens of a segment that lie in window `i_w` of its sequence: the first, and the one behind the last."""
-    return tl.maximum(i_w * WINDOW, t_begin), tl.minimum((i_w + 1) * WINDOW, t_end)
-
-
-@triton.jit
-def boundaries(rows, size, DTYPE: tl.constexpr):
-    """Where the states at the boundaries of windows lie in a float32 buffer: behind `size` numbers, at a multiple of
-    16, which the compiler must know for wide stores. (fp16 has not the range.)"""
-    rows += (size + 15) // 16 * 16
-    return rows.to(tl.pointer_type(tl.bfloat16), bitcast=True) if tl.bfloat16 == DTYPE else rows
-
-
-@triton.jit
-def boundary(p, t, start, i_h, H, K: tl.constexpr, V: tl.constexpr):
-    """The state at token `t` (an inner boundary of a sequence), whose gradient lies behind it: `[2, V, K]`. No other
-    boundary, of whatever sequence, has its place."""
-    return p + ((start + t) // WINDOW * H + i_h) * (2 * K * V)
-
-
-@triton.jit
-def store_boundary(p, b_S, t, length, start, i_h, H, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """Leave a `[V, K]` tile of the state (or gradient) at token `t`, if that is a boundary inside its sequence."""
-    if (t % WINDOW == 0) & (t > 0) & (t < length):
-        p = boundary(p, t, start, i_h, H, K, V)
-        mask = (o_v < V)[:, None] & (o_k < K)[None, :]
-        tl.store(p + o_v[:, None] * K + o_k[None, :], b_S.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -16,9 +16,8 @@ Each direction forms its scores in one orientation, so no accumulator is ever tr
 a state is a loaded tile on the left.
 
 Gate gradient: `dg_t = sum_{s >= t} (q dq - k dk)_s + <S_T, dS_T>`. The row products use the same rounded operands that
-the dots used, else the difference drowns in rounding (kernels.md 7.11). With one decay for all channels the sums begin
-anew at every boundary of windows (WINDOW tokens), where dq's role leaves S and dk's role dS; with one a channel, at the
-ends of segments, and the states enter their dots as high and low halves. `gate_gradient.py` sums the rows.
+the dots used, and the states enter their dots as high and low halves, else the difference drowns in rounding
+(kernels.md 7.11). `gate_gradient.py` sums the rows.
 """
 
 import functools
@@ -51,8 +50,6 @@ from fla.backends.triton.decay._decay import (
     TILE,
     UNIT,
     VECTOR,
-    WINDOW,
-    boundaries,
     factor_on,
     first_slot,
     head_base,
@@ -65,12 +62,10 @@ from fla.backends.triton.decay._decay import (
     segment,
     state_before,
     state_gradient_after,
-    store_boundary,
     store_change,
-    window,
 )
 from fla.backends.triton.decay.far_backward import far_role
-from fla.backends.triton.decay.gate_gradient import boundaries_size, close_gate_gradient, finish_vector
+from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
 from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST, WIDEST_BACKWARD, sum_slices
@@ -83,12 +78,11 @@ ALL_ROLES, ON_TILES = DQ.value | DK.value | DV.value, WIDE.value + WAYS.value * 
 
 @triton.jit
 def _dq_role(
-    q, k, v, g, do, h0, dht, dq, rows, change, left, local, at, tile, scale, H,
+    q, k, v, g, do, h0, dht, dq, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
-    WINDOWED: tl.constexpr = left is not None
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     # said here, all loads are pipelined, not those of dots alone (by pointers there is no room for it)
@@ -110,57 +104,48 @@ def _dq_role(
     k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
     do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, WAY)
-    first_window = t_begin // WINDOW
-    windows = tl.cdiv(t_end, WINDOW) - first_window
-    for i in (tl.range if WINDOWED else tl.static_range)(0, windows if WINDOWED else 1):
-        t_first, t_last = t_begin, t_end
-        if WINDOWED:
-            t_first, t_last = window(first_window + i, t_begin, t_end)
-        for t in tl.range(t_first, t_last, C, num_stages=STAGES):
-            m_c = t + o_c < t_end
-            row = (start + t) * H + i_h
-            b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-            b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
-            b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
-            if change is None or WINDOWED:
-                b_dq = tl.dot(b_do, operand(b_S, DTYPE))
-            else:
-                b_dq = dot_split(b_do, b_S, DTYPE)
-            b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
-            if KIND == VECTOR:
-                b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
-                b_dq = tl.dot(b_P, b_k, acc=b_dq)
-                store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-                b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :]
-                b_on = b_on_next
-            else:
-                if rows is not None:
-                    b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-                b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
-                b_k = scale_rows(b_k, -b_u, KIND).to(DTYPE)
-                b_dq = tl.dot(b_P, b_k, acc=b_dq)
-                store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_u, KIND) * scale)
-                if rows is not None:
-                    b_row = tl.sum(scale_rows(b_q, b_u, KIND).to(DTYPE) * b_dq, 1) * scale
-                    tl.store(rows + base + t + o_c, b_row, mask=m_c)
-                b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
-                if KIND != NONE:
-                    b_S *= half * half_next
-                    b_u, half = b_u_next, half_next
-        if WINDOWED:
-            store_boundary(left, b_S / half, t_last, length, start, i_h, H, o_k, o_v, K, V)
+    for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
+        b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
+        b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
+        if change is None:
+            b_dq = tl.dot(b_do, operand(b_S, DTYPE))
+        else:
+            b_dq = dot_split(b_do, b_S, DTYPE)
+        b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        if KIND == VECTOR:
+            b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+            b_dq = tl.dot(b_P, b_k, acc=b_dq)
+            store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :]
+            b_on = b_on_next
+        else:
+            if rows is not None:
+                b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
+            b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
+            b_k = scale_rows(b_k, -b_u, KIND).to(DTYPE)
+            b_dq = tl.dot(b_P, b_k, acc=b_dq)
+            store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_u, KIND) * scale)
+            if rows is not None:
+                b_row = tl.sum(scale_rows(b_q, b_u, KIND).to(DTYPE) * b_dq, 1) * scale
+                tl.store(rows + base + t + o_c, b_row, mask=m_c)
+            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
+            if KIND != NONE:
+                b_S *= half * half_next
+                b_u, half = b_u_next, half_next
     if change is not None:
         store_change(change, b_S, dht, local, at, scale, o_k, o_v, K, V, KIND)
 
 
 @triton.jit
 def _dk_role(
-    q, k, v, g, do, dht, dk, dh0, rows, change, left, local, at, tile, scale, H,
+    q, k, v, g, do, dht, dk, dh0, rows, change, local, at, tile, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
-    WINDOWED: tl.constexpr = left is not None
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
@@ -182,47 +167,38 @@ def _dk_role(
         k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, WAY)
     do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
-    last_window = tl.cdiv(t_end, WINDOW) - 1
-    windows = last_window + 1 - t_begin // WINDOW
-    for i in (tl.range if WINDOWED else tl.static_range)(0, windows if WINDOWED else 1):
-        t_first, t_stop = t_begin, t_end
-        if WINDOWED:
-            t_first, t_stop = window(last_window - i, t_begin, t_end)
-        chunks = tl.cdiv(t_stop - t_first, C)
-        for i_c in tl.range(0, chunks, num_stages=STAGES):
-            t = t_first + (chunks - 1 - i_c) * C
-            m_c = t + o_c < t_end
-            row = (start + t) * H + i_h
-            b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-            b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
-            b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
-            if change is None or WINDOWED:
-                b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
-            else:
-                b_dk = dot_split(b_v, b_dS, DTYPE)
-            b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
-            if KIND == VECTOR:
-                b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
-                b_dk = tl.dot(b_P, b_q, acc=b_dk)
-                store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-                b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
-                b_dS *= b_on[None, :]
-            else:
-                if rows is not None:
-                    b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-                b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
-                b_q = scale_rows(b_q, b_u, KIND).to(DTYPE)
-                b_dk = tl.dot(b_P, b_q, acc=b_dk)
-                store_rows(dk + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dk, -b_u, KIND) * scale)
-                if rows is not None:
-                    b_row = tl.sum(scale_rows(b_k, -b_u, KIND).to(DTYPE) * b_dk, 1) * scale
-                    tl.store(rows + base + t + o_c, b_row, mask=m_c)
-                b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
-                if KIND != NONE:
-                    b_dS *= half * half_next
-                    b_u, half = b_u_next, half_next
-        if WINDOWED:
-            store_boundary(left + K * V, b_dS / half, t_first, length, start, i_h, H, o_k, o_v, K, V)
+    for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
+        t = t_last - i * C
+        m_c = t + o_c < t_end
+        row = (start + t) * H + i_h
+        b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
+        b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
+        b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
+        if change is None:
+            b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
+        else:
+            b_dk = dot_split(b_v, b_dS, DTYPE)
+        b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        if KIND == VECTOR:
+            b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_dk = tl.dot(b_P, b_q, acc=b_dk)
+            store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            b_dS *= b_on[None, :]
+        else:
+            if rows is not None:
+                b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
+            b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
+            b_q = scale_rows(b_q, b_u, KIND).to(DTYPE)
+            b_dk = tl.dot(b_P, b_q, acc=b_dk)
+            store_rows(dk + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dk, -b_u, KIND) * scale)
+            if rows is not None:
+                b_row = tl.sum(scale_rows(b_k, -b_u, KIND).to(DTYPE) * b_dk, 1) * scale
+                tl.store(rows + base + t + o_c, b_row, mask=m_c)
+            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            if KIND != NONE:
+                b_dS *= half * half_next
+                b_u, half = b_u_next, half_next
     if dh0 is not None:
         if i_s == 0:
             if KIND == VECTOR:
@@ -299,7 +275,6 @@ def _role(
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
-    DTYPE: tl.constexpr = q.dtype.element_ty
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR) or (KIND == SHORT)
     i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
     at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
@@ -314,7 +289,7 @@ def _role(
     i_key, i_value = i_role % KEYS, i_role - N_DQ - N_DK
     i_k, i_v = i_key % TK, i_key // TK  # tile and slice of dq and dk
     i_slice, i_tile = i_value // TV, i_value % TV  # of dv
-    change, left = rows if GATES & ROLES else None, None
+    change = rows if GATES & ROLES else None
     if GATES & ROLES:
         change += ((i_v * states + i_state) * S + i_s) * K
     dq, dv = grads + i_v * size_k, grads + i_slice * size_v
@@ -325,8 +300,6 @@ def _role(
     else:
         dv += 2 * NV * size_k
         if rows is not None:
-            if (KIND == SCALAR) and (GATES & ROLES):
-                left = boundaries(rows + NV * states * S * K, 2 * KEYS * tokens * H, DTYPE)
             rows += NV * states * S * K + i_role * tokens * H
     if FAR:
         is_dq, is_dv = i_role < N_DQ, i_role >= N_DQ + N_DK
@@ -334,9 +307,9 @@ def _role(
         d_key = tl.where(is_dq, dq, dk)
         far_role(q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H, K, V, KIND)
     elif i_role < N_DQ:
-        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, left, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     elif i_role < N_DQ + N_DK:
-        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, left, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
     else:
         _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
 
@@ -405,8 +378,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
         grads = v.new_empty(sum(sizes), dtype=v.dtype if whole else torch.float32)
     changes, rows = NV * N * H * S * K, None
     if vector or needs_gate:
-        size = changes + 2 * (NV * heads * K if vector else keys * heads)
-        rows = v.new_empty(size + (0 if vector else boundaries_size(problem)), dtype=torch.float32)
+        rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
     arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
     arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
     if wide:  # together they spill ten times what each does alone
@@ -415,8 +387,8 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
             launch(chunk_backward_kernel, N * H * S * programs, arguments, constants)
     else:
         roles, stages = ALL_ROLES | (GATES.value if needs_gate else 0), 2
-        gated = vector or problem.g is not None  # then registers are short
-        if tiled and (NK == NV == 1 or (gated and not vector)):  # (other sums of slices gain nothing)
+        if tiled and NK == NV == 1:  # (sums of slices gain nothing)
+            gated = vector or problem.g is not None  # then registers are short
             way, stages = (TILES.value, 2) if gated else (TO_REGISTERS.value, 3)
             roles += WAYS.value * way
         constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
@@ -431,7 +403,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
         dq, dk, dv = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), _sum(dv, NK, v)
     dg = None
     if needs_gate:
-        dg = close_gate_gradient(problem, prepared, rows, dht is not None, 2 * keys, NV, L)
+        dg = close_gate_gradient(problem, rows, dht is not None, 2 * keys, NV, L)
     return dq, dk, dv, dg, dh0
 
 
