@@ -17,7 +17,11 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 # What Triton does anyway; 3.9 warns where it is not said
 export TRITON_DEFAULT_FP_FUSION := 1
 
-.PHONY: help demo test check test-gpu sanitize bench clean
+# A folder into which the peer was installed: make records PEER=.peer/site
+PEER ?=
+PEER_CACHE := benchmarks/peer/h200-flash-linear-attention-0.6.0.tgz
+
+.PHONY: help demo test check test-gpu sanitize bench records clean
 
 help:
 	@echo 'make demo      install, train a small language model on real text, save it, reload it, let it write'
@@ -26,6 +30,7 @@ help:
 	@echo 'make test-gpu  the GPU suite, in the current Python'
 	@echo 'make sanitize  races and stray accesses of the kernels, with compute-sanitizer'
 	@echo 'make bench     time the ops'
+	@echo 'make records   time all that docs/benchmarks.md shows, on a quiet machine with a GPU, in the current Python'
 
 $(VENV)/.installed-demo: $(REQUIREMENTS)
 	@$(INSTALL) demo
@@ -62,6 +67,16 @@ sanitize:
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.ops $(ARGS)
+
+# Nothing else may run there: rows of small shapes are the host's time
+records: export PYTHONPATH = .
+records:
+	$(PYTHON) -m benchmarks.host
+	$(PYTHON) -m benchmarks.decode
+	$(PYTHON) -m benchmarks.ops --shapes targets $(if $(PEER),--peer $(PEER) --peer-cache $(PEER_CACHE)) $(ARGS)
+	$(PYTHON) -m benchmarks.ops --shapes seed --op retention --baselines --no-first-call
+	$(PYTHON) -m benchmarks.packed
+	$(PYTHON) -m benchmarks.ops --report
 
 clean:
 	rm -rf .venv .venv-triton-* runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

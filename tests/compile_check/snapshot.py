@@ -1,11 +1,14 @@
 """Registers, spills, shared memory and tensor-core instructions of every kernel on sm_90, as text.
 
 `python -m tests.compile_check.snapshot` writes `tests/snapshots/kernels.txt` (minutes); a change is reviewed like code.
+With a regular expression it compiles only the variants whose "dtype name" it is found in, and those that are new, and
+prints what changed: the quick look while a kernel is being written.
 """
 
 import functools
 import os
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -52,12 +55,17 @@ def measured(key: tuple[str, str]) -> str:
     return f"{dtype} {name:46} {line(variant, report)}\n"
 
 
-def write() -> None:
+def write(pattern: str = "") -> None:
     keys = [(dtype, name) for dtype in DTYPES for name in variants_of(dtype)]
+    before = {(dtype, name): f"{dtype} {name:46} {rest}\n" for (dtype, name), rest in read().items()}
+    chosen = [key for key in keys if key not in before or re.search(pattern, " ".join(key))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        lines = list(pool.map(measured, keys, chunksize=4))
-    FILE.write_text(TITLE.format(triton.__version__) + "".join(lines))
+        now = dict(zip(chosen, pool.map(measured, chosen, chunksize=4), strict=True))
+    for key, text in now.items():
+        if text != before.get(key):
+            print(f"was: {before.get(key, 'not there').strip()}\nnow: {text.strip()}")
+    FILE.write_text(TITLE.format(triton.__version__) + "".join(now.get(key) or before[key] for key in keys))
 
 
 if __name__ == "__main__":
-    write()
+    write(*sys.argv[1:2])
