@@ -30,7 +30,7 @@ help:
 	@echo 'make test-gpu  the GPU suite, in the current Python'
 	@echo 'make sanitize  races and stray accesses of the kernels, with compute-sanitizer'
 	@echo 'make bench     time the ops'
-	@echo 'make records   time all that docs/benchmarks.md shows, on a quiet machine with a GPU, in the current Python'
+	@echo 'make records   time the ops for docs/benchmarks.md, on a quiet machine with a GPU, in the current Python'
 
 $(VENV)/.installed-demo: $(REQUIREMENTS)
 	@$(INSTALL) demo

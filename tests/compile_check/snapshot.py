@@ -52,12 +52,18 @@ def measured(key: tuple[str, str]) -> str:
     dtype, name = key
     variant = variants_of(dtype)[name]
     report = compile_kernel(variant.kernel, variant.types, variant.constants, "sm_90", variant.warps, variant.stages)
-    return f"{dtype} {name:46} {line(variant, report)}\n"
+    return _entry(dtype, name, line(variant, report))
+
+
+def _entry(dtype: str, name: str, rest: str) -> str:
+    return f"{dtype} {name:46} {rest}\n"
 
 
 def write(pattern: str = "") -> None:
+    if pattern and not is_comparable():
+        sys.exit(f"the snapshot is another Triton's than {triton.__version__}: only all of it can be written")
     keys = [(dtype, name) for dtype in DTYPES for name in variants_of(dtype)]
-    before = {(dtype, name): f"{dtype} {name:46} {rest}\n" for (dtype, name), rest in read().items()}
+    before = {key: _entry(*key, rest) for key, rest in read().items()} if FILE.exists() else {}
     chosen = [key for key in keys if key not in before or re.search(pattern, " ".join(key))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         now = dict(zip(chosen, pool.map(measured, chosen, chunksize=4), strict=True))

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from fla.backends.triton._ahead import compilers, rehearsed, under_way
 
 ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
+ALLOCATED = 512  # bytes to which torch aligns what it allocates
 MIXED = object()  # stands for the device of tensors on several ones
 # what the C function behind `run` takes before the kernel's arguments, in the one form known here (Triton 3.6): grid,
 # stream, function, cooperative, dependent launch, scratch, profiler's scratch, metadata, its launch's, hooks
@@ -62,11 +63,8 @@ def _has_descriptors(device: torch.device) -> bool:
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory of a launch for its programs' descriptors, on the current device; torch aligns it to 512 bytes."""
+    """Memory of a launch for its programs' descriptors, on the current device."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-_ALIGNMENTS = tuple(1 << i for i in range(10))  # that such memory has
 
 
 def _provide_scratch() -> None:
@@ -135,7 +133,7 @@ def _entry(run: Any, scratch: int) -> tuple[Callable, int, int] | None:
     parts = ("num_ctas", "global_scratch_size", "global_scratch_align", "profile_scratch_size")
     ctas, size, alignment, profiled = (getattr(run, name, None) for name in parts)
     flags = getattr(run, "launch_cooperative_grid", None), getattr(run, "launch_pdl", None)
-    if ctas != 1 or size != scratch or profiled != 0 or None in flags or (size and alignment not in _ALIGNMENTS):
+    if ctas != 1 or size != scratch or profiled != 0 or None in (alignment, *flags) or (size and ALLOCATED % alignment):
         return None
     return launch, *flags
 
