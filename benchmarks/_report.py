@@ -29,7 +29,8 @@ Written by `python -m benchmarks.ops --report` from `benchmarks/results/*.jsonl`
 `python -m benchmarks.ops` and its neighbours `benchmarks.host`, `.packed`, `.decode`, `.benchmark_generation`
 and `.benchmark_training_throughput`, which check a result before they time it.
 
-- **ms**: median time of a call with a cold L2 cache; `fwd` without autograd, `fwdbwd` with the gradient of every input.
+- **ms**: median time of a call with a cold L2 cache, in the quietest of several rounds; `fwd` without autograd,
+  `fwdbwd` with the gradient of every input, computed in the calling thread.
 - **floors**: time over the memory floor, which is to read every input once and write every output once at the copy
   bandwidth of the same run.
 - **peer**: the library that the records name, timed in the same run on the same inputs, its autotuning finished before.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 MIB = 2**20
 WARM_SECONDS = 0.1  # of calls before any counts: the clocks of a processor that was idle take their time to rise
+ROUNDS, LEAST = 5, 5  # rounds of runs, of which the quietest counts, and runs of a round at least
 FLUSH_BYTES = 128 * MIB  # more than any L2: every run starts with its inputs in device memory
 BANDWIDTH_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
@@ -36,7 +37,7 @@ class Budget:
     """How long one row may be timed: at most `runs` runs, and about `seconds` (but always a few runs)."""
 
     seconds: float = 0.3
-    runs: int = 100
+    runs: int = 500
 
 
 def noise(shapes: dict[str, list[int]], dtype: torch.dtype, device: str, seed: int) -> dict[str, Tensor]:
@@ -66,7 +67,9 @@ def beginning(o: Tensor, shape: list[int]) -> Tensor:
 def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: str, seed: int = 0) -> Call:
     """The call that a mode times: `fwd` without autograd, `fwdbwd` with the gradient of every tensor.
 
-    Gradients are returned, not accumulated. The incoming gradient is drawn here, outside of what is timed.
+    Gradients are returned, not accumulated. The incoming gradient is drawn here, outside of what is timed. The backward
+    runs in the calling thread: to wake the autograd engine's own, which a training step does once and not once an op,
+    takes 20 to 300 us as the machine pleases, more than a small op.
     """
 
     def forward() -> Tensor:
@@ -83,7 +86,8 @@ def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: st
 
     def forward_backward() -> tuple[Tensor | None, ...]:
         output = first_output(function(**leaves))
-        return torch.autograd.grad(output, tuple(leaves.values()), do, allow_unused=True)
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad(output, tuple(leaves.values()), do, allow_unused=True)
 
     return Call(forward_backward, size + sum(x.numel() * x.element_size() for x in tensors.values()))
 
@@ -91,6 +95,7 @@ def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: st
 def measure(call: Callable[[], Any], device: str, budget: Budget) -> dict[str, Any]:
     """Median milliseconds, number of runs, and peak memory in MiB beyond what was allocated before (None on CPU).
 
+    On a GPU the median is that of the quietest round: small rows are the host's time, which its neighbours disturb.
     Of a `Call` also the working memory: the peak without outputs and gradients.
     """
     collecting = gc.isenabled()
@@ -136,8 +141,9 @@ def _gpu_times(call: Callable[[], Any], budget: Budget) -> tuple[list[float], fl
     estimate, end = 0.0, time.perf_counter() + WARM_SECONDS
     while estimate == 0.0 or time.perf_counter() < end:
         estimate = sum(event_times(call, flush, 5)) / 5e3
-    runs = max(5, min(budget.runs, int(budget.seconds / max(estimate, 1e-6))))
-    return event_times(call, flush, runs), peak
+    runs = max(LEAST, min(budget.runs, int(budget.seconds / max(estimate, 1e-6))))
+    rounds = min(ROUNDS, runs // LEAST)
+    return min((event_times(call, flush, runs // rounds) for _ in range(rounds)), key=statistics.median), peak
 
 
 def event_times(call: Callable[[], Any], flush: Tensor, runs: int) -> list[float]:

@@ -6,7 +6,6 @@ checked on the same inputs. Rows are printed in us and appended to the records (
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ LOOPS = 7
 
 
 def per_call(call: Callable[[], Any], device: str, seconds: float) -> float:
-    """Seconds of wall time per call: the median of a few loops, each long enough to time, that end synchronised."""
+    """Seconds of wall time per call: the least of a few loops, each long enough to time, that end synchronised."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     wait()
@@ -50,7 +49,7 @@ def per_call(call: Callable[[], Any], device: str, seconds: float) -> float:
     finally:
         if collecting:
             gc.enable()
-    return statistics.median(times)
+    return min(times)
 
 
 def time_op(op: str, a: argparse.Namespace, recorder: Recorder) -> bool:

@@ -120,7 +120,7 @@ def _prepare(a: argparse.Namespace) -> tuple[Settings, list[Job]]:
         modes=tuple(mode for mode in MODES if mode in a.mode),
         backend=a.backend,
         seed=a.seed,
-        budget=(0.05, 10) if a.quick else (0.3, 100),
+        budget=(0.05, 10) if a.quick else (0.3, 500),
         quick=a.quick,
         out=a.out,
         commit=a.commit,

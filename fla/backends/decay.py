@@ -31,6 +31,7 @@ class Problem:
 
     `keeps`: a backward will follow, for which the backend's forward may leave tensors in `kept` and `prepared`, and may
     put in place of q and k what it made of them in their shapes and dtypes: the backward's problem has all of these.
+    `begins` `[T]`: the first token of each token's sequence, of a pack that the backend computes as one row.
     """
 
     q: Tensor
@@ -48,15 +49,27 @@ class Problem:
     keeps: bool = False
     kept: Tensor | None = None
     prepared: Tensor | None = None
+    begins: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """`cu_seqlens` of sequences that are computed one by one. None: the rows are, all of one length."""
+        return self.cu_seqlens if self.begins is None else None
+
+    @property
+    def pack(self) -> Tensor | None:
+        """What tells a chunk kernel the sequences of a pack."""
+        return self.cu_seqlens if self.begins is None else self.begins
 
     @property
     def num_states(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return self.state_shape[0]
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
         B, _, H, K = self.q.shape
-        return (B if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1, H, K, self.v.shape[3])
+        bounds = self.lengths
+        return (B if bounds is None else bounds.shape[0] - 1, H, K, self.v.shape[3])
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -319,6 +332,7 @@ class _Function(torch.autograd.Function):
             problem.cu_seqlens,
             problem.kept,
             problem.prepared,
+            problem.begins,
         )
         ctx.settings = scale, form, wide, module
         ctx.set_materialize_grads(False)
@@ -332,11 +346,11 @@ class _Function(torch.autograd.Function):
 
 
 def _input_gradients(ctx, do, dht):
-    *tensors, kept, prepared = ctx.saved_tensors
+    *tensors, kept, prepared, begins = ctx.saved_tensors
     scale, form, wide, module = ctx.settings
     do = torch.zeros_like(tensors[2]) if do is None else do
     needs = ctx.needs_input_grad
-    problem = Problem(*tensors, scale, form, wide, kept=kept, prepared=prepared)
+    problem = Problem(*tensors, scale, form, wide, kept=kept, prepared=prepared, begins=begins)
     found = _gradients(problem, do, dht, needs[3] or needs[4] or needs[5], module)
     return (*found, None)
 

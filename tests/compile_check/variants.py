@@ -14,13 +14,14 @@ import torch
 from fla.backends.decay import Problem
 from fla.backends.triton import _launch, decay
 from fla.backends.triton.decay import chunk_backward, step
-from fla.backends.triton.decay._decay import PAIR
+from fla.backends.triton.decay._decay import JOINED, PAIR
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64", torch.int32: "i32"}
 KINDS = ("none", "constant", "scalar", "vector", "short", "far-constant", "far-scalar")
 ROLES = {"dq": chunk_backward.DQ.value, "dk": chunk_backward.DK.value, "dv": chunk_backward.DV.value}
 NO_DOTS = (
+    "begins",
     "running_sums",
     "centre",
     "scalar_gate_gradient",
@@ -38,12 +39,13 @@ ALL = "all"  # packed, with states, every gradient, and so many segments that th
 FEW = "few"  # the same with so few programs that the launcher asks for more stages
 PLAIN = "plain"  # gate gradients of all that, and heads that fill a GPU
 LONG = "long"  # segments without packing
-SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256), LONG: (65536, 4)}
+TOGETHER = "joined"  # a pack of short sequences without states, in segments
+SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256), LONG: (65536, 4), TOGETHER: (65536, 4)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with all that a compiler is told. `posed`: ALL, FEW, PLAIN or LONG."""
+    """A kernel with all that a compiler is told. `posed`: ALL, FEW, PLAIN, LONG or TOGETHER."""
 
     kernel: Any
     types: dict[str, str]
@@ -79,19 +81,20 @@ class Variant:
         number = self.constants.get("KINDS", self.constants.get("KIND"))
         if number is None:
             return None
+        number %= JOINED
         near, far = KINDS[number % PAIR], KINDS[number // PAIR]
         return f"{near}-or-{far}" if self.is_pair else near if number < PAIR else f"only-{near}"
 
     @property
     def is_pair(self) -> bool:
         """A launch of two kinds."""
-        kinds = self.constants.get("KINDS", 0)
+        kinds = self.constants.get("KINDS", 0) % JOINED
         return kinds // PAIR not in (0, kinds % PAIR)
 
     @property
     def is_launched(self) -> bool:
         """As it is, not a part of a launch."""
-        return self.constants.get("KINDS", 0) >= PAIR or self.kind == "none"
+        return self.constants.get("KINDS", 0) % JOINED >= PAIR or self.kind == "none"
 
     @property
     def is_matrix(self) -> bool:
@@ -109,8 +112,8 @@ class Variant:
 
     @property
     def operands(self) -> str:
-        """Type of what dots read."""
-        return next(self.types[name] for name in ("qn", "x", "q", "parts", "g") if name in self.types)
+        """Type of what dots read, or of what else the kernel is about."""
+        return next(self.types[name] for name in ("qn", "x", "q", "parts", "g", "begins") if name in self.types)
 
     @property
     def uses_wgmma(self) -> bool:
@@ -135,9 +138,9 @@ def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: t
     gates = {"g": empty(1, T, H), "gk": q, "gv": v, "g_gamma": empty(H, dtype=torch.float64)}
     given = [gates[name] if name in decays else None for name in gates]
     state = bounds = None
-    if posed in (ALL, FEW):
-        bounds = empty(2, dtype=torch.int32)
-    if posed != PLAIN:
+    if posed in (ALL, FEW, TOGETHER):
+        bounds = empty(1001 if posed == TOGETHER else 2, dtype=torch.int32)
+    if posed not in (PLAIN, TOGETHER):
         state = empty(1, H, K, V, dtype=torch.float32)
     return Problem(q, q, v, *given, state, bounds, 0.5, form)
 
@@ -163,13 +166,14 @@ def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
 
     def train(x: Problem) -> None:
         needs_gates = any(gate is not None for gate in (x.g, x.gk, x.gv))
-        decay.forward(x, posed != PLAIN)
-        decay.backward(x, x.v, None if posed == PLAIN else torch.empty(x.state_shape, device="meta"), needs_gates)
+        has_states = x.initial_state is not None
+        decay.forward(x, has_states)
+        decay.backward(x, x.v, torch.empty(x.state_shape, device="meta") if has_states else None, needs_gates)
 
     for decays in ((), ("g_gamma",), ("g",), ("gk",)) if dtype != "fp32" else ():
         made = problem(DTYPES[dtype], K, V, posed, "chunk", decays)
         yield from described(record(lambda x=made: train(x)), K, V, posed)
-    if posed in (PLAIN, LONG):
+    if posed in (PLAIN, LONG, TOGETHER):
         return
     made = problem(DTYPES[dtype], K, V, posed, "recurrent", ("g", "gk", "gv", "g_gamma"))
     yield from described(record(lambda: train(made)), K, V, posed)
@@ -184,8 +188,9 @@ def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:
         types = {name: type_of(x) for name, x in given.items() if x is not None}
         constants = {name: None for name, x in given.items() if x is None} | constants
         whole = Variant(kernel, types, constants, settings["num_warps"], settings["num_stages"], (K, V), posed)
-        for kind in (constants["KINDS"] % PAIR, constants["KINDS"] // PAIR) if whole.is_pair else ():
-            yield from by_roles(replace(whole, constants=constants | {"KINDS": kind}))
+        kinds, joined = constants.get("KINDS", 0) % JOINED, constants.get("KINDS", 0) // JOINED * JOINED
+        for kind in (kinds % PAIR, kinds // PAIR) if whole.is_pair else ():
+            yield from by_roles(replace(whole, constants=constants | {"KINDS": kind + joined}))
         if not whole.is_pair:
             yield from by_roles(whole)
         if (whole.is_pair or "ROLES" in constants) and ((K, V) == COMMON or posed == PLAIN):
@@ -210,17 +215,28 @@ def type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS) -> dict[str, Variant]:
+def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS, tiled: bool = True) -> dict[str, Variant]:
     """Every kernel once by name: with all options, and at 128x128 and 256x256 in the other ways that forwards and whole
-    backwards are launched."""
+    backwards are launched. `tiled`: where there are tensor descriptors (Hopper)."""
+    has_descriptors = _launch._has_descriptors
+    _launch._has_descriptors = lambda device: tiled  # type: ignore[assignment]
+    try:
+        return _variants(dtype, heads)
+    finally:
+        _launch._has_descriptors = has_descriptors
+
+
+def _variants(dtype: str, heads: tuple[tuple[int, int], ...]) -> dict[str, Variant]:
     found: dict[str, Variant] = {}
     for K, V in heads:
-        several = {COMMON: (ALL, FEW, PLAIN, LONG), WIDE: (ALL, PLAIN)}.get((K, V), (ALL,))
+        several = {COMMON: (ALL, FEW, PLAIN, LONG, TOGETHER), WIDE: (ALL, PLAIN, TOGETHER)}.get((K, V), (ALL,))
         for posed in several:
             for variant in launched(dtype, K, V, posed):
                 if posed == PLAIN and not variant.fits_twice:
                     continue
                 if posed == LONG and variant.base != "segment_states":
+                    continue
+                if posed == TOGETHER and variant.base != "begins" and variant.constants.get("KINDS", 0) < JOINED:
                     continue
                 if variant.base == "segment_states" and (K, V) not in (COMMON, ODD):
                     continue  # its tile is the same for all

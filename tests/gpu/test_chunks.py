@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fla.backends.triton import _launch
-from fla.backends.triton.decay import segments
+from fla.backends.triton.decay import packs, segments
 from fla.ops._spec import REGISTRY
 from fla.testing import GPU, assert_within_budget, make_inputs
 from fla.testing.contract import Case, whole
@@ -18,6 +18,7 @@ from tests.ops.suite import check_chunks
 triton = pytest.importorskip("triton")
 BF16, FP16 = torch.bfloat16, torch.float16
 PACK = (1000, 0, 3000, 1, 95, 4096)
+JOINED = (5, 1, 0, 58, 64, 70, 3, 2000, 1, 1, 130, 36, 700, 64, 128, 4)  # some end with a chunk
 
 
 def chunk_cases(**changes) -> list[Case]:
@@ -42,6 +43,14 @@ def noise_for(case: Case, leaves: dict[str, Tensor]) -> list[Tensor]:
     return [torch.randn_like(x) for x in (output, *state)]
 
 
+JOINED_CASES = [
+    case
+    for gates in ("ordinary", "weak", "mixed")
+    for case in chunk_cases(tokens=JOINED, heads=(2, 128, 64), state="none", gates=gates)
+    if case.gated or gates == "ordinary"
+]
+
+
 @pytest.mark.parametrize(
     "case", chunk_cases(tokens=4096, heads=(2, 64, 64), dtype=BF16, batch=1, gates="weak"), ids=str
 )
@@ -55,6 +64,20 @@ def test_segments_of_a_pack_with_strong_decays(case):
     """fp16's near range is 8 nats a chunk, a tenth of bf16's: ordinary decays leave it."""
     assert segments.segment_length(2301, 2) < 2301
     check_chunks(case)
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
+@pytest.mark.parametrize("case", JOINED_CASES, ids=str)
+def test_joined_packs(case, dtype):
+    """Sequences without states share chunks, here in segments too."""
+    assert segments.segment_length(sum(JOINED), 2) < sum(JOINED) < packs.SHORT_AVERAGE * len(JOINED)
+    check_chunks(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", ((2, 64, 64), (1, 100, 33), (1, 256, 256), (1, 300, 144)), ids=str)
+@pytest.mark.parametrize("case", chunk_cases(tokens=(70, 1, 0, 130, 64, 50), dtype=BF16, state="none"), ids=str)
+def test_joined_packs_of_all_head_sizes(case, heads):
+    check_chunks(replace(case, heads=heads))
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)

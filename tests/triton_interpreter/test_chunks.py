@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton.language as tl
 
-from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, segments
+from fla.backends.decay import Problem
+from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, packs, segments
 from fla.testing.cases import INTERPRETER
 from tests.ops import suite
 from tests.ops.suite import check_chunks
@@ -35,10 +36,10 @@ def short_segments(monkeypatch):
     forget_plans()
 
 
-def launches_of(monkeypatch, kernel) -> list:
-    """The launches of a kernel from `segments.py` from now on."""
-    seen, launch = [], segments.launch
-    monkeypatch.setattr(segments, "launch", lambda k, *rest: (seen.append(rest), launch(k, *rest))[1])
+def launches_of(monkeypatch, module) -> list:
+    """The launches from a module from now on."""
+    seen, launch = [], module.launch
+    monkeypatch.setattr(module, "launch", lambda kernel, *rest: (seen.append(rest), launch(kernel, *rest))[1])
     return seen
 
 
@@ -51,9 +52,81 @@ SEGMENTED = [
 
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_segments(case, short_segments, monkeypatch):
-    seen = launches_of(monkeypatch, segments.segment_states_kernel)
+    seen = launches_of(monkeypatch, segments)
     check_chunks(case)
     assert seen, "nothing was cut"
+
+
+def joined_cases(**changes):
+    return chunk_cases(state="none", **changes)
+
+
+# several sequences a chunk, ends that are a chunk's, one that fills several chunks, empty ones and single tokens
+JOINED = [
+    *joined_cases(tokens=(5, 1, 0, 58, 64, 70, 3, 1, 130), heads=(1, 16, 16)),
+    *joined_cases(tokens=(40, 100, 0, 60), heads=(2, 16, 20), gates="mixed"),
+    *joined_cases(tokens=(30, 1, 40), heads=(1, 20, 300), gates=-5.0),
+]
+JOINED_SEGMENTS = [
+    *joined_cases(tokens=(200, 10, 1, 1, 30, 70), heads=(1, 16, 16), gates="weak"),
+    *joined_cases(tokens=(0, 64, 64, 130, 62), heads=(1, 16, 16), gates="mixed"),
+]
+
+
+def pack_of(lengths: list[int], dtype: torch.dtype = torch.float16, **changes) -> Problem:
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q = torch.zeros(1, int(bounds[-1]), 1, 4, dtype=dtype)
+    given = dict.fromkeys(("g", "gk", "gv", "g_gamma", "initial_state")) | changes
+    return Problem(q, q, q, **given, cu_seqlens=bounds.to(torch.int32), scale=1.0, form="chunk")
+
+
+def test_what_is_joined():
+    """Packs without states in or out, unless they are of long sequences or fp16's decays per channel."""
+    long = packs.SHORT_AVERAGE + 1
+    state = torch.zeros(2, 1, 4, 4)
+    for problem, has_states, joined in (
+        (pack_of([5, 3]), False, True),
+        (pack_of([long, long - 2]), False, True),
+        (pack_of([long, long]), False, False),
+        (pack_of([5, 3]), True, False),
+        (pack_of([5, 3], initial_state=state), False, False),
+        (pack_of([5, 3], gk=state), False, False),
+        (pack_of([5, 3], torch.bfloat16, gk=state), False, True),
+        (replace(pack_of([5, 3]), cu_seqlens=None), False, False),
+    ):
+        packs.join(problem, has_states)
+        assert (problem.begins is not None) == joined
+        assert problem.num_states == (1 if joined or problem.cu_seqlens is None else 2)
+
+
+@pytest.mark.parametrize("lengths", ([1], [0, 3, 0, 0, 2, 1, 0], [64, 64], [1] * 70, [1500, 0, 800]), ids=str)
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
+def test_first_tokens_of_a_joined_pack(lengths, dtype):
+    problem = pack_of(lengths)
+    problem.cu_seqlens = problem.cu_seqlens.to(dtype)
+    packs.join(problem, False)
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    assert torch.equal(problem.begins.long(), starts.repeat_interleave(torch.tensor(lengths)))
+
+
+@pytest.fixture
+def vectors_in_float16(monkeypatch):
+    """The interpreter cannot do what is joined of them on a GPU, bfloat16."""
+    monkeypatch.setattr(packs, "VECTOR_DTYPES", (torch.float16,))
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_joined_packs(case, vectors_in_float16, monkeypatch):
+    seen = launches_of(monkeypatch, packs)
+    check_chunks(case)
+    assert seen, "nothing was joined"
+
+
+@pytest.mark.parametrize("case", JOINED_SEGMENTS, ids=str)
+def test_joined_packs_in_segments(case, short_segments, vectors_in_float16, monkeypatch):
+    joined, cut = launches_of(monkeypatch, packs), launches_of(monkeypatch, segments)
+    check_chunks(case)
+    assert joined and cut, "nothing was joined, or cut"
 
 
 @pytest.mark.parametrize("parts", (2, 16))

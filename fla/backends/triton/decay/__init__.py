@@ -1,7 +1,8 @@
 """The family `decay` on Triton: the one-pass forward, the backward by roles, the recurrent kernel for decoding.
 
-Files: `prepare.py` (what is computed of the gates first), `_decay.py` (what the chunk kernels share), `segments.py`,
-`slices.py`, `chunk_forward.py`, `chunk_backward.py`, `far_backward.py`, `gate_gradient.py`; `step.py`, `recurrent.py`.
+Files: `prepare.py` (what is computed of the gates first), `_decay.py` (what the chunk kernels share), `packs.py`,
+`segments.py`, `slices.py`, `chunk_forward.py`, `chunk_backward.py`, `far_backward.py`, `gate_gradient.py`; `step.py`,
+`recurrent.py`.
 
 float32 is computed token by token in both forms: every one of its digits, for every gate, which no dot gives. So is a
 chunk's worth of tokens of few heads with gates, where one launch is all that the time goes into.

@@ -9,7 +9,9 @@ That holds while the factors fit in their dtype. Heads with stronger decays are 
 pair) or SHORT (chunks of 16 tokens, each with a middle of its own). A launch has both (KINDS), and each of its programs
 takes the one that its head needs.
 
-A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`).
+A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`). The short sequences of a
+pack are JOINED: computed as one row whose chunks hold several of them (`packs.py`). Then a kernel's argument `pack` is
+the first token of each token's sequence, `[T]`, otherwise it is `cu_seqlens`.
 """
 
 import functools
@@ -26,6 +28,7 @@ TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hoppe
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
 UNIT = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
 PAIR = 8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
+JOINED = PAIR * PAIR  # added to KINDS where a pack is one row
 # log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
 NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # the same in fp16, where small numbers lose digits early
@@ -80,6 +83,59 @@ def first_slot(cu_seqlens, start, i_n, T):
         return i_n * tl.cdiv(T, SHORT_CHUNK)
     else:
         return start // SHORT_CHUNK + i_n
+
+
+@triton.jit
+def starts_of(begins, t, t_end, C: tl.constexpr):
+    """Where the sequences begin to which the tokens of the chunk at `t` belong, `[C]`, and where that of its last token
+    does: counted from `t`, so negative for a sequence that comes from before. (Not read where nothing is joined.)"""
+    if begins is None:
+        return 0, 0
+    else:
+        b_first = tl.load(begins + tl.minimum(t + tl.arange(0, C), t_end - 1)) - t
+        return b_first, tl.load(begins + tl.minimum(t + C, t_end) - 1) - t
+
+
+@triton.jit
+def of_one_sequence(m_pair, begins, b_first, REVERSE: tl.constexpr):
+    """Those pairs of rows and earlier columns (REVERSE: later ones) that belong to one sequence."""
+    if begins is None:
+        return m_pair
+    else:
+        o_c = tl.arange(0, m_pair.shape[0])
+        if REVERSE:
+            return m_pair & (o_c[:, None] >= b_first[None, :])
+        else:
+            return m_pair & (o_c[None, :] >= b_first[:, None])
+
+
+@triton.jit
+def from_before(x, begins, b_first):
+    """The rows of `x` whose sequence comes from before the chunk, the others as zeros."""
+    if begins is None:
+        return x
+    else:
+        return tl.where((b_first < 0)[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def going_on(x, begins, last):
+    """The rows of `x` that belong to the chunk's last sequence, which may go on behind it, the others as zeros."""
+    if begins is None:
+        return x
+    else:
+        return tl.where((tl.arange(0, x.shape[0]) >= last)[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def passing(x, begins, last):
+    """`x` if one sequence takes in the whole chunk and the token before it, else zeros."""
+    if begins is None:
+        return x
+    else:
+        # by bits: a `where` between an accumulator and its next dot is what Triton 3.6 fails on for Blackwell
+        bits = x.to(tl.int32, bitcast=True) & tl.where(last < 0, -1, 0)
+        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -195,9 +251,9 @@ def state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k,
 
 @triton.jit
 def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
-    """`<S, dS>` of every channel of K, for the state at the end of a segment (`at`: a program's place). It takes the S
-    of a role's rounded operands: with any other the gate gradient's terms do not cancel."""
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    """`<S, dS>` of every channel of K, for the state at the end of a segment (`at`: which one). It takes the S of a
+    role's rounded operands: with any other the gate gradient's terms do not cancel."""
+    t_end, length, states, i_state, i_s, S, count = at
     if (KIND == VECTOR) or (KIND == SHORT):
         b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
         if KIND == VECTOR:

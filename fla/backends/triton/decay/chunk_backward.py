@@ -52,20 +52,26 @@ from fla.backends.triton.decay._decay import (
     VECTOR,
     factor_on,
     first_slot,
+    from_before,
+    going_on,
     head_base,
     is_behind,
     is_far,
     marks_size,
     near_decay,
+    of_one_sequence,
     padded,
+    passing,
     scale_rows,
     segment,
+    starts_of,
     state_before,
     state_gradient_after,
     store_change,
 )
 from fla.backends.triton.decay.far_backward import far_role
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
+from fla.backends.triton.decay.packs import join
 from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST, WIDEST_BACKWARD, sum_slices
@@ -78,7 +84,7 @@ ALL_ROLES, ON_TILES = DQ.value | DK.value | DV.value, WIDE.value + WAYS.value * 
 
 @triton.jit
 def _dq_role(
-    q, k, v, g, do, h0, dht, dq, rows, change, local, at, tile, scale, H,
+    q, k, v, g, do, h0, dht, dq, rows, change, local, begins, at, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
@@ -87,8 +93,7 @@ def _dq_role(
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     # said here, all loads are pipelined, not those of dots alone (by pointers there is no room for it)
     STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
-    i_k, i_v = tile
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v = at
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] >= o_c[None, :]
@@ -99,6 +104,7 @@ def _dq_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
+    b_first, last = starts_of(begins, t_begin, t_end, C)
     if (rows is not None) and (KIND == SCALAR):
         q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
@@ -114,12 +120,14 @@ def _dq_role(
             b_dq = tl.dot(b_do, operand(b_S, DTYPE))
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
-        b_P = operand(tl.where(m_pair, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        b_dq = from_before(b_dq, begins, b_first)
+        m_near = of_one_sequence(m_pair, begins, b_first, False)
+        b_P = operand(tl.where(m_near, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
         if KIND == VECTOR:
             b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S) * b_on[None, :]
+            b_S = tl.dot(tl.trans(b_v), going_on(b_k, begins, last), acc=passing(b_S, begins, last)) * b_on[None, :]
             b_on = b_on_next
         else:
             if rows is not None:
@@ -131,17 +139,19 @@ def _dq_role(
             if rows is not None:
                 b_row = tl.sum(scale_rows(b_q, b_u, KIND).to(DTYPE) * b_dq, 1) * scale
                 tl.store(rows + base + t + o_c, b_row, mask=m_c)
-            b_S = tl.dot(tl.trans(b_v), b_k, acc=b_S)
+            b_S = tl.dot(tl.trans(b_v), going_on(b_k, begins, last), acc=passing(b_S, begins, last))
             if KIND != NONE:
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
+        b_first, last = starts_of(begins, t + C, t_end, C)
     if change is not None:
-        store_change(change, b_S, dht, local, at, scale, o_k, o_v, K, V, KIND)
+        end = (t_end, length, states, i_state, i_s, S, count)
+        store_change(change, b_S, dht, local, end, scale, o_k, o_v, K, V, KIND)
 
 
 @triton.jit
 def _dk_role(
-    q, k, v, g, do, dht, dk, dh0, rows, change, local, at, tile, scale, H,
+    q, k, v, g, do, dht, dk, dh0, rows, change, local, begins, at, scale, H,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
@@ -149,8 +159,7 @@ def _dk_role(
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
-    i_k, i_v = tile
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v = at
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_pair = o_c[:, None] <= o_c[None, :]
@@ -162,6 +171,7 @@ def _dk_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
+    b_first, last = starts_of(begins, t_last, t_end, C)
     q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
     if (rows is not None) and (KIND == SCALAR):
         k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
@@ -178,12 +188,14 @@ def _dk_role(
             b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
         else:
             b_dk = dot_split(b_v, b_dS, DTYPE)
-        b_P = operand(tl.where(m_pair, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        b_dk = going_on(b_dk, begins, last)
+        m_near = of_one_sequence(m_pair, begins, b_first, True)
+        b_P = operand(tl.where(m_near, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
         if KIND == VECTOR:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            b_dS = tl.dot(tl.trans(b_do), from_before(b_q, begins, b_first), acc=passing(b_dS, begins, last))
             b_dS *= b_on[None, :]
         else:
             if rows is not None:
@@ -195,10 +207,11 @@ def _dk_role(
             if rows is not None:
                 b_row = tl.sum(scale_rows(b_k, -b_u, KIND).to(DTYPE) * b_dk, 1) * scale
                 tl.store(rows + base + t + o_c, b_row, mask=m_c)
-            b_dS = tl.dot(tl.trans(b_do), b_q, acc=b_dS)
+            b_dS = tl.dot(tl.trans(b_do), from_before(b_q, begins, b_first), acc=passing(b_dS, begins, last))
             if KIND != NONE:
                 b_dS *= half * half_next
                 b_u, half = b_u_next, half_next
+        b_first, last = starts_of(begins, tl.maximum(t - C, t_begin), t_end, C)
     if dh0 is not None:
         if i_s == 0:
             if KIND == VECTOR:
@@ -208,7 +221,7 @@ def _dk_role(
 
 @triton.jit
 def _dv_role(
-    q, k, g, do, dht, dv, local, at, tile, scale, H,
+    q, k, g, do, dht, dv, local, begins, at, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
@@ -216,8 +229,7 @@ def _dv_role(
     B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
     AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
     STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
-    i_k, i_v = tile
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v = at
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] <= o_c[None, :]
@@ -229,6 +241,7 @@ def _dv_role(
     else:
         b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
         b_dS *= half
+    b_first, last = starts_of(begins, t_last, t_end, C)
     q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, BK, AB_WAY)
     k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, BK, WAY)
     do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, TILE, B_WAY)
@@ -239,31 +252,36 @@ def _dv_role(
         b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, AB_WAY)
         b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
         b_do = load_tile(do_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, B_WAY).to(DTYPE)
-        b_dv = tl.dot(b_k, operand(b_dS, DTYPE))
-        b_P = operand(tl.where(m_pair, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
+        b_dv = going_on(tl.dot(b_k, operand(b_dS, DTYPE)), begins, last)
+        m_near = of_one_sequence(m_pair, begins, b_first, True)
+        b_P = operand(tl.where(m_near, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
         if KIND == VECTOR:
             b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
+            b_dS = tl.dot(tl.trans(b_q), from_before(b_do, begins, b_first), acc=passing(b_dS, begins, last))
             b_dS *= b_on[:, None]
         else:
             b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
             b_do = scale_rows(b_do, b_u, KIND).to(DTYPE)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_u, KIND) * scale)
-            b_dS = tl.dot(tl.trans(b_q), b_do, acc=b_dS)
+            b_dS = tl.dot(tl.trans(b_q), from_before(b_do, begins, b_first), acc=passing(b_dS, begins, last))
             if KIND != NONE:
                 b_dS *= half * half_next
                 b_u, half = b_u_next, half_next
+        b_first, last = starts_of(begins, tl.maximum(t - C, t_begin), t_end, C)
 
 
 @triton.jit
 def _role(
-    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H,
-    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ROLES: tl.constexpr,
+    q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
     """A role for a tile of a segment. In `place`, `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
+    KIND: tl.constexpr = KINDS % 8
+    cu_seqlens = None if KINDS // 64 else pack
+    begins = pack if KINDS // 64 else None
     WAY: tl.constexpr = ROLES // WAYS
     SLICE: tl.constexpr = 256 if WIDE & ROLES else 128
     BK: tl.constexpr = 64 if K <= 64 else 128 if K <= 128 else SLICE
@@ -277,7 +295,6 @@ def _role(
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR) or (KIND == SHORT)
     i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
-    at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     i_n, i_h = i_state // H, i_state % H
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
     size_k, size_v = tokens * H * K, tokens * H * V
@@ -304,26 +321,32 @@ def _role(
     if FAR:
         is_dq, is_dv = i_role < N_DQ, i_role >= N_DQ + N_DK
         role = (is_dq, is_dv, tl.where(is_dv, i_slice, i_v), tl.where(is_dv, i_tile, i_k))
+        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, role)
         d_key = tl.where(is_dq, dq, dk)
-        far_role(q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H, K, V, KIND)
+        far_role(q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, begins, at, scale, H, K, V, KIND)
     elif i_role < N_DQ:
-        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v)
+        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, begins, at, scale, H, K, V, BV, WAY, KIND)
     elif i_role < N_DQ + N_DK:
-        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, at, (i_k, i_v), scale, H, K, V, BV, WAY, KIND)
+        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v)
+        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, begins, at, scale, H, K, V, BV, WAY, KIND)
     else:
-        _dv_role(q, k, g, do, dht, dv, local, at, (i_slice, i_tile), scale, H, K, V, BK, WAY, KIND)
+        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_slice, i_tile)
+        _dv_role(q, k, g, do, dht, dv, local, begins, at, scale, H, K, V, BK, WAY, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def chunk_backward_kernel(
-    q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, scale, T, H, L,
+    q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, scale, T, H, L,
     K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
     """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S,
     K]`. Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk
     themselves, of Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
     KIND: tl.constexpr = KINDS % 8
-    FAR: tl.constexpr = KINDS // 8
+    FAR: tl.constexpr = KINDS // 8 % 8
+    JOINED: tl.constexpr = KINDS // 64 * 64
+    cu_seqlens = None if JOINED else pack
     SLICE: tl.constexpr = 256 if WIDE & ROLES else 128
     KEYS: tl.constexpr = ((K + TILE - 1) // TILE) * ((V + SLICE - 1) // SLICE)  # programs of dq, and of dk
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
@@ -340,12 +363,14 @@ def chunk_backward_kernel(
     count = tl.maximum(tl.cdiv(length, L), 1)
     place = (i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
     if FAR == 0:
-        _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H, K, V, KIND, ROLES)
+        _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
-            _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H, K, V, FAR, ROLES)
+            _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H, K, V, JOINED + FAR, ROLES)
         else:
-            _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, cu_seqlens, place, scale, T, H, K, V, KIND, ROLES)
+            _role(
+                q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES
+            )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -359,12 +384,14 @@ def _plan(N: int, H: int, K: int, V: int, T: int, width: int) -> tuple[int, int,
 
 def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs_gate: bool):
     """dq, dk, dv, the gate's gradient or None, dh0 or None."""
+    if problem.kept is None and problem.prepared is None:  # else as the forward had it
+        join(problem, dht is not None)
     v = problem.v
     N, H, K, V = shape = problem.state_shape
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
     vector = problem.gk is not None
     prepared = Prepared(problem)
-    tiled = problem.cu_seqlens is None and CHUNK.value < T and has_tensor_descriptors(prepared.q, prepared.k, v, do)
+    tiled = problem.lengths is None and CHUNK.value < T and has_tensor_descriptors(prepared.q, prepared.k, v, do)
     wide = tiled and max(K, V) > WIDEST_BACKWARD and prepared.kinds < PAIR
     NK, NV, keys, values, L = _plan(N, H, K, V, T, WIDEST if wide else WIDEST_BACKWARD)
     S = ceil_div(T, L)
@@ -380,7 +407,7 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     if vector or needs_gate:
         rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
     arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
-    arguments = (*arguments, problem.cu_seqlens, problem.scale, T, H, L)
+    arguments = (*arguments, problem.pack, problem.scale, T, H, L)
     if wide:  # together they spill ten times what each does alone
         for role, programs in ((DQ, keys), (DK, keys), (DV, values)):
             constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": role.value + ON_TILES}

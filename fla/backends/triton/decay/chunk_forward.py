@@ -40,6 +40,7 @@ from fla.backends.triton.decay._decay import (
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
+    JOINED,
     NONE,
     PAIR,
     SCALAR,
@@ -51,18 +52,24 @@ from fla.backends.triton.decay._decay import (
     factor_on,
     factor_to,
     first_slot,
+    from_before,
+    going_on,
     head_base,
     is_behind,
     is_far,
     marks_size,
     near_decay,
+    of_one_sequence,
     padded,
     pair_decay,
+    passing,
     scalar_decay,
     scale_rows,
     segment,
+    starts_of,
     state_before,
 )
+from fla.backends.triton.decay.packs import join
 from fla.backends.triton.decay.prepare import Prepared
 from fla.backends.triton.decay.segments import segment_length, segment_states
 from fla.backends.triton.decay.slices import WIDEST, sum_slices
@@ -70,10 +77,10 @@ from fla.backends.triton.decay.slices import WIDEST, sum_slices
 
 @triton.jit
 def _walk(
-    q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v,
+    q, k, v, g, h0, local, o, ht, cu_seqlens, begins, at, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The tile `(i_k, i_v)` of a state through one segment. WAY: how q comes (`load_tile`)."""
+    """A tile of a state through one segment. WAY: how q comes (`load_tile`)."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
@@ -82,7 +89,7 @@ def _walk(
     SCORES_LATE: tl.constexpr = (BK >= 128) and (KIND != CONSTANT) and not FAR
     V_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES
     K_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else V_WAY  # v's scaled rows need the registers
-    start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S = at
+    start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S, i_k, i_v = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_pair = o_c[:, None] >= o_c[None, :]
     base = head_base(cu_seqlens, start, i_h, T, H)
@@ -104,6 +111,7 @@ def _walk(
     else:
         b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
         b_S *= half
+    b_first, last = starts_of(begins, t_begin, t_end, C)
     q_tiles = tiles_of(q, start * H + i_h, length, H, K, C, BK, WAY)
     k_tiles = tiles_of(k, start * H + i_h, length, H, K, C, BK, K_WAY)
     v_tiles = tiles_of(v, start * H + i_h, length, H, V, C, TILE, V_WAY)
@@ -114,19 +122,20 @@ def _walk(
         b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
         b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, K_WAY)
         b_v = load_tile(v_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, V_WAY).to(DTYPE)
+        m_near = of_one_sequence(m_pair, begins, b_first, False)
         if not SCORES_LATE:
             b_P = tl.dot(b_q, tl.trans(b_k))
         if FAR:
-            b_o = tl.dot(b_q, operand(b_S, DTYPE)) * tl.exp2(b_G)[:, None]
-            b_o = tl.dot(operand(b_P * pair_decay(b_G, m_pair), DTYPE), b_v, acc=b_o)
+            b_o = from_before(tl.dot(b_q, operand(b_S, DTYPE)) * tl.exp2(b_G)[:, None], begins, b_first)
+            b_o = tl.dot(operand(b_P * pair_decay(b_G, m_near), DTYPE), b_v, acc=b_o)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
-            b_v = (b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE)
-            b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S * tl.exp2(total))
+            b_v = going_on((b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE), begins, last)
+            b_S = tl.dot(tl.trans(b_k), b_v, acc=passing(b_S * tl.exp2(total), begins, last))
             b_G, total = scalar_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
         else:  # the next chunk's decays are loaded before they are needed: their latency passes unseen
             if KIND == SHORT:
                 b_S *= b_to[:, None]  # apart from `b_on`: their product may be no number of float32
-            b_o = tl.dot(b_q, operand(b_S, DTYPE))
+            b_o = from_before(tl.dot(b_q, operand(b_S, DTYPE)), begins, b_first)
             if SCORES_LATE:
                 b_P = tl.dot(b_q, tl.trans(b_k))
             if PREPARED:
@@ -136,17 +145,18 @@ def _walk(
             elif KIND != NONE:
                 b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
                 b_v = scale_rows(b_v, -b_u, KIND).to(DTYPE)
-            b_o = tl.dot(operand(tl.where(m_pair, b_P, 0.0), DTYPE), b_v, acc=b_o)
+            b_o = tl.dot(operand(tl.where(m_near, b_P, 0.0), DTYPE), b_v, acc=b_o)
             if not PREPARED:
                 b_o = scale_rows(b_o, b_u, KIND)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
-            b_S = tl.dot(tl.trans(b_k), b_v, acc=b_S)
+            b_S = tl.dot(tl.trans(b_k), going_on(b_v, begins, last), acc=passing(b_S, begins, last))
             if PREPARED:
                 b_S *= b_on[:, None]
                 b_on = b_on_next
             elif KIND != NONE:
                 b_S *= half * half_next
                 b_u, half = b_u_next, half_next
+        b_first, last = starts_of(begins, t + C, t_end, C)
     if ht is not None:
         if t_end == length:
             if KIND == VECTOR:
@@ -156,11 +166,13 @@ def _walk(
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def chunk_forward_kernel(
-    q, k, v, g, h0, local, o, ht, cu_seqlens, scale, T, H, L,
+    q, k, v, g, h0, local, o, ht, pack, scale, T, H, L,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     KIND: tl.constexpr = KINDS % 8
-    FAR: tl.constexpr = KINDS // 8
+    FAR: tl.constexpr = KINDS // 8 % 8
+    cu_seqlens = None if KINDS // 64 else pack
+    begins = pack if KINDS // 64 else None
     NV: tl.constexpr = (V + TILE - 1) // TILE
     NK: tl.constexpr = (K + BK - 1) // BK
     S = tl.cdiv(T, L)
@@ -173,20 +185,20 @@ def chunk_forward_kernel(
         return
     if NK > 1:  # partial outputs, one tensor a slice
         o += i_k * (start * 0 + (T if cu_seqlens is not None else states // H * T)) * H * V
-    at = (start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S)
+    at = (start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S, i_k, i_v)
     if FAR == 0:
-        _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
+        _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, begins, at, scale, T, H, K, V, BK, WAY, KIND)
     elif FAR == KIND:  # for heads of this kind alone
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND) == (
             KIND == FAR_SCALAR
         ):
-            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, begins, at, scale, T, H, K, V, BK, WAY, KIND)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
             FAR_WAY: tl.constexpr = WAY if BK > 128 else POINTERS
-            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, FAR_WAY, FAR)
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, begins, at, scale, T, H, K, V, BK, FAR_WAY, FAR)
         else:
-            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, at, scale, T, H, i_k, i_v, K, V, BK, WAY, KIND)
+            _walk(q, k, v, g, h0, local, o, ht, cu_seqlens, begins, at, scale, T, H, K, V, BK, WAY, KIND)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -195,7 +207,7 @@ def _plan(
 ) -> tuple[int, int, int, tuple[Launcher, ...]]:
     """Number of slices of K, tokens a segment, programs, and the launches: from shapes alone, and whether tensor
     descriptors are to be had (`tiled`)."""
-    kind, far = kinds % PAIR, kinds // PAIR
+    kind, far, joined = kinds % PAIR, kinds // PAIR % PAIR, kinds // JOINED * JOINED
     # wider ones spill too much where addresses take registers, or operands are float32 (fp16's of the vector kind)
     narrow = (kind == SCALAR.value and not tiled) or (kind == VECTOR.value and dtype == torch.float16)
     BK = min(padded(K), WIDEST // 2 if narrow else WIDEST)
@@ -206,14 +218,14 @@ def _plan(
     if BK > 128:
         way = TILES.value if tiled else way
         # one: twice on a multiprocessor (strong constant decays by pointers spill more than they may)
-        stages = 2 if kinds == CONSTANT.value + PAIR * FAR_CONSTANT.value and not tiled else 1
+        stages = 2 if far == FAR_CONSTANT.value and not tiled else 1
     elif tiled and slices == 1:  # (partial sums are float32: their stores take what it gains)
         way, stages = TO_REGISTERS.value, 3
     elif grid <= 132 and kind != SCALAR.value:
         stages = 3  # one program a multiprocessor must hide its loads alone
     pairs: tuple[int, ...] = (kinds,)
     if kind == SCALAR.value and BK > 128:  # the pair spills too much: each alone, said as a pair with itself
-        pairs = (kind + PAIR * kind, far + PAIR * far)
+        pairs = (kind + PAIR * kind + joined, far + PAIR * far + joined)
     constants = {"K": K, "V": V, "BK": BK, "WAY": way}
     launches = [launcher_of(chunk_forward_kernel, {**constants, "KINDS": pair}, 4, stages) for pair in pairs]
     return slices, L, grid, tuple(launches)
@@ -221,11 +233,12 @@ def _plan(
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`o` `[B, T, H, V]` in the problem's output dtype and the final state float32 `[N, H, K, V]` or None."""
+    join(problem, output_final_state)
     v = problem.v
     N, H, K, V = shape = problem.state_shape
     T = v.shape[1]
     prepared = Prepared(problem)
-    tiled = problem.cu_seqlens is None and CHUNK.value < T  # descriptors cost a program two microseconds
+    tiled = problem.lengths is None and CHUNK.value < T  # descriptors cost a program two microseconds
     tiled = tiled and has_tensor_descriptors(prepared.q, prepared.k, v)
     slices, L, grid, launches = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
     o = empty_as(v, problem.output_dtype)
@@ -233,7 +246,7 @@ def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, t
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
     local = None if L >= T else segment_states(problem, prepared, L)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
-    arguments += (problem.cu_seqlens, problem.scale, T, H, L)
+    arguments += (problem.pack, problem.scale, T, H, L)
     for launch in launches:
         launch(grid, arguments)
     if slices > 1:

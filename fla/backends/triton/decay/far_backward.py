@@ -30,8 +30,11 @@ from fla.backends.triton.decay._decay import (
     SHORT_CHUNK,
     TILE,
     factor_to,
+    of_one_sequence,
     pair_decay,
+    passing,
     scalar_decay,
+    starts_of,
     state_before,
     state_gradient_after,
     store_change,
@@ -72,17 +75,37 @@ def _factors(p, is_chunk, is_dv, o_d, o_e, K: tl.constexpr):
 
 
 @triton.jit
+def _of_one_sequence(m_pair, begins, b_first, is_dq):
+    if begins is None:
+        return m_pair
+    else:
+        return tl.where(
+            is_dq, of_one_sequence(m_pair, begins, b_first, False), of_one_sequence(m_pair, begins, b_first, True)
+        )
+
+
+@triton.jit
+def _reached(x, begins, b_first, last, from_start):
+    """The rows of `x` whose sequence reaches the chunk's start (`from_start`), or else its end; the others as zeros."""
+    if begins is None:
+        return x
+    else:
+        m_row = tl.where(from_start, b_first < 0, tl.arange(0, x.shape[0]) >= last)
+        return tl.where(m_row[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
 def far_role(
-    q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, at, role, scale, H,
+    q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, begins, at, scale, H,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """`role`: whether it is dq, whether it is dv, its slice of D and its tile of E. `d_key`: where dq or dk goes.
+    """`at` ends with the role: whether it is dq, whether it is dv, its slice of D, its tile of E. `d_key`: dq or dk.
 
     (How things are put here that look as good otherwise was chosen by what spills least.)"""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     BD: tl.constexpr = 64 if K <= 64 and V <= 64 else 128
     DTYPE: tl.constexpr = q.dtype.element_ty
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count = at
+    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, role = at
     is_dq, is_dv, i_d, i_e = role
     if K == V:  # then both are known to the compiler
         D: tl.constexpr = K
@@ -106,6 +129,7 @@ def far_role(
         g_in, g_out = g + tl.where(is_dq, 0, K), g + tl.where(is_dq, K, 0)
         b_d, b_e = _factors(g_in + t_first // C * (2 * K * H), t_begin < t_end, is_dv, o_d, o_e, K)
         b_Z = b_Z * b_d[:, None] * b_e[None, :]
+    b_first, last = starts_of(begins, t_first, t_end, C)
     for i in tl.range(0, chunks, num_stages=STAGES):
         t = tl.where(is_dq, t_first + i * C, t_first - i * C)
         m_c = t + o_c < t_end
@@ -113,17 +137,19 @@ def far_role(
         b_a = _load(tl.where(is_dq, do, v), k, is_dv, row, o_c, m_c, H, o_d, D, DTYPE)
         b_b = _load(tl.where(is_dq, v, do), q, is_dv, row, o_c, m_c, H, o_d, D, DTYPE)
         b_c = _load(tl.where(is_dq, k, q), do, is_dv, row, o_c, m_c, H, o_e, E, DTYPE)
+        m_near = _of_one_sequence(m_pair, begins, b_first, is_dq)
         if KIND == SHORT:
-            b_P = tl.where(m_pair, tl.dot(b_a, tl.trans(b_b)), 0.0)
+            b_P = tl.where(m_near, tl.dot(b_a, tl.trans(b_b)), 0.0)
         else:
             b_G, total = scalar_decay(g, base, i_h, t, t_end, True, KIND)
             b_into, b_on = tl.where(is_dq, b_G, total - b_G), tl.where(is_dq, total - b_G, b_G)
-            b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_pair)
+            b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_near)
         b_X = tl.dot(operand(b_P, DTYPE), b_c)
         if change is None:
             b_inter = tl.dot(b_a, operand(b_Z, DTYPE))
         else:
             b_inter = dot_split(b_a, b_Z, DTYPE)
+        b_inter = _reached(b_inter, begins, b_first, last, is_dq)
         if KIND == SHORT:
             b_d_out, b_e_out = _factors(g_out + t // C * (2 * K * H), True, is_dv, o_d, o_e, K)
             b_d, b_e = _factors(g_in + (t // C + sign) * (2 * K * H), i + 1 < chunks, is_dv, o_d, o_e, K)
@@ -137,13 +163,15 @@ def far_role(
             b_c = (b_c * tl.exp2(b_on)[:, None]).to(DTYPE)
             b_Z *= tl.exp2(total)
         _store(d_key, dv, is_dv, row, o_c, m_c, H, o_e, E, b_X * scale + b_inter * scale)
-        b_Z = tl.dot(tl.trans(b_b), b_c, acc=b_Z)
+        b_Z = tl.dot(tl.trans(b_b), _reached(b_c, begins, b_first, last, is_dq == 0), acc=passing(b_Z, begins, last))
+        b_first, last = starts_of(begins, tl.maximum(t + sign * C, t_begin), t_end, C)
         if KIND == SHORT:
             b_Z = b_Z * b_d_out[:, None] * b_e_out[None, :]
             b_Z = b_Z * b_d[:, None] * b_e[None, :]  # apart: the product of both factors may be no number of float32
     if change is not None:
         if is_dq:
-            store_change(change, b_Z, dht, local, at, scale, o_e, o_d, K, V, KIND)
+            end = (t_end, length, states, i_state, i_s, S, count)
+            store_change(change, b_Z, dht, local, end, scale, o_e, o_d, K, V, KIND)
     if dh0 is not None:
         if (i_s == 0) & (is_dq == 0) & (is_dv == 0):
             store_state(dh0, i_state, o_e[None, :], o_d[:, None], K, V, b_Z * scale)

@@ -27,11 +27,15 @@ from fla.backends.triton.decay._decay import (
     TILE,
     UNIT,
     VECTOR,
+    going_on,
     head_base,
     is_behind,
     is_far,
+    of_one_sequence,
     padded,
+    passing,
     segment,
+    starts_of,
 )
 from fla.backends.triton.decay.prepare import Prepared
 
@@ -92,19 +96,24 @@ def _rows_of(rows, o_t, mask, size, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _suffix_sums(b_r, b_carry, C: tl.constexpr):
-    """Sums of the rows `b_r` `[C, D]` from each to the last, and `b_carry` (its rows are equal) plus all of them: as
-    products with matrices of ones, of high and low halves (a running sum along the tokens is several times slower)."""
+def _suffix_sums(b_r, b_carry, begins, b_first, last, C: tl.constexpr):
+    """Sums of the rows `b_r` `[C, D]` from each to the last of its sequence, in that of the chunk's end with `b_carry`
+    (its rows are equal) behind it, and the carry for the chunk before: as products with matrices of ones, of high and
+    low halves (a running sum along the tokens is several times slower). `b_first`, `last`: of `starts_of`."""
     o_c = tl.arange(0, C)
-    b_U = (o_c[:, None] <= o_c[None, :]).to(tl.float32)
+    b_U = of_one_sequence(o_c[:, None] <= o_c[None, :], begins, b_first, True).to(tl.float32)
+    b_ones = tl.full([C, C], 1.0, tl.float32)
+    if begins is not None:
+        b_ones = tl.where((b_first < 0)[None, :], b_ones, 0.0)
+    b_own, b_next = going_on(b_carry, begins, last), passing(b_carry, begins, last)
     if INTERPRETED:
-        return tl.dot(b_U, b_r) + b_carry, tl.sum(b_r, 0)[None, :] + b_carry
+        return tl.dot(b_U, b_r) + b_own, tl.dot(b_ones, b_r) + b_next
     else:
         b_high = b_r.to(tl.bfloat16)
         b_low = (b_r - b_high.to(tl.float32)).to(tl.bfloat16)
-        b_sums = tl.dot(b_U.to(tl.bfloat16), b_low, acc=tl.dot(b_U.to(tl.bfloat16), b_high, acc=b_carry))
-        b_ones = tl.full([C, C], 1.0, tl.bfloat16)
-        return b_sums, tl.dot(b_ones, b_low, acc=tl.dot(b_ones, b_high, acc=b_carry))
+        b_sums = tl.dot(b_U.to(tl.bfloat16), b_low, acc=tl.dot(b_U.to(tl.bfloat16), b_high, acc=b_own))
+        b_ones = b_ones.to(tl.bfloat16)
+        return b_sums, tl.dot(b_ones, b_low, acc=tl.dot(b_ones, b_high, acc=b_next))
 
 
 @triton.jit
@@ -136,7 +145,7 @@ def centred(b_g, KIND: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _finish_segment(
-    qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
+    qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
 ):
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     UP: tl.constexpr = 1.0 / UNIT if KIND == VECTOR else 1.0
@@ -164,13 +173,14 @@ def _finish_segment(
         store_rows(dk + row, o_c, m_c, H, o_k, K, b_dk * (tl.exp2(-b_Gm) * DOWN))
         if dg is not None:
             b_r = load_rows(qn + row, o_c, m_c, H, o_k, K) * b_dq - load_rows(kn + row, o_c, m_c, H, o_k, K) * b_dk
-            b_dg, b_sum = _suffix_sums(b_r, b_sum, C)
+            b_first, last = starts_of(begins, t, t_end, C)
+            b_dg, b_sum = _suffix_sums(b_r, b_sum, begins, b_first, last, C)
             store_rows(dg + row, o_c, m_c, H, o_k, K, tl.where(b_g.to(tl.float32) < DEAD_LOG_DECAY, 0.0, b_dg))
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def finish_vector_kernel(
-    qn, kn, g, factors, rows, dq, dk, dg, cu_seqlens, T, H, L,
+    qn, kn, g, factors, rows, dq, dk, dg, pack, T, H, L,
     K: tl.constexpr, NV: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dg of what `chunk_backward_kernel` left for the vector kind, dQn and dKn, a chunk at a time:
@@ -180,7 +190,9 @@ def finish_vector_kernel(
     with `m` as in `prepare.py` (of VECTOR, `e^m` is UNIT).
     """
     KIND: tl.constexpr = KINDS % 8
-    FAR: tl.constexpr = KINDS // 8
+    FAR: tl.constexpr = KINDS // 8 % 8
+    cu_seqlens = None if KINDS // 64 else pack
+    begins = pack if KINDS // 64 else None
     TK: tl.constexpr = (K + TILE - 1) // TILE
     S = tl.cdiv(T, L)
     i_k, i_s = tl.program_id(0) % TK, tl.program_id(0) // TK % S
@@ -191,12 +203,12 @@ def finish_vector_kernel(
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)
     at = (start, t_begin, t_end, i_state, states, i_s, S)
     if FAR == 0:
-        _finish_segment(qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K, NV, KIND)
+        _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, KIND)
     else:
         if is_far(factors, cu_seqlens, i_state, states, start, length, T, H, qn.dtype.element_ty, KIND):
-            _finish_segment(qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K, NV, FAR)
+            _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, FAR)
         else:
-            _finish_segment(qn, kn, g, rows, dq, dk, dg, at, tokens, H, i_k, K, NV, KIND)
+            _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, KIND)
 
 
 def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: int, L: int, needs_gate: bool):
@@ -207,7 +219,7 @@ def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: 
     dq, dk = empty_as(q), empty_as(k)
     dg = empty_as(g) if needs_gate else None
     grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
-    arguments = (prepared.q, prepared.k, g, prepared.gate, rows, dq, dk, dg, problem.cu_seqlens, T, H, L)
+    arguments = (prepared.q, prepared.k, g, prepared.gate, rows, dq, dk, dg, problem.pack, T, H, L)
     launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KINDS": prepared.kinds})
     return dq, dk, dg
 
@@ -217,9 +229,12 @@ def close_gate_gradient(
 ) -> torch.Tensor:
     """dg `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = problem.state_shape
+    T, cu_seqlens = problem.q.shape[1], problem.cu_seqlens
     dg = empty_as(problem.g)
+    if problem.begins is not None:  # each sequence has its own sum, and <S, dS> is 0
+        rows, changes = rows[changes * N * H * ceil_div(T, L) * K :], 0
+        N = cu_seqlens.shape[0] - 1
     constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
-    T = problem.q.shape[1]
-    parts = min(ceil_div(T, LONG.value), PARTS.value) if problem.cu_seqlens is None else 1
-    launch(scalar_gate_gradient_kernel, N * H * parts, (problem.g, rows, dg, problem.cu_seqlens, T, H, L), constants)
+    parts = min(ceil_div(T, LONG.value), PARTS.value) if cu_seqlens is None else 1
+    launch(scalar_gate_gradient_kernel, N * H * parts, (problem.g, rows, dg, cu_seqlens, T, H, L), constants)
     return dg

@@ -31,6 +31,7 @@ from fla.backends.triton.decay._decay import (
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
+    JOINED,
     MARKS,
     NONE,
     PAIR,
@@ -185,7 +186,8 @@ class Prepared:
             near, far = SCALAR.value, FAR_SCALAR.value
         elif problem.g_gamma is not None:
             near, far = CONSTANT.value, 0 if is_mild(problem.g_gamma) else FAR_CONSTANT.value
-        self.kinds = near + PAIR * far
+        joined = 0 if problem.begins is None else JOINED
+        self.near_kinds, self.kinds = near + joined, near + PAIR * far + joined
         if problem.prepared is not None:
             self.gate = problem.prepared
         elif near == VECTOR.value:
@@ -197,7 +199,7 @@ class Prepared:
         T, H = problem.q.shape[1:3]
         slots = self._slots(problem, CHUNK.value)
         self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
-        arguments = (problem.g, problem.q, self.gate, problem.cu_seqlens, T, H, problem.num_states)
+        arguments = (problem.g, problem.q, self.gate, problem.lengths, T, H, problem.num_states)
         launch(running_sums_kernel, slots * ceil_div(H, HEADS.value), arguments, {})
         if problem.keeps:
             problem.prepared = self.gate
@@ -210,7 +212,7 @@ class Prepared:
         slots = self._slots(problem, CHUNK.value)
         size = _even(slots * H) + self._slots(problem, SHORT_CHUNK.value) * H * 2 * K
         self.gate = q.new_empty(size, dtype=torch.float32)
-        arguments = (q, k, problem.gk, self.q, self.k, self.gate, problem.cu_seqlens, q.shape[1], H, N)
+        arguments = (q, k, problem.gk, self.q, self.k, self.gate, problem.lengths, q.shape[1], H, N)
         BK = padded(K)
         for kind in (VECTOR.value, SHORT.value):
             constants = {"K": K, "BK": BK, "KIND": kind}
@@ -222,7 +224,7 @@ class Prepared:
     def _slots(problem: Problem, C: int) -> int:
         """Numbers for chunks of C tokens, at least one for each: as `chunk_slots` has it."""
         N, T = problem.num_states, problem.q.shape[1]
-        return N * ceil_div(T, C) if problem.cu_seqlens is None else T // C + N
+        return N * ceil_div(T, C) if problem.lengths is None else T // C + N
 
 
 def _even(count: int) -> int:

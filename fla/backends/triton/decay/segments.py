@@ -21,7 +21,6 @@ from fla.backends.triton._lib import POINTERS, TILES, load_tile, tiles_of
 from fla.backends.triton.decay._decay import (
     CHUNK,
     NONE,
-    PAIR,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
@@ -41,32 +40,57 @@ from fla.backends.triton.decay._decay import (
 from fla.backends.triton.decay.prepare import Prepared
 
 BK = tl.constexpr(128)
+AT_ONCE = tl.constexpr(1024)  # tokens whose sequences are looked at at once
 SHORTEST = 16  # chunks a segment has at least
 ENOUGH = 128  # programs that need no segments, which cost a second read of half the inputs
 FULL = 200  # programs to come to with segments
 
 
 @triton.jit
+def _leaving(begins, t_begin, t_end, REVERSE: tl.constexpr):
+    """The tokens `first` to `behind` of a segment, those that leave something at its end (REVERSE: its start): in a
+    joined pack those whose sequence reaches it. And whether that sequence takes in all of the segment and more."""
+    if begins is None:
+        return t_begin, t_end, True
+    else:
+        first = tl.load(begins + t_end - 1)
+        goes_on = first < t_begin
+        if REVERSE:
+            o_t = tl.arange(0, AT_ONCE)
+            b_count = tl.zeros([AT_ONCE], tl.int32)
+            for t in range(t_begin, t_end, AT_ONCE):
+                b_first = tl.load(begins + t + o_t, mask=t + o_t < t_end, other=t_end)
+                b_count += (b_first < t_begin).to(tl.int32)
+            count = tl.sum(b_count, 0)
+            one = tl.maximum(count, 1)  # of none there is a chunk too
+            return t_begin + one - count, t_begin + one, goes_on
+        else:
+            return tl.maximum(first, t_begin), t_end, goes_on
+
+
+@triton.jit
 def _walk(
-    x, y, g, local, cu_seqlens, at, T, H, i_k, i_v,
+    x, y, g, local, cu_seqlens, begins, at, T, H,
     K: tl.constexpr, V: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What one segment adds to the tile `(i_k, i_v)` of a state."""
+    """What one segment adds to a tile of a state."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = x.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     # with one decay for all channels rows are scaled to the segment's far end, whatever their strength, and the walk
     # begins there; with one a channel states are, chunk by chunk
     BACKWARDS: tl.constexpr = REVERSE if PREPARED else not REVERSE
-    start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S = at
+    start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S, i_k, i_v = at
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     base = head_base(cu_seqlens, start, i_h, T, H)
     if KIND == SCALAR:
         base += marks_size(cu_seqlens, T, H, states)
     slot = first_slot(cu_seqlens, start, i_n, T)
     b_S, b_decay = tl.zeros([TILE, BK], tl.float32), tl.full([BK], 1.0, tl.float32)
-    count = tl.cdiv(t_end - t_begin, C)
-    t = t_begin + ((count - 1) * C if BACKWARDS else 0)
+    first, behind, goes_on = _leaving(begins, t_begin, t_end, REVERSE)
+    t_first = t_begin if begins is None else t_begin + (first - t_begin) // C * C
+    count = tl.cdiv(behind - t_first, C)
+    t = t_first + ((count - 1) * C if BACKWARDS else 0)
     if PREPARED:
         p_factors = g + marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
         b_on = factor_on(p_factors + t // C * (2 * K * H), o_k, True, K)
@@ -78,9 +102,9 @@ def _walk(
     x_tiles = tiles_of(x, start * H + i_h, t_end, H, K, C, BK, WAY)
     y_tiles = tiles_of(y, start * H + i_h, t_end, H, V, C, TILE, WAY)
     for i in range(0, count):
-        t = t_begin + (count - 1 - i if BACKWARDS else i) * C
+        t = t_first + (count - 1 - i if BACKWARDS else i) * C
         t_next = t - C if BACKWARDS else t + C
-        m_c = t + o_c < t_end
+        m_c = (t + o_c < behind) if begins is None else (t + o_c >= first) & (t + o_c < behind)
         row = (start + t) * H + i_h
         b_x = load_tile(x_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
         b_y = load_tile(y_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, WAY).to(DTYPE)
@@ -106,6 +130,8 @@ def _walk(
             b_G, total = b_G_next, total_next
     if not PREPARED:
         b_decay *= tl.exp2(passed)
+    if begins is not None:
+        b_decay = tl.where(goes_on, b_decay, 0.0)
     if KIND == VECTOR:
         b_S *= UNIT if REVERSE else 1.0 / UNIT
     p = local + (i_state * S + i_s) * (K * V + K)
@@ -115,12 +141,14 @@ def _walk(
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def segment_states_kernel(
-    x, y, g, local, cu_seqlens, T, H, L,
+    x, y, g, local, pack, T, H, L,
     K: tl.constexpr, V: tl.constexpr, WAY: tl.constexpr, KINDS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """`local` `[N H, S]` slots of a `[K, V]` sum and a `[K]` decay. `x`, `y`: k, v; for REVERSE q, do."""
     KIND: tl.constexpr = KINDS % 8
-    FAR: tl.constexpr = KINDS // 8
+    FAR: tl.constexpr = KINDS // 8 % 8
+    cu_seqlens = None if KINDS // 64 else pack
+    begins = pack if KINDS // 64 else None
     NV: tl.constexpr = (V + TILE - 1) // TILE
     NK: tl.constexpr = (K + BK - 1) // BK
     S = tl.cdiv(T, L)
@@ -137,14 +165,14 @@ def segment_states_kernel(
     else:
         if t_end == length:
             return
-    at = (start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S)
+    at = (start, t_begin, t_end, i_n, i_h, i_state, states, i_s, S, i_k, i_v)
     if FAR == 0:
-        _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, WAY, KIND, REVERSE)
+        _walk(x, y, g, local, cu_seqlens, begins, at, T, H, K, V, WAY, KIND, REVERSE)
     else:
         if is_far(g, cu_seqlens, i_state, states, start, length, T, H, x.dtype.element_ty, KIND):
-            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, POINTERS, FAR, REVERSE)
+            _walk(x, y, g, local, cu_seqlens, begins, at, T, H, K, V, POINTERS, FAR, REVERSE)
         else:
-            _walk(x, y, g, local, cu_seqlens, at, T, H, i_k, i_v, K, V, WAY, KIND, REVERSE)
+            _walk(x, y, g, local, cu_seqlens, begins, at, T, H, K, V, WAY, KIND, REVERSE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,9 +211,9 @@ def _launch(problem: Problem, prepared: Prepared, L: int, x, y, local, REVERSE: 
     N, H, K, V = problem.state_shape
     T = problem.q.shape[1]
     grid = N * H * ceil_div(T, L) * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
-    arguments = (x, y, prepared.gate, local, problem.cu_seqlens, T, H, L)
-    way = POINTERS if problem.cu_seqlens is not None or not has_tensor_descriptors(x, y) else TILES
+    arguments = (x, y, prepared.gate, local, problem.pack, T, H, L)
+    way = TILES if problem.pack is None and has_tensor_descriptors(x, y) else POINTERS
     # one decay for all channels: near and far heads are computed alike
-    kinds = prepared.kinds if problem.gk is not None else prepared.kinds % PAIR
+    kinds = prepared.kinds if problem.gk is not None else prepared.near_kinds
     constants = {"K": K, "V": V, "WAY": way.value, "KINDS": kinds, "REVERSE": REVERSE}
     launch(segment_states_kernel, grid, arguments, constants, 4, 3)
