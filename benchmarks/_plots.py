@@ -75,8 +75,9 @@ def time_against_tokens(path: Path, modes: Mapping[str, Sequence[Line]], title: 
         for line in lines:
             xs, ys = zip(*line.points, strict=True)
             width, dash = (1.1, (0, (4, 3))) if line.dashed else (2.0, "solid")
-            mark = None if line.dashed else line.marker
-            axes.plot(xs, ys, color=line.colour, linewidth=width, linestyle=dash, marker=mark, markersize=5.5)
+            mark = line.marker if not line.dashed or len(xs) == 1 else None  # one point makes no line
+            fill = "none" if line.dashed else "full"
+            axes.plot(xs, ys, color=line.colour, lw=width, ls=dash, marker=mark, markersize=5.5, fillstyle=fill)
         _label_ends(axes, [line for line in lines if not line.dashed])
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -133,7 +133,7 @@ class Section:
             return parts
         name = f"benchmarks-{self.slug}-time.png"
         lines = {mode: self._lines(rows, mode) for mode in MODES}
-        title = "Time against sequence length, B8 H32 D128, bfloat16 (dashed: the peer's same op)"
+        title = "Time against sequence length, B8 H32 D128, bfloat16 (dashed or hollow: the peer)"
         self.pictures[name] = lambda path: _plots.time_against_tokens(path, lines, title)
         parts.append(f"![Time against sequence length]({name})\n")
         found = {_key(r): r for r in rows}

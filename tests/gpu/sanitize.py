@@ -18,6 +18,8 @@ CASES = (
     {"tokens": 130, "heads": (2, 64, 64), "dtype": torch.bfloat16},
     {"tokens": 130, "heads": (2, 64, 64), "dtype": torch.bfloat16, "gates": "mixed"},
     {"tokens": (65, 0, 1, 62), "heads": (1, 100, 33), "dtype": torch.float16},
+    # several sequences a chunk
+    {"tokens": (40, 1, 0, 89), "heads": (2, 64, 64), "dtype": torch.bfloat16, "state": "none"},
     # segments, and slices of K and V
     {"tokens": 2100, "heads": (1, 64, 64), "dtype": torch.bfloat16, "batch": 1},
     {"tokens": 70, "heads": (1, 272, 144), "dtype": torch.bfloat16, "batch": 1},
