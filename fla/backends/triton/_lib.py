@@ -52,16 +52,30 @@ def load_rows(p, o_c, m_c, H, o_d, D):
 POINTERS, TILES, TO_REGISTERS = (tl.constexpr(i) for i in range(3))
 
 
+if hasattr(tl, "make_tensor_descriptor"):
+
+    @triton.jit
+    def _descriptor(x, row, length, H, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WAY: tl.constexpr):
+        if WAY == TILES:
+            return tl.make_tensor_descriptor(x + row * D, [length, D], [H * D, 1], [C, W])
+        else:
+            return tl.make_tensor_descriptor(x + row * D, [length, 1, D], [H * D, D, 1], [C, 1, W])
+
+else:  # Triton 3.3, which looks up all names of a kernel: launches go by pointers there (`has_tensor_descriptors`)
+
+    @triton.jit
+    def _descriptor(x, row, length, H, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WAY: tl.constexpr):
+        tl.static_assert(False, "this Triton has no tensor descriptors")
+
+
 @triton.jit
 def tiles_of(x, row, length, H, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WAY: tl.constexpr):
     """What `load_tile` takes `[C, W]` tiles of a head's `length` tokens from, whose first one is `row` (64 bits) of
     `x` `[., D]`."""
     if WAY == POINTERS:
         return x
-    elif WAY == TILES:
-        return tl.make_tensor_descriptor(x + row * D, [length, D], [H * D, 1], [C, W])
     else:
-        return tl.make_tensor_descriptor(x + row * D, [length, 1, D], [H * D, D, 1], [C, 1, W])
+        return _descriptor(x, row, length, H, D, C, W, WAY)
 
 
 @triton.jit

@@ -293,7 +293,7 @@ def _role(
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
-    FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR) or (KIND == SHORT)
+    FAR: tl.constexpr = (KIND == SHORT) or ((KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR))
     i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
     i_n, i_h = i_state // H, i_state % H
     tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start

@@ -86,7 +86,7 @@ def _walk(
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR)
     # scores after the state's part: fewer spills; where decays need no registers, scores first are faster
-    SCORES_LATE: tl.constexpr = (BK >= 128) and (KIND != CONSTANT) and not FAR
+    SCORES_LATE: tl.constexpr = (BK >= 128) and not (FAR or (KIND == CONSTANT))
     V_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES
     K_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else V_WAY  # v's scaled rows need the registers
     start, t_begin, t_end, length, i_n, i_h, i_state, states, i_s, S, i_k, i_v = at
