@@ -1,0 +1,23 @@
+"""No kernel touches memory outside of its tensors: `guarded.py` in a process of its own, which a stray access ends."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def guarded(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tests.triton_interpreter.guarded", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_joined_packs_stay_inside():
+    done = guarded()
+    assert done.returncode == 0, f"after {done.stdout.splitlines()[-1:]}: {done.stderr[-1000:]}"
+    assert len(done.stdout.splitlines()) > 30
+
+
+def test_a_stray_access_ends_the_process():
+    assert guarded("stray").returncode == -signal.SIGSEGV
