@@ -24,16 +24,17 @@ ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"
 NAMES = ROOT / "tests" / "snapshots" / "public_names.txt"
 PUBLIC = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models", "fla.varlen", "fla.testing")
 
-# what a part of the library may import of the others; `ops/_spec` and `varlen` are leaves
+# what a part of the library may import of the others; `shapes` and `varlen` are leaves
 MAY_IMPORT = {
     "varlen": (),
+    "shapes": (),
     "ops._spec": (),
-    "backends": ("backends", "varlen", "ops._spec"),
-    "ops": ("ops", "ops._spec", "backends", "varlen"),
-    "modules": ("modules", "ops._spec", "backends", "varlen"),
-    "layers": ("layers", "modules", "ops", "ops._spec", "backends", "varlen"),
-    "models": ("models", "layers", "modules", "ops", "ops._spec", "backends", "varlen"),
-    "testing": ("testing", "ops", "ops._spec", "backends", "varlen"),
+    "backends": ("backends", "varlen", "shapes"),
+    "ops": ("ops", "ops._spec", "shapes", "backends", "varlen"),
+    "modules": ("modules", "shapes", "backends", "varlen"),
+    "layers": ("layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
+    "models": ("models", "layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
+    "testing": ("testing", "ops", "ops._spec", "shapes", "backends", "varlen"),
     "_auto": (),
     "_version": (),
     "": ("_auto", "_version", "backends", "varlen"),

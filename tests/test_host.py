@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fla.backends
 from fla.backends import decay
 from fla.ops import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla
-from fla.ops._spec import REGISTRY, _check_one_by_one, _fitting, _sizes, current_names
+from fla.ops._spec import REGISTRY, current_names
+from fla.shapes import _check_one_by_one, _fitting, _sizes
 
 
 class Idle:

@@ -12,7 +12,8 @@ import math
 import torch
 
 from fla.backends import decay
-from fla.ops._spec import OpSpec, check_shapes, register
+from fla.ops._spec import OpSpec, register
+from fla.shapes import check_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fla.backends import family, resolve
-from fla.ops._spec import check_shapes
+from fla.shapes import check_shapes
 from fla.varlen import check_cu_seqlens
 
 FAMILY = "fused"

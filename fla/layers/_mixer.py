@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fla.layers.utils import Padding, check_mask, get_layer_cache, update_layer_cache
 from fla.modules import FusedRMSNormSwishGate, RMSNorm, ShortConvolution
 from fla.modules.activations import ACT2FN
-from fla.ops._spec import check_shapes, merge_cu_seqlens
+from fla.shapes import check_shapes, merge_cu_seqlens
 
 # Constructor parameter -> field of a model's config, where the two have different names.
 CONFIG_ALIASES = {"mode": "attn_mode", "do_feature_map_norm": "norm_feature_map"}

@@ -25,7 +25,7 @@ from fla.models._loading import StrictLoading, register_causal_lm
 from fla.models.cache import Cache
 from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, RMSNorm
 from fla.modules.mlp import GatedMLP
-from fla.ops._spec import merge_cu_seqlens
+from fla.shapes import merge_cu_seqlens
 from fla.varlen import check_cu_seqlens
 
 __all__ = [

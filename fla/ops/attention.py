@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops._spec import check_shapes
+from fla.shapes import check_shapes
 from fla.varlen import check_cu_seqlens, prepare_sequence_ids
 
 # G key heads, each shared by H // G query heads; S keys, of which the queries are the last T

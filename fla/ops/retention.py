@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fla.backends import decay, decay_step
-from fla.ops._spec import OpSpec, check_shapes, current_names, register
+from fla.ops._spec import OpSpec, current_names, register
+from fla.shapes import check_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}

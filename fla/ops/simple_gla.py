@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay, decay_step
-from fla.ops._spec import OpSpec, Variant, check_shapes, current_names, register
+from fla.ops._spec import OpSpec, Variant, current_names, register
+from fla.shapes import check_shapes
 
 SHAPES = {
     "q": "B T H K",

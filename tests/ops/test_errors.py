@@ -6,7 +6,8 @@ import torch
 import fla
 from fla.backends import interpreting
 from fla.ops import chunk_gla, chunk_linear_attn, parallel_retention, parallel_simple_gla
-from fla.ops._spec import REGISTRY, merge_cu_seqlens
+from fla.ops._spec import REGISTRY
+from fla.shapes import merge_cu_seqlens
 from fla.testing import TORCH, make_inputs, plain_cases
 from fla.testing.errors import good_call
 from tests.ops.suite import every_op

@@ -1,0 +1,173 @@
+"""The shape language, and the checks that every public function runs first.
+
+A shape is a string of axes, "B T H K": a letter stands for one size across all tensors of a call, a number for itself.
+`N` is the number of states: the batch, or the sequences of a pack when `cu_seqlens` is given.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+
+def check_shapes(
+    shapes: dict[str, str],
+    *,
+    same_dtype: tuple[str, ...] = ("q", "k", "v"),
+    required: tuple[str, ...] = ("q", "k", "v"),
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    **tensors: Tensor | None,
+) -> dict[str, int]:
+    """Check the tensors of a call against each other and return the size of every axis (to be read only: it is kept).
+
+    Raises TypeError for what is no floating tensor or has another dtype than it must, ValueError for ranks, sizes,
+    devices, `scale` and the form of `cu_seqlens`. Its values are checked where they are read (`fla.varlen`).
+    """
+    if not is_compiling():
+        dims = _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors)
+        if dims is not None:
+            return dims
+    return _check_one_by_one(shapes, same_dtype, required, cu_seqlens, scale, tensors)
+
+
+def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int] | None:
+    """The sizes of the axes when all is as it must be, and None when something may not be: in a third of the time of
+    the checks that can say what. Every rule here is one of `_check_one_by_one`."""
+    first_dtype = None
+    found: list[Any] = []
+    for name, x in tensors.items():
+        if x is None and name not in required:
+            continue
+        if not isinstance(x, Tensor):
+            return None
+        dtype = x.dtype
+        if first_dtype is None:
+            first_dtype, device = dtype, x.device
+            if not dtype.is_floating_point:
+                return None
+            if cu_seqlens is not None:
+                try:
+                    _check_packing(cu_seqlens, x, name)
+                except (TypeError, ValueError):
+                    return None
+                found.append(cu_seqlens.shape[0] - 1)
+        else:
+            if x.device != device:
+                return None
+            if dtype is not first_dtype and (name in same_dtype or not dtype.is_floating_point):
+                return None
+        found += shapes[name], x.shape
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        return None
+    try:
+        return _sizes(*found)
+    except TypeError:  # sizes that are symbols have no hash
+        return _sizes.__wrapped__(*found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(*found: Any) -> dict[Any, int] | None:
+    """The size of every axis, of the strings and sizes of the tensors in turn, or None where they contradict. First
+    may come N."""
+    dims: dict[Any, int] = {}
+    start = len(found) % 2
+    if start:
+        dims["N"] = found[0]
+    for shape, sizes in zip(found[start::2], found[start + 1 :: 2], strict=True):
+        axes = _AXES.get(shape) or _parse(shape)
+        if len(sizes) != len(axes):
+            return None
+        for axis, size in zip(axes, sizes, strict=True):
+            if axis in dims:
+                if dims[axis] != size:
+                    return None
+            elif axis == "N":
+                dims[axis] = dims.get("B", size)
+                if dims[axis] != size:
+                    return None
+            elif axis.__class__ is str:
+                dims[axis] = size
+            elif axis != size:
+                return None
+    return dims
+
+
+def _parse(shape: str) -> tuple[str | int, ...]:
+    axes = tuple(int(axis) if axis.isdigit() else axis for axis in shape.split())
+    _AXES[shape] = axes
+    return axes
+
+
+_AXES: dict[str, tuple[str | int, ...]] = {}  # of every shape string met
+
+
+def _check_one_by_one(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    first = None
+    for name, x in tensors.items():
+        if x is None and name not in required:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape [{shapes[name]}], got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if first is None:
+            first = name
+            if cu_seqlens is not None:
+                _check_packing(cu_seqlens, x, name)
+                dims["N"] = cu_seqlens.shape[0] - 1
+        reference = tensors[first]
+        assert reference is not None
+        if x.device != reference.device:
+            raise ValueError(f"{name} must be on {reference.device} like {first}, got {x.device}")
+        if name in same_dtype and x.dtype != reference.dtype:
+            raise TypeError(f"{name} must have the dtype of {first} ({reference.dtype}), got {x.dtype}")
+        _check_axes(shapes[name], name, x, dims)
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return dims
+
+
+def _check_axes(shape: str, name: str, x: Tensor, dims: dict[str, int]) -> None:
+    axes = shape.split()
+    if x.dim() != len(axes):
+        raise ValueError(f"{name} must have shape [{', '.join(axes)}], got {len(x.shape)} axes: {list(x.shape)}")
+    for axis, size in zip(axes, x.shape, strict=True):
+        if axis == "N" and "N" not in dims:
+            dims["N"] = dims.get("B", size)
+        expected = int(axis) if axis.isdigit() else dims.setdefault(axis, size)
+        if size != expected:
+            raise ValueError(
+                f"{name} must have shape [{', '.join(axes)}] with {axis} = {expected}, got {list(x.shape)}"
+            )
+
+
+def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device} like {name}, got {cu_seqlens.device}")
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
+            "flatten the batch with x.reshape(1, -1, *x.shape[2:])"
+        )
+
+
+def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
+    """One packing from its two names. Both given must be one tensor: comparing values would wait for the GPU."""
+    if cu_seqlens is None or cu_seq_lens_q is None:
+        return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+    same = cu_seqlens.shape == cu_seq_lens_q.shape and cu_seqlens.data_ptr() == cu_seq_lens_q.data_ptr()
+    if cu_seqlens is not cu_seq_lens_q and not same:
+        raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument, got two different tensors")
+    return cu_seqlens
