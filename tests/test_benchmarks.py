@@ -41,15 +41,17 @@ def chunk_linear_attn(q, k, v, normalize=True):
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
-@pytest.fixture
-def peer(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory) -> Path:
     """A package called `fla` with one right op, and one that is wrong (no scale) and has no gradient."""
-    folder = tmp_path / "peer"
+    folder = tmp_path_factory.mktemp("peer")
     for name, text in {
         "fla/__init__.py": "",
         "fla/ops/__init__.py": "",
@@ -64,6 +66,40 @@ def peer(tmp_path) -> Path:
     return folder
 
 
+class Shared:
+    """A worker that several runs ask: to start a process takes longer than all that it is asked here."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.ask, self.starts = worker, worker.ask, 0
+
+    def started(self) -> "Shared":
+        self.starts += 1
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def processes(peer, tmp_path_factory, one_thread):
+    """A process of ours and one of the peer's, which start side by side."""
+    folder = tmp_path_factory.mktemp("processes")
+    sides = Sides(settings(folder, peer=peer), str(folder))
+    ours, theirs = Shared(sides.start_ours()), Shared(sides.start_peer())
+    yield ours, theirs
+    ours.worker.close()
+    theirs.worker.close()
+
+
+@pytest.fixture
+def both(processes, monkeypatch):
+    ours, theirs = processes
+    monkeypatch.setattr(Sides, "start_ours", lambda self, env=None: ours.started())
+    monkeypatch.setattr(Sides, "start_peer", lambda self: theirs.started())
+    ours.starts = theirs.starts = 0
+    return processes
+
+
 def settings(tmp_path, **changes) -> Settings:
     usual = Settings(
         device="cpu", modes=("fwd", "fwdbwd"), backend=None, seed=0, budget=(0.01, 3), quick=True, out=tmp_path / "out",
@@ -72,8 +108,7 @@ def settings(tmp_path, **changes) -> Settings:
     return replace(usual, **changes)
 
 
-@pytest.mark.slow
-def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
+def test_command_writes_a_record_for_every_row(tmp_path, peer, both, capsys):
     out = tmp_path / "out"
     words = ["--op", "gla", "linear_attn", "--shapes", TINY, "--quick", "--commit", "abc", "--first-call"]
     assert ops.main([*words, "--device", "cpu", "--peer", str(peer), "--out", str(out)]) == 0
@@ -96,16 +131,20 @@ def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
     assert all("normalize=False" in row["note"] for row in linear)
     assert linear[0]["peer_ms"] > 0 and "peer's output differs from the reference" in linear[0]["note"]
     assert linear[1]["peer_ms"] is None and linear[1]["peer"] is None and "no gradient here" in linear[1]["note"]
+    assert [side.starts for side in both] == [
+        3,
+        2,
+    ]  # the first calls are in processes of their own, and meeting the peer
     assert rows["naive_gla", "fwd"]["peer_ms"] is None and rows["sdpa", "fwd"]["floor_x"] is None
 
 
-def test_peer_is_warmed_for_every_head_size(tmp_path, peer, monkeypatch, capsys):
+def test_peer_is_warmed_for_every_head_size(tmp_path, peer, both, monkeypatch, capsys):
     shapes = _shapes.expand([TINY, "B1 T40 H2 D16", "B1 T40 H1 D16"])
     plan = _plan.jobs({"gla": ["chunk"]}, [], shapes, ["float32"])
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache" / "A").mkdir(parents=True)
     (tmp_path / "cache" / "A" / "kernel.autotune.json").write_text("{}")
-    sides = Sides(settings(tmp_path, peer=peer, save_peer_cache=tmp_path / "tuned.tgz"), str(tmp_path))
+    sides = Sides(settings(tmp_path, peer=peer, save_peer_cache=tmp_path / "tuned.tgz", peer_jobs=1), str(tmp_path))
     assert sides.meet_peer() == ""
     warm = _warming.warm_up(sides, plan)
     assert sides.peer_name == "toy-peer 9.9" and sides.guard_lifted
@@ -139,7 +178,7 @@ def test_warming_alone_after_running_out_of_memory(tmp_path, monkeypatch):
 
 def test_wrong_op_gets_no_number(monkeypatch, tmp_path):
     right = _targets.find("gla", "chunk")
-    job = _plan.jobs({"gla": ["chunk"]}, [], [_shapes.parse(TINY)], ["float32"])[0]
+    job = _plan.jobs({"gla": ["chunk"]}, [], [_shapes.parse("B2 T20 H2 D4")], ["float32"])[0]
     request = Sides(settings(tmp_path)).request(job, peer=False, scratch=str(tmp_path), bandwidth=1e9)
     assert set(_ours.run(request)["rows"]) == {"fwd", "fwdbwd"}
 
@@ -188,7 +227,7 @@ def test_time_limit_stops_cleanly(tmp_path, capsys):
         (["--op", "glaa"], "--op must be among"),
         (["--op", "gla", "--form", "parallel"], "--form of gla must be among"),
         (["--form", "chunky"], "--form names none"),
-        (["--shapes", "B1 T2"], "--shapes must give B, T, H, K, V of linear_attn (D stands for K and V), got 'B1 T2'"),
+        (["--shapes", "B1 T2"], "--shapes must give B, T, H, K, V of"),
         (["--shapes", "B1 T0 H1 D4"], "--shapes takes targets, peer, seed"),
         (["--shapes", "B1 B2 T1 H1 D4"], "--shapes must name an axis once"),
         (["--peer", "nowhere"], "--peer must be a folder"),
