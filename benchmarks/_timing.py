@@ -114,26 +114,33 @@ def measure(call: Callable[[], Any], device: str, budget: Budget) -> dict[str, A
     return {"ms": statistics.median(times), "runs": len(times), "peak_mb": peak, "work_mb": work}
 
 
-def per_call(call: Callable[[], Any], device: str, seconds: float, loops: int = LOOPS) -> float:
-    """Seconds of wall time per call: the least of some loops, each long enough to time, that end synchronised."""
+def per_call(
+    call: Callable[[], Any],
+    device: str,
+    seconds: float,
+    loops: int = LOOPS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds per call, of wall time unless another clock is given: the least of some loops, each long enough to time,
+    that end synchronised."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     wait()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(10):
         call()
     wait()
-    calls = max(10, int(seconds / loops / ((time.perf_counter() - start) / 10)))
+    calls = max(10, int(seconds / loops / ((clock() - start) / 10)))
     times = []
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(loops):
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 call()
             wait()
-            times.append((time.perf_counter() - start) / calls)
+            times.append((clock() - start) / calls)
     finally:
         if collecting:
             gc.enable()

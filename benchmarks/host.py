@@ -2,7 +2,8 @@
 
 Modes `host_fwd` (without autograd) and `host_fwdbwd` (forward, and the gradients of every input). On a GPU every op is
 first checked on the same inputs. On a CPU, where even a tiny input takes longer to compute than its call, the backend
-computes nothing (`--no-idle` and `--backend` bring it back). The time of `import fla` comes last.
+computes nothing and processor time is counted (`--no-idle` and `--backend` bring both back). The time of `import fla`
+comes last.
 
 `--against CHECKOUT` times the library of another checkout in the same run: each of the two in a process of its own,
 round by round in turn, and the quietest round of each counts.
@@ -30,7 +31,7 @@ from fla.ops._spec import REGISTRY
 
 MODES = ("fwd", "fwdbwd")
 SHAPE = "B1 T64 H1 D64"
-ROUNDS = 7
+ROUNDS = 15
 IMPORTS = 3  # fresh processes for the time of `import fla`
 PATIENCE = 300.0  # seconds for one answer of a checkout's process
 IMPORT = """
@@ -80,14 +81,15 @@ def time_op(op: str, asked: dict[str, Ask], a: argparse.Namespace, recorder: Rec
         for mode in a.mode:
             for name in list(asked) if number % 2 else reversed(asked):  # neither is always first
                 if ready[name]["status"] == "ok":
-                    ask = {"do": "round", "mode": mode, "device": a.device, "seconds": a.seconds / ROUNDS}
-                    times[mode][name].append(asked[name](ask)["us"])
+                    more = {"do": "round", "mode": mode, "seconds": a.seconds / ROUNDS}
+                    times[mode][name].append(asked[name](request | more)["us"])
     found = {mode: {name: min(us) for name, us in of_mode.items() if us} for mode, of_mode in times.items()}
     for mode, least in found.items():
         settings = "".join(f"; {name}={value}" for name, value in here["settings"].items())
         where = "" if a.device == "cuda" else f"; {recorder.info['machine']}"
         before = f"; {least['before']:.1f} us at {a.before}" if "before" in least else ""
-        note = f"{here['backend']} backend; wall time per call in a loop{settings}{where}{before}"
+        clock = "processor" if a.idle else "wall"
+        note = f"{here['backend']} backend; {clock} time per call in a loop{settings}{where}{before}"
         recorder.add(**common, mode=f"host_{mode}", ms=least["now"] / 1e3, note=note)
     return found, False
 
