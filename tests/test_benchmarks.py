@@ -5,6 +5,7 @@ import os
 import sys
 import tarfile
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks._run import Run
 from benchmarks._sides import Settings, Sides
 from benchmarks._worker import Worker, WorkerError, WorkerTimeout
 from fla.ops._spec import REGISTRY
+from tests.test_architecture import imports
 
 TINY = "B2 T96 H2 D16"
 PEER = """
@@ -312,6 +314,18 @@ def test_timing():
     runs = []
     row = _timing.measure(lambda: runs.append(1), "cpu", _timing.Budget(10.0, 7))
     assert len(runs) == 8 and row["runs"] == 7 and row["peak_mb"] is None
+
+
+def test_no_module_of_the_benchmarks_is_imported_in_a_circle():
+    """Nor for its types alone."""
+    folder = Path(_run.__file__).parent
+    graph = {}
+    for path in folder.rglob("*.py"):
+        names = [*path.relative_to(folder.parent).with_suffix("").parts]
+        module = ".".join(names[:-1] if names[-1] == "__init__" else names)
+        graph[module] = imports(path) - {"benchmarks", module}
+    assert len(graph) > 20
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_workers_that_hang_or_die(tmp_path):
