@@ -35,6 +35,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fla.backends import family, resolve
 from fla.backends._step import Stepping
@@ -127,12 +128,14 @@ class Family:
         if torch.compiler.is_compiling():
             o, state = self._operator(*values, output_final_state, backend)
             return o, state if output_final_state else None
+        if forward_ad._current_level >= 0 or _transforms() is not None:
+            _refuse_transforms(op or self.name, values[: self.num_differentiable])
         module = family(self.name, backend, op)
         count = self.num_differentiable
         if torch.is_grad_enabled():
             for x in values[:count]:
                 if x is not None and x.requires_grad:  # autograd takes its time over every argument: the rest is one
-                    return self._function.apply(*values[:count], (values[count:], output_final_state, module))
+                    return self._function.apply(*values[:count], (values[count:], output_final_state, module, op))
         o, state, _ = self.forward(self.make(values), output_final_state, False, module)
         return o, state
 
@@ -231,35 +234,83 @@ def _autograd_function(made: Family) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            others, output_final_state, module = inputs[count]
+            others, output_final_state, module, op = inputs[count]
             problem = made.make((*inputs[:count], *others))
             o, state, saved = made.forward(problem, output_final_state, True, module)
-            problem, kept = saved or (problem, ())
+            given, (problem, kept) = problem, saved or (problem, ())
+            ctx.end = made.num_tensors + len(kept)
+            if problem is not given:
+                kept = (*kept, *_anchors(inputs, made._differentiable_of(given), made._differentiable_of(problem)))
             ctx.save_for_backward(*made._tensors_of(problem), *kept)
-            ctx.settings = others[made.num_tensors - count :], module
+            ctx.settings = others[made.num_tensors - count :], module, op
             ctx.set_materialize_grads(False)
             return o, state
 
         @staticmethod
         def backward(ctx, do, dht):
-            if torch.is_grad_enabled():
-                return differentiated_twice(ctx, do, dht)
-            return input_gradients(ctx, do, dht)
+            if not torch.is_grad_enabled():
+                return input_gradients(ctx, do, dht)
+            with torch.no_grad():
+                found = input_gradients(ctx, do, dht)
+            return _FirstDerivative.apply(ctx.settings[2] or made.name, len(found), *found, do, dht, *ctx.saved_tensors)
 
     def input_gradients(ctx, do, dht):
-        settings, module = ctx.settings
+        settings, module, _ = ctx.settings
         tensors = ctx.saved_tensors
         problem = made.problem(*tensors[: made.num_tensors], *settings)
         if do is None:
             do = made.idle_output(problem)
         needs = tuple(compress(made.names, ctx.needs_input_grad))
-        saved = Saved(problem, tensors[made.num_tensors :])
+        saved = Saved(problem, tensors[made.num_tensors : ctx.end])
         return (*made.backward(saved, do, dht, needs, module), None)
 
-    # apart, because its wrapping costs 4 us a call and matters only when the gradient itself is to be differentiated
-    differentiated_twice = torch.autograd.function.once_differentiable(input_gradients)
     Function.__name__ = Function.__qualname__ = f"{made.name.capitalize()}Function"
     return Function
+
+
+def _anchors(inputs: tuple, given: tuple, kept: tuple) -> list[Tensor]:
+    """Tensors without elements that lead a second derivative to the inputs whose values are not kept."""
+    with torch.enable_grad():
+        pairs = zip(inputs, given, kept, strict=False)
+        return [x.narrow_copy(0, 0, 0) for x, before, after in pairs if after is not before and x.requires_grad]
+
+
+_transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func: None outside of all
+
+
+def _refuse_transforms(op: str, tensors: tuple) -> None:
+    """RuntimeError where derivatives would be lost: forward mode, and what `torch.func` does by wrapping tensors."""
+    found = _transforms()
+    if found is not None and found.key() in _DERIVATIVES:
+        raise RuntimeError(
+            f"{op} cannot be transformed by torch.func (grad, vmap, jvp, ...): it has reverse-mode derivatives, by "
+            "torch.autograd.grad and .backward(); the op's naive function can be transformed"
+        )
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise RuntimeError(
+                    f"{op} has reverse-mode derivatives alone, no forward mode; the op's naive function has both"
+                )
+
+
+_DERIVATIVES = tuple(getattr(torch._C._functorch.TransformType, name) for name in ("Grad", "Vmap", "Jvp"))
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Gradients as they are, tied to all that they depend on: a second derivative that reaches them raises."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tuple(x if x is None else x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.op} has first derivatives alone: its gradient cannot be differentiated again (a Hessian, a penalty on "
+            "gradients that reaches the op); the op's naive function has all derivatives"
+        )
 
 
 def _operator(made: Family) -> Any:
