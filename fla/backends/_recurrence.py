@@ -10,7 +10,7 @@ A family is a dataclass whose fields are the arguments of one call, and a name:
         reverse: bool                      # then settings: float, int, str, bool
 
     FAMILY = Family("scan", Problem)
-    o, final_state = FAMILY(x, initial_state, cu_seqlens, reverse, output_final_state=True, backend=backend, op="scan")
+    o, final_state = FAMILY.call((x, initial_state, cu_seqlens, reverse), output_final_state, backend, op="chunk_scan")
 
 From the fields follow the operators that `torch.compile` sees (`fla::scan` and `fla::scan_backward`: schemas, fakes and
 gradients) and the autograd function of eager calls, which skip the operators' overhead. The package or module
@@ -28,6 +28,7 @@ and never on tensors without elements.
 
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import compress
 from operator import attrgetter
@@ -36,6 +37,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fla.backends import family, resolve
 from fla.backends._step import Stepping
@@ -103,7 +105,7 @@ class Saved(NamedTuple):
 
 
 class Family:
-    """A family, by its name and its dataclass: called with the values of the fields in their order."""
+    """A family, by its name and its dataclass. It is called with a tuple of the values of the fields in their order."""
 
     def __init__(self, name: str, problem: type[Recurrence]) -> None:
         self.name, self.problem = name, problem
@@ -114,34 +116,36 @@ class Family:
             raise TypeError(f"the fields of {problem} must be tensors with gradients, other tensors, then settings")
         problem.first = tensors[0]
         self.num_tensors, self.num_differentiable = len(tensors), len(self.names)
+        self.make = _maker(problem, self.types)
+        self._first_of = attrgetter(tensors[0])
         self._tensors_of = attrgetter(*tensors)
         self._differentiable_of = attrgetter(*self.names)
         self._function = _autograd_function(self)
         self._operator = _operator(self)
         self._stepping = Stepping(self)
 
-    def __call__(
-        self, *values: Any, output_final_state: bool, backend: str | None = None, op: str | None = None
+    def call(
+        self, values: tuple, output_final_state: bool, backend: str | None = None, op: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`o`, and the final state or None. `backend` as in `fla.backends.resolve`; `op` is its name in the log."""
         backend = resolve(self.name, values[0], backend)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             o, state = self._operator(*values, output_final_state, backend)
             return o, state if output_final_state else None
         if forward_ad._current_level >= 0 or _transforms() is not None:
             _refuse_transforms(op or self.name, values[: self.num_differentiable])
         module = family(self.name, backend, op)
-        count = self.num_differentiable
         if torch.is_grad_enabled():
-            for x in values[:count]:
+            differentiable = values[: self.num_differentiable]
+            for x in differentiable:
                 if x is not None and x.requires_grad:  # autograd takes its time over every argument: the rest is one
-                    return self._function.apply(*values[:count], (values[count:], output_final_state, module, op))
-        o, state, _ = self.forward(self.make(values), output_final_state, False, module)
+                    return self._function.apply(*differentiable, (values, output_final_state, module, op))
+        o, state, _ = self.forward(self.make(*values), output_final_state, False, module)
         return o, state
 
     def step(
         self,
-        *values: Any,
+        values: tuple,
         state_indices: Tensor | None,
         inplace_final_state: bool,
         output_final_state: bool,
@@ -157,19 +161,14 @@ class Family:
         """ValueError or TypeError unless `step` can use the states as they are."""
         self._stepping.check(values, state_indices, inplace_final_state)
 
-    def make(self, values: tuple) -> Any:
-        """The problem of these values, its tensors contiguous."""
-        count = self.num_tensors
-        tensors = [x if x is None else x.contiguous() for x in values[:count]]
-        return self.problem(*tensors, *values[count:])
-
     def forward(self, problem: Any, output_final_state: bool, keep: bool, module: Any) -> tuple:
         """The backend's forward, and what it need not know of."""
         if problem.cu_seqlens is not None:
             check_cu_seqlens(problem.cu_seqlens, problem.sizes[1])
         if problem.is_empty:
             return self.idle_output(problem), self._idle_state(problem) if output_final_state else None, None
-        device = problem.device_type
+        x = self._first_of(problem)
+        device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
         if torch.is_autocast_enabled(device):  # asked first, for the context costs more than the rest of a call
             with torch.autocast(device, enabled=False):  # backends choose their precision themselves
                 return module.forward(problem, output_final_state, keep)
@@ -188,10 +187,10 @@ class Family:
             if dht is not None:
                 found["initial_state"] = dht
         else:
-            dtype = problem.dtype
+            x = inputs[0]
+            dtype, device = x.dtype, "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
             do = do.contiguous() if do.dtype == dtype else do.to(dtype).contiguous()
             dht = None if dht is None else dht.contiguous()
-            device = problem.device_type
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     found = module.backward(problem, kept, do, dht, needs)
@@ -227,22 +226,29 @@ def _schema_types(problem: type[Recurrence]) -> dict[str, str]:
     return found
 
 
+def _maker(problem: type[Recurrence], kinds: dict[str, str]) -> Callable[..., Any]:
+    """The function from the values of the fields to a problem whose tensors are contiguous. It is written out, as the
+    constructor of a dataclass is, because it is part of the time of every call."""
+    made = {"Tensor": "{0}.contiguous()", "Tensor?": "None if {0} is None else {0}.contiguous()"}
+    values = ", ".join(made.get(kind, "{0}").format(name) for name, kind in kinds.items())
+    return eval(f"lambda {', '.join(kinds)}: problem({values})", {"problem": problem})
+
+
 def _autograd_function(made: Family) -> type[torch.autograd.Function]:
     """What eager calls with gradients go through."""
-    count = made.num_differentiable
+    count, num_tensors, make, tensors_of = made.num_differentiable, made.num_tensors, made.make, made._tensors_of
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            others, output_final_state, module, op = inputs[count]
-            problem = made.make((*inputs[:count], *others))
-            o, state, saved = made.forward(problem, output_final_state, True, module)
-            given, (problem, kept) = problem, saved or (problem, ())
-            ctx.end = made.num_tensors + len(kept)
+            values, output_final_state, module, op = inputs[count]
+            given = make(*values)
+            o, state, saved = made.forward(given, output_final_state, True, module)
+            problem, kept = (given, ()) if saved is None else saved
+            ctx.settings = values[num_tensors:], module, op, num_tensors + len(kept)
             if problem is not given:
                 kept = (*kept, *_anchors(inputs, made._differentiable_of(given), made._differentiable_of(problem)))
-            ctx.save_for_backward(*made._tensors_of(problem), *kept)
-            ctx.settings = others[made.num_tensors - count :], module, op
+            ctx.save_for_backward(*tensors_of(problem), *kept)
             ctx.set_materialize_grads(False)
             return o, state
 
@@ -255,13 +261,13 @@ def _autograd_function(made: Family) -> type[torch.autograd.Function]:
             return _FirstDerivative.apply(ctx.settings[2] or made.name, len(found), *found, do, dht, *ctx.saved_tensors)
 
     def input_gradients(ctx, do, dht):
-        settings, module, _ = ctx.settings
+        settings, module, _, end = ctx.settings
         tensors = ctx.saved_tensors
-        problem = made.problem(*tensors[: made.num_tensors], *settings)
+        problem = made.problem(*tensors[:num_tensors], *settings)
         if do is None:
             do = made.idle_output(problem)
         needs = tuple(compress(made.names, ctx.needs_input_grad))
-        saved = Saved(problem, tensors[made.num_tensors : ctx.end])
+        saved = Saved(problem, tensors[num_tensors:end])
         return (*made.backward(saved, do, dht, needs, module), None)
 
     Function.__name__ = Function.__qualname__ = f"{made.name.capitalize()}Function"
@@ -308,8 +314,8 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{ctx.op} has first derivatives alone: its gradient cannot be differentiated again (a Hessian, a penalty on "
-            "gradients that reaches the op); the op's naive function has all derivatives"
+            f"{ctx.op} has first derivatives alone: its gradient cannot be differentiated again (as a Hessian does, or "
+            "a penalty on gradients that reaches the op); the op's naive function has all derivatives"
         )
 
 
@@ -320,7 +326,7 @@ def _operator(made: Family) -> Any:
 
     def forward(*arguments):
         *values, output_final_state, backend = arguments
-        problem = made.make(tuple(values))
+        problem = made.make(*values)
         o, state, _ = made.forward(problem, output_final_state, False, family(made.name, backend))
         return o, o.new_empty(0, dtype=problem.state_dtype) if state is None else state
 
@@ -332,7 +338,7 @@ def _operator(made: Family) -> Any:
 
     def backward(do, dht, needs, *arguments):
         *values, backend = arguments
-        saved, chosen = Saved(made.make(tuple(values))), tuple(needs)
+        saved, chosen = Saved(made.make(*values)), tuple(needs)
         found = made.backward(saved, do, dht, chosen, family(made.name, backend))
         return [
             _own(torch.zeros_like(x) if d is None else d, dht) if name in chosen else do.new_empty(0)

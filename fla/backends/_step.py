@@ -107,7 +107,7 @@ class Stepping:
             _check_indices(indices, N, first, self.names[0])
 
     def _problem(self, values: list) -> Any:
-        problem = self.made.make(tuple(values))
+        problem = self.made.make(*values)
         if problem.cu_seqlens is not None:
             check_cu_seqlens(problem.cu_seqlens, problem.sizes[1])
         return problem

@@ -87,7 +87,7 @@ def chunk(
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     values = _values(q, k, v, g, gk, None, initial_state, g_gamma, cu_seqlens, scale, "chunk", wide, mild)
-    o, state = FAMILY(*values, output_final_state=output_final_state, backend=backend, op=op)
+    o, state = FAMILY.call(values, output_final_state, backend, op)
     return o, state.mT if state_v_first and state is not None else state
 
 
@@ -123,7 +123,7 @@ def recurrent(
             asked = "inplace_final_state" if inplace_final_state else "state_indices"
             raise ValueError(f"reverse must be False with {asked}, got True: a state is taken on from its last token")
         return FAMILY.step(
-            *_values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, "recurrent", wide, mild),
+            _values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, "recurrent", wide, mild),
             state_indices=state_indices,
             inplace_final_state=inplace_final_state,
             output_final_state=output_final_state,
@@ -142,7 +142,7 @@ def recurrent(
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     values = _values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, "recurrent", wide, mild)
-    o, state = FAMILY(*values, output_final_state=output_final_state, backend=backend, op=op)
+    o, state = FAMILY.call(values, output_final_state, backend, op)
     if reverse:
         o = o.flip(1)
         state = state.flip(0) if packed and state is not None else state
