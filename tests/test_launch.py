@@ -282,14 +282,23 @@ def test_a_subclass_alone_says_the_device(machine, slow, monkeypatch):
     assert machine.launched_on == [1, 1] and len(slow) == 2
 
 
-@pytest.mark.parametrize("number", (Number(64), numpy.int64(64), numpy.float64(64)), ids=repr)
-def test_numbers_of_other_classes_are_left_to_triton(machine, monkeypatch, number):
-    """How Triton takes them is its own affair: here it refuses none, and the short way never sees them."""
+@pytest.mark.parametrize(
+    "changes",
+    ({"n": Number(64)}, {"n": numpy.int64(64)}, {"scale": numpy.float64(0.5)}, {"scale": numpy.float32(0.5)}),
+    ids=repr,
+)
+def test_numbers_of_other_classes_are_left_to_triton(machine, monkeypatch, changes):
+    """Whether and how Triton takes them is its own affair: here it takes all."""
+    metadata = SimpleNamespace(target=machine.target)
+    made = SimpleNamespace(metadata=metadata, run=machine.run, function=1, packed_metadata=())
     taken: list = []
-    monkeypatch.setattr(Launcher, "_launch_plainly", lambda self, grid, args: taken.append(args))
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: taken.append(args) or made)
     for _ in range(2):
-        launch(scaled_add_kernel, 1, arguments(n=number), SIZE)
-    assert len(taken) == 2 and all(args[4] is number for args in taken) and not machine.launches
+        launch(scaled_add_kernel, 1, arguments(**changes), SIZE)
+    assert len(taken) == 2 and not machine.launches
+    launch(scaled_add_kernel, 1, arguments(), SIZE)
+    launch(scaled_add_kernel, 1, arguments(), SIZE)
+    assert len(taken) == 3 and len(machine.launches) == 1, "what is plain takes the short way"
 
 
 def test_the_ends_of_32_bits_are_no_new_signature(machine, slow):
