@@ -1,10 +1,9 @@
 """What a launch costs the host, by each way to the driver: `python -m benchmarks.launch_path`, on a CUDA GPU.
 
-A kernel that does next to nothing, with 12 arguments, is launched in three ways:
+A kernel that does next to nothing, with 12 arguments, is launched in two ways:
 
     triton    `kernel[grid](*args, **constants)`
     run       `fla.backends.triton._launch`, which calls the compiled kernel's `run`
-    entry     the same, which calls the C function behind `run` (`fla.backends.triton._entry`)
 
 The ways take turns. A round is so few launches that the driver's queue never fills, and ends synchronised outside of
 what is timed. Of each way the quietest round counts. Times are printed as one table, and appended to the records.
@@ -30,7 +29,6 @@ LAUNCHES = 200  # of a round; the driver's queue holds 1,024
 WAYS = {
     "triton": "kernel[grid](...)",
     "run": "our launcher, by the compiled kernel's run",
-    "entry": "our launcher, by the C function behind run",
 }
 
 
@@ -41,22 +39,16 @@ def touch_kernel(q, k, v, g, h0, local, o, ht, scale, T, H, L, K: tl.constexpr, 
 
 
 def ways(device: str) -> dict[str, Callable[[], None]]:
-    """A launch by each way, compiled and run once. A way that the installed Triton does not have is left out."""
+    """A launch by each way, compiled and run once."""
     tensors = [torch.zeros(64, device=device, dtype=torch.bfloat16) for _ in range(7)]
     args = (*tensors[:4], None, *tensors[4:], 0.5, 64, 1, 64)
     constants = {"K": 64, "V": 64}
-    run, entry = (Launcher(touch_kernel, constants) for _ in range(2))
-    for launcher in (run, entry):
-        launcher(1, args)
-    ((signature, compiled),) = run._compiled.items()
-    run._compiled[signature] = compiled._replace(entry=None)
-    found = {
+    launcher = Launcher(touch_kernel, constants)
+    launcher(1, args)
+    return {
         "triton": lambda: touch_kernel[(1,)](*args, **constants, num_warps=4, num_stages=1),
-        "run": lambda: run(1, args),
+        "run": lambda: launcher(1, args),
     }
-    if compiled.entry is not None:
-        found["entry"] = lambda: entry(1, args)
-    return found
 
 
 def quietest(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -97,14 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         note = f"{WAYS[name]}; wall time of a launch, the quietest of {a.rounds} rounds of {LAUNCHES}"
         shape = {"op": "launch", "shape": "12 arguments", "dtype": "bfloat16"}
         recorder.add(**shape, mode=f"launch_{name}", ms=seconds * 1e3, note=note)
-    say("\nus per launch, and what it saves against the way before it")
-    before = None
+    say("\nus per launch")
     for name, seconds in least.items():
-        saved = "" if before is None else f"{(before - seconds) * 1e6:8.2f}"
-        say(f"  {name:<8}{seconds * 1e6:8.2f}{saved}  {WAYS[name]}")
-        before = seconds
-    for name in WAYS.keys() - least.keys():
-        say(f"  {name:<8}       -  not with Triton {triton.__version__}")
+        say(f"  {name:<8}{seconds * 1e6:8.2f}  {WAYS[name]}")
     return 0
 
 

@@ -9,8 +9,8 @@ watch; those in the interpreter or on another vendor's GPU.
 
 The call of a compiled kernel is the same in Triton 3.3 to 3.9:
 `run(grid x, y, z, stream, function, packed metadata, launch metadata, enter hook, exit hook, *all arguments)`, where a
-pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut. In one whose `run` is
-the known frame around a C function (`_entry.py`), that function is called.
+pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut. (The C function behind
+`run` could be called without its frame: that saves a microsecond a launch, and knows too much of Triton for it.)
 """
 
 import functools
@@ -26,7 +26,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fla.backends.triton._ahead import compilers, rehearsed, under_way
-from fla.backends.triton._entry import entry_of
 
 ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
 UNALIGNED = 1  # what stands for the pointers of a call that must go Triton's way
@@ -119,7 +118,6 @@ class Compiled(NamedTuple):
     tail: tuple  # the values of the arguments behind `args`
     scratch: int  # bytes of memory for its descriptors that a program needs
     owner: Any  # keeps the module of `function` loaded
-    entry: tuple[Callable, int, int] | None = None  # the C function behind `run`, with what `run` knows for it
 
 
 class Launcher:
@@ -171,21 +169,13 @@ class Launcher:
             if compiled is not None and not bits % ALIGNMENT:
                 self._compiled[signature] = compiled
             return
-        run, function, metadata, current_device, current_stream, tail, scratch, _, entry = compiled
+        run, function, metadata, current_device, current_stream, tail, scratch, _ = compiled
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(grid, args)
-        stream = current_stream(device)
-        if entry is not None and (not scratch or _is_without_allocator()):
-            launch, cooperative, dependent = entry
-            memory = _allocate(grid * scratch, ALIGNMENT, stream) if scratch else None
-            pointer = memory if memory is None else _data_ptr(memory)  # a tensor's would be looked up in the driver
-            fixed = (function, cooperative, dependent, pointer, None, metadata, None, None, None)
-            launch(grid, 1, 1, stream, *fixed, *values, *tail)
-            return
         if scratch:
             _provide_scratch()
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *values, *tail)
+        run(grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
 
     def _launch_slowly(self, grid: int, args: tuple, device: Any) -> Compiled | None:
         """Triton's own launch; what the next one of this signature can do without it, or None."""
@@ -244,8 +234,7 @@ class Launcher:
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
         scratch = getattr(made.metadata, "global_scratch_size", 0)
-        stream, entry = active.get_current_stream, entry_of(run, scratch)
-        return Compiled(run, function, metadata, current_device, stream, tail, scratch, made, entry)
+        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, scratch, made)
 
 
 def _signature(args: tuple, device: int) -> tuple:
