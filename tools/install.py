@@ -102,27 +102,27 @@ def pip_install(python: str, *arguments: str) -> list[str]:
     Raises CalledProcessError if it fails.
     """
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout or ():
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=read, daemon=True).start()
     said: list[str] = []
     start = time.perf_counter()
-    while not said or said[-1]:
-        try:
-            said.append(lines.get(timeout=QUIET))
-        except queue.Empty:
-            print(f"  still at it after {time.perf_counter() - start:.0f} s", flush=True)
-            continue
-        if text := news(said[-1]):
-            print(text, flush=True)
-    if code := process.wait():
-        raise subprocess.CalledProcessError(code, command, "".join(said))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line)
+            lines.put("")
+
+        threading.Thread(target=read, daemon=True).start()
+        while not said or said[-1]:
+            try:
+                said.append(lines.get(timeout=QUIET))
+            except queue.Empty:
+                print(f"  still at it after {time.perf_counter() - start:.0f} s", flush=True)
+                continue
+            if text := news(said[-1]):
+                print(text, flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, "".join(said))
     return said
 
 
