@@ -1,7 +1,7 @@
 """How many threads a training step takes: as many as make it quicker, found by timing steps while training goes on.
 
 PyTorch divides every operation among its threads and waits for the last of them. Where other programs use the cores,
-one of the threads is always waiting for its turn, and a step with two threads may take twenty times as long as with one.
+one of the threads is always waiting for its turn, and a step of two threads may take twenty times as long as of one.
 """
 
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 TRIAL = 4  # steps with another number of threads, of which the first is not counted
 GAIN = 1.05  # by how much more threads must be quicker to be kept
-LOST = 1.5  # so many times the expected seconds are too many
+LOST = 1.5  # so many times the expected seconds are too many; twice that, also in a trial's first step
 RECENT = 5  # steps that have to take too long before fewer threads are tried
 PATIENCE = 50  # steps until more threads are tried again; twice as many after each time that it was in vain
 
@@ -19,8 +19,8 @@ PATIENCE = 50  # steps until more threads are tried again; twice as many after e
 class Threads:
     """`seen(seconds)` after every step; `count` threads are used for the next one."""
 
-    def __init__(self, most: int, use: Callable[[int], None] = torch.set_num_threads) -> None:
-        self.counts = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+    def __init__(self, most: int, least: int = 1, use: Callable[[int], None] = torch.set_num_threads) -> None:
+        self.counts = [2**i for i in range(most.bit_length()) if least <= 2**i < most] + [most]
         self.use = use
         self.at = self.best = 0  # places in `counts`: what is used now, and what was best so far
         self.pace = 0.0  # seconds a step at the best
@@ -52,7 +52,7 @@ class Threads:
     def judge(self) -> None:
         """During a trial: keep what is tried, or go back, as soon as either is clear."""
         more, counted = self.at > self.best, self.steps[1:]
-        if counted and counted[-1] > LOST * self.pace:
+        if self.steps[-1] > (LOST if counted else 2 * LOST) * self.pace:
             self.go_back()
         elif len(self.steps) == TRIAL:
             better = self.pace / statistics.median(counted)
@@ -79,8 +79,6 @@ class Threads:
         self.try_at(self.best + 1)
 
     def try_at(self, place: int) -> None:
-        if not 0 <= place < len(self.counts):
-            place = self.best
-        if place != self.at or place == self.best:
-            self.at, self.steps = place, []
-            self.use(self.count)
+        self.at = place if 0 <= place < len(self.counts) else self.best
+        self.steps = []
+        self.use(self.count)
