@@ -1,4 +1,4 @@
-"""The C function behind Triton's launcher, called directly (`_launch._entry`), on the driver of `test_launch.py`."""
+"""The C function behind Triton's launcher, called directly (`_entry.entry_of`), on the driver of `test_launch.py`."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from fla.backends.triton import _launch
+from fla.backends.triton import _entry, _launch
 from fla.backends.triton._launch import Launcher, launch
 from tests.test_launch import SIZE, arguments, hook, machine, plain, scaled_add_kernel, slow  # noqa: F401
 
@@ -30,13 +30,13 @@ class Kernel:
 def launcher_of_triton(machine, monkeypatch):  # noqa: F811
     """The installed Triton's own `CudaLauncher` around a C function that records; nothing is built for it."""
     nvidia = importlib.import_module("triton.backends.nvidia.driver")
-    if getattr(nvidia, "_BASE_ARGS_FORMAT", None) != _launch.ENTRY_FORMAT:
+    if getattr(nvidia, "_BASE_ARGS_FORMAT", None) != _entry.ENTRY_FORMAT:
         pytest.skip("this Triton's launcher is another one")
     made = object.__new__(nvidia.CudaLauncher)
     made.num_ctas, made.launch, made.launch_cooperative_grid, made.launch_pdl = 1, Kernel().launch, False, True
     made.global_scratch_size, made.global_scratch_align = 0, 128
     made.profile_scratch_size, made.profile_scratch_align = 0, 1
-    monkeypatch.setattr(_launch, "BuiltinFunctionType", type(made.launch))
+    monkeypatch.setattr(_entry, "BuiltinFunctionType", type(made.launch))
     monkeypatch.setattr(machine, "launcher_cls", lambda src, metadata: made)
     return made
 
@@ -119,12 +119,12 @@ def test_memory_for_descriptors_is_as_large_as_triton_has_it(machine, launcher_o
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_launcher_that_does_more_is_called_whole(launcher_of_triton, changes):
-    assert _launch._entry(launcher_of_triton, 0) is not None
+    assert _entry.entry_of(launcher_of_triton, 0) is not None
     vars(launcher_of_triton).update(changes)
-    assert _launch._entry(launcher_of_triton, 0) is None
+    assert _entry.entry_of(launcher_of_triton, 0) is None
 
 
 def test_a_launcher_of_another_format_is_called_whole(launcher_of_triton, monkeypatch):
     monkeypatch.setattr(sys.modules[type(launcher_of_triton).__module__], "_BASE_ARGS_FORMAT", "iiiKKOOOO")
-    assert _launch._entry(launcher_of_triton, 0) is None
-    assert _launch._entry(print, 0) is None
+    assert _entry.entry_of(launcher_of_triton, 0) is None
+    assert _entry.entry_of(print, 0) is None

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fla.backends.triton import _launch
-from fla.backends.triton.decay import packs, segments
+from fla.backends.triton import _entry, _launch, _packs
+from fla.backends.triton._sequence import segment_length
 from fla.ops._spec import REGISTRY
 from fla.testing import GPU, assert_within_budget, make_inputs
 from fla.testing.contract import Case, whole
@@ -55,14 +55,14 @@ JOINED_CASES = [
     "case", chunk_cases(tokens=4096, heads=(2, 64, 64), dtype=BF16, batch=1, gates="weak"), ids=str
 )
 def test_segments(case):
-    assert segments.segment_length(4096, 2) < 4096
+    assert segment_length(4096, 2) < 4096
     check_chunks(case)
 
 
 @pytest.mark.parametrize("case", chunk_cases(tokens=(2000, 0, 301), heads=(1, 128, 64), dtype=FP16), ids=str)
 def test_segments_of_a_pack_with_strong_decays(case):
     """fp16's near range is 8 nats a chunk, a tenth of bf16's: ordinary decays leave it."""
-    assert segments.segment_length(2301, 2) < 2301
+    assert segment_length(2301, 2) < 2301
     check_chunks(case)
 
 
@@ -70,7 +70,7 @@ def test_segments_of_a_pack_with_strong_decays(case):
 @pytest.mark.parametrize("case", JOINED_CASES, ids=str)
 def test_joined_packs(case, dtype):
     """Sequences without states share chunks, here in segments too."""
-    assert segments.segment_length(sum(JOINED), 2) < sum(JOINED) < packs.SHORT_AVERAGE * len(JOINED)
+    assert segment_length(sum(JOINED), 2) < sum(JOINED) < _packs.SHORT_AVERAGE * len(JOINED)
     check_chunks(replace(case, dtype=dtype))
 
 
@@ -224,7 +224,7 @@ def test_launches_go_to_the_c_function():
     """Of the Triton whose launcher is known, every launch but the first of a signature."""
     from triton.backends.nvidia import driver
 
-    if getattr(driver, "_BASE_ARGS_FORMAT", None) != _launch.ENTRY_FORMAT:
+    if getattr(driver, "_BASE_ARGS_FORMAT", None) != _entry.ENTRY_FORMAT:
         pytest.skip(f"the launcher of Triton {triton.__version__} goes through its frame")
     for case in chunk_cases(tokens=130, heads=(2, 64, 64), dtype=BF16):
         evaluate(case, leaves_of(case))

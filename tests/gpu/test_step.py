@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fla.backends.triton.decay import recurrent
+from fla.backends.triton.decay import recurrent_backward, recurrent_forward
 from fla.ops import fused_recurrent_gla, fused_recurrent_simple_gla
 from fla.testing import GPU
 from tests.ops.stepping import (
@@ -41,13 +41,13 @@ def direct_cases():
 
 @pytest.mark.parametrize("case", list(direct_cases()), ids=str)
 def test_forward_and_backward(case):
-    check_direct(case, recurrent.forward, recurrent.backward)
+    check_direct(case, recurrent_forward.forward, recurrent_backward.backward)
 
 
 def test_the_backward_repeats_bitwise():
     case = Direct(256, 300, ("gk", "gv"), torch.float32, (65, 0, 1, 30), heads=2, device="cuda")
     x = case.inputs()
-    first, *others = (recurrent.backward(case.problem(x), x["do"], x["dht"], True) for _ in range(10))
+    first, *others = (recurrent_backward.backward(case.problem(x), x["do"], x["dht"], True) for _ in range(10))
     for other in others:
         pairs = zip(first, other, strict=True)
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a is b for a, b in pairs)

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.backends.triton.decay import packs, segments
+from fla.backends.triton import _sequence
+from fla.backends.triton.decay import prepare
 from fla.testing.contract import Case, whole
 from tests.triton_interpreter import test_chunks
 
@@ -82,10 +83,10 @@ def main(words: list[str]) -> int:
     if words == ["stray"]:
         _stray_kernel[(1,)](guarded((7,), torch.float32, True), torch.zeros(8))
         return 0
-    packs.VECTOR_DTYPES = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
+    prepare.JOINED_VECTORS = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
     for case in test_chunks.JOINED:
         run_both(case)
-    segments.SHORTEST = 1
+    _sequence.SHORTEST = 1
     test_chunks.forget_plans()
     for case in test_chunks.JOINED_SEGMENTS:
         run_both(case)

@@ -8,7 +8,8 @@ import torch
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, packs, segments
+from fla.backends.triton import _launch, _packs, _sequence
+from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, prepare
 from fla.testing.cases import INTERPRETER
 from tests.ops import suite
 from tests.ops.suite import check_chunks
@@ -21,7 +22,7 @@ def chunk_cases(**changes):
 
 def forget_plans() -> None:
     """What launchers remember about shapes."""
-    for module in (segments, chunk_forward, chunk_backward):
+    for module in (_sequence, chunk_forward, chunk_backward):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -31,15 +32,21 @@ def forget_plans() -> None:
 def short_segments(monkeypatch):
     """Segments of a chunk or two, so that a short sequence has several."""
     forget_plans()
-    monkeypatch.setattr(segments, "SHORTEST", 1)
+    monkeypatch.setattr(_sequence, "SHORTEST", 1)
     yield
     forget_plans()
 
 
-def launches_of(monkeypatch, module) -> list:
-    """The launches from a module from now on."""
-    seen, launch = [], module.launch
-    monkeypatch.setattr(module, "launch", lambda kernel, *rest: (seen.append(rest), launch(kernel, *rest))[1])
+@pytest.fixture
+def kernels(monkeypatch) -> set[str]:
+    """Names of the kernels that are launched."""
+    seen, launch = set(), _launch.Launcher.__call__
+
+    def watched(self, *arguments) -> None:
+        seen.add(self._kernel.fn.__name__)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(_launch.Launcher, "__call__", watched)
     return seen
 
 
@@ -51,10 +58,9 @@ SEGMENTED = [
 
 
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
-def test_segments(case, short_segments, monkeypatch):
-    seen = launches_of(monkeypatch, segments)
+def test_segments(case, short_segments, kernels):
     check_chunks(case)
-    assert seen, "nothing was cut"
+    assert "segment_states_kernel" in kernels, "nothing was cut"
 
 
 def joined_cases(**changes):
@@ -82,7 +88,7 @@ def pack_of(lengths: list[int], dtype: torch.dtype = torch.float16, **changes) -
 
 def test_what_is_joined():
     """Packs without states in or out, unless they are of long sequences or fp16's decays per channel."""
-    long = packs.SHORT_AVERAGE + 1
+    long = _packs.SHORT_AVERAGE + 1
     state = torch.zeros(2, 1, 4, 4)
     for problem, has_states, joined in (
         (pack_of([5, 3]), False, True),
@@ -94,39 +100,38 @@ def test_what_is_joined():
         (pack_of([5, 3], torch.bfloat16, gk=state), False, True),
         (replace(pack_of([5, 3]), cu_seqlens=None), False, False),
     ):
-        packs.join(problem, has_states)
-        assert (problem.begins is not None) == joined
-        assert problem.num_states == (1 if joined or problem.cu_seqlens is None else 2)
+        prepared = prepare.prepare(problem, has_states)
+        assert (prepared.begins is not None) == joined
+        assert prepared.state_shape[0] == (1 if joined or problem.cu_seqlens is None else 2)
+        assert prepared.pack is (prepared.begins if joined else problem.cu_seqlens)
+        assert prepared.lengths is (None if joined else problem.cu_seqlens)
 
 
 @pytest.mark.parametrize("lengths", ([1], [0, 3, 0, 0, 2, 1, 0], [64, 64], [1] * 70, [1500, 0, 800]), ids=str)
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
 def test_first_tokens_of_a_joined_pack(lengths, dtype):
-    problem = pack_of(lengths)
-    problem.cu_seqlens = problem.cu_seqlens.to(dtype)
-    packs.join(problem, False)
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-    assert torch.equal(problem.begins.long(), starts.repeat_interleave(torch.tensor(lengths)))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    begins = _packs.join(bounds.to(dtype), sum(lengths), False)
+    starts = bounds[:-1]
+    assert torch.equal(begins.long(), starts.repeat_interleave(torch.tensor(lengths)))
 
 
 @pytest.fixture
 def vectors_in_float16(monkeypatch):
     """The interpreter cannot do what is joined of them on a GPU, bfloat16."""
-    monkeypatch.setattr(packs, "VECTOR_DTYPES", (torch.float16,))
+    monkeypatch.setattr(prepare, "JOINED_VECTORS", (torch.float16,))
 
 
 @pytest.mark.parametrize("case", JOINED, ids=str)
-def test_joined_packs(case, vectors_in_float16, monkeypatch):
-    seen = launches_of(monkeypatch, packs)
+def test_joined_packs(case, vectors_in_float16, kernels):
     check_chunks(case)
-    assert seen, "nothing was joined"
+    assert "begins_kernel" in kernels, "nothing was joined"
 
 
 @pytest.mark.parametrize("case", JOINED_SEGMENTS, ids=str)
-def test_joined_packs_in_segments(case, short_segments, vectors_in_float16, monkeypatch):
-    joined, cut = launches_of(monkeypatch, packs), launches_of(monkeypatch, segments)
+def test_joined_packs_in_segments(case, short_segments, vectors_in_float16, kernels):
     check_chunks(case)
-    assert joined and cut, "nothing was joined, or cut"
+    assert kernels >= {"begins_kernel", "segment_states_kernel"}, "nothing was joined, or cut"
 
 
 @pytest.mark.parametrize("parts", (2, 16))

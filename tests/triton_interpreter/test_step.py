@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fla.backends.triton.decay import recurrent
+from fla.backends.triton.decay import recurrent_backward, recurrent_forward
 from fla.testing.cases import INTERPRETER
 from tests.ops.stepping import (
     DECAYS,
@@ -29,7 +29,7 @@ DIRECT = [
 
 @pytest.mark.parametrize("case", DIRECT, ids=str)
 def test_forward_and_backward(case):
-    check_direct(case, recurrent.forward, recurrent.backward)
+    check_direct(case, recurrent_forward.forward, recurrent_backward.backward)
 
 
 @pytest.mark.parametrize("case", step_cases(INTERPRETER, heads=(1, 8, 12)), ids=str)
