@@ -153,7 +153,7 @@ def run(given: list[Half], jobs: int, ops: str, rest: list[str]) -> int:
                 empty += 1
             elif code:
                 failed.append(half.name)
-        print(f"\nseconds in tests, over {jobs} processes, and number of tests\n{table(joined(files))}")
+        print(f"\nseconds of tests (processes side by side: {jobs}), and their number\n{table(joined(files))}")
     if empty == len(given):
         failed.append("no test was chosen")
     print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'passed'}, {time.perf_counter() - start:.0f} s")
