@@ -124,8 +124,8 @@ class TokenMixer(nn.Module):
                 `cu_seq_lens_q` is another name of it.
             padding: what a model computed once from the mask for all its layers; by default the layer does it itself.
 
-        `inputs` are further keywords, others are for other layers of a model and are not looked at. Raises ValueError or TypeError, naming
-        the argument.
+        `inputs` are further keywords; others are for other layers of a model and are not looked at. Raises ValueError
+        or TypeError, naming the argument.
         """
         if output_attentions:
             raise ValueError(f"output_attentions must be False: {type(self).__name__} never forms the attention matrix")

@@ -205,7 +205,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """Make parameters of the model itself, if it has any; `reset_parameters()` gives them their first values."""
 
     def layer_inputs(self) -> Sequence[Tensor | tuple[Tensor | None, ...] | None]:
-        """One value a layer: what its mixer lists in `inputs`, a tuple if it lists several (beside a carry), or None."""
+        """One value a layer: what its mixer lists in `inputs` beside a carry, a tuple if that are several, or None."""
         return [None] * len(self.layers)
 
     def get_input_embeddings(self) -> nn.Module:
