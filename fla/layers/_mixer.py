@@ -66,6 +66,8 @@ class TokenMixer(nn.Module):
     carry_name: ClassVar[str | None] = None
     # Constructor parameter -> field of a model's config, where the two have different names.
     config_names: ClassVar[Mapping[str, str]] = {"mode": "attn_mode"}
+    # The parts that make the log decays; their gradients, differences of large terms, have a budget of their own.
+    gate_names: ClassVar[tuple[str, ...]] = ("gk_proj",)
     # The smallest useful settings beside `hidden_size` 32, and further ones worth a test, by name: for all suites.
     tiny: ClassVar[Mapping[str, Any]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -6,14 +6,14 @@ from torch import nn
 
 from fla.models.utils import Cache
 
-from .tiny import REGISTRY, TINY, assert_same, build, every_case, every_type, tokens
+from .tiny import REGISTRY, VOCAB, assert_same, build, every_case, every_type, tiny_config, tokens
 
 
 @every_case
 def test_forward_and_backward(model_type, overrides):
     model, ids = build(model_type, overrides).train(), tokens(2, 70)
     output = model(ids, labels=ids)
-    assert output.logits.shape == (2, 70, TINY["vocab_size"])
+    assert output.logits.shape == (2, 70, VOCAB)
     assert output.past_key_values is None  # training keeps no cache
     output.loss.backward()
     for name, parameter in model.named_parameters():
@@ -22,11 +22,32 @@ def test_forward_and_backward(model_type, overrides):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@every_case
+def test_what_reaches_every_layer(model_type, overrides):
+    """Each mixer is called with its own value of `layer_inputs()`, and with the last carry that a layer returned."""
+    model, ids, seen = build(model_type, overrides), tokens(1, 6), []
+    body, names = model.base_model, model.block_cls.names
+    mixers = [getattr(layer, names.mixer) for layer in body.layers]
+    for mixer in mixers:
+        mixer.register_forward_hook(lambda *call: seen.append((call[2], call[3])), with_kwargs=True)
+    model(ids)
+    carry = None
+    for mixer, value, (keywords, result) in zip(mixers, body.layer_inputs(), seen, strict=True):
+        own = [name for name in mixer.inputs if name != mixer.carry_name]
+        values = () if value is None or not own else value if isinstance(value, tuple) else (value,)
+        for name, expected in zip(own, values, strict=bool(values)):
+            assert torch.equal(keywords[name], expected), name
+        if mixer.carry_name is not None:
+            assert keywords.get(mixer.carry_name) is carry
+            carry = result[3]
+            assert carry.shape[:2] == ids.shape
+
+
 @every_type
 def test_outputs(model_type):
     model, ids = build(model_type), tokens(2, 7)
     output = model(ids, output_hidden_states=True)
-    assert len(output.hidden_states) == TINY["num_hidden_layers"] + 1
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     assert output.attentions is None
     assert output.past_key_values.get_seq_length() == 7
@@ -153,7 +174,8 @@ def test_gradient_checkpointing_keeps_the_gradients(model_type, overrides, use_r
                 model(ids, past_key_values=Cache())
         model(ids, labels=ids, attention_mask=mask).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for (name, _), plain, checkpointed in zip(model.named_parameters(), *gradients, strict=True):
+        assert checkpointed is not None and torch.equal(plain, checkpointed), name
 
 
 @every_type
@@ -172,7 +194,7 @@ def test_tied_weights(model_type):
 def test_fresh_weights(model_type):
     """normal(0, initializer_range), biases 0, norms 1; the same on the meta device, where there is nothing to draw."""
     causal_lm = REGISTRY[model_type]
-    config = causal_lm.config_class(**{**TINY, "hidden_size": 128, "vocab_size": 500})
+    config = tiny_config(model_type, hidden_size=128, vocab_size=500)
     model = causal_lm(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d) and module.weight.numel() > 4000:
@@ -189,8 +211,8 @@ def test_fresh_weights(model_type):
 
 def test_feature_maps_keep_their_own_initialisation():
     """Hedgehog's layer starts as the identity, whatever the rule for linear layers is."""
-    causal_lm = REGISTRY["linear_attn"]
-    layer = causal_lm(causal_lm.config_class(**TINY, feature_map="hedgehog")).model.layers[0].attn.feature_map_q.layer
+    config = tiny_config("linear_attn", feature_map="hedgehog")
+    layer = REGISTRY["linear_attn"](config).model.layers[0].attn.feature_map_q.layer
     assert torch.equal(layer.weight, torch.eye(16))
 
 
