@@ -168,7 +168,7 @@ class TokenMixer(nn.Module):
         if self.uses_positions:
             # The cache counts columns, not the tokens of each packed sequence: nothing could go on from there.
             keep = keep and not packed
-            if seen and (packed or not state):
+            if seen and (packed or not {"recurrent_state", "attn_state"} & set(state)):
                 raise ValueError(
                     f"cu_seqlens must be None in every call of a sequence that {type(self).__name__} continues from a "
                     "cache, which does not know each packed sequence's length; pass a padded batch and attention_mask"

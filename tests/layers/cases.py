@@ -46,8 +46,16 @@ class Case:
             for parameter in layer.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
         if layer.inputs:
+            layer.handed = _numbers(layer)
             layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
         return layer
+
+
+def _numbers(layer: TokenMixer) -> dict[str, Tensor]:
+    """Numbers between 0 and 1 for each of the layer's inputs; for the carry a matrix that makes it of the tokens."""
+    generator = torch.Generator().manual_seed(3)
+    ranks = {name: len(shape.split()) - (name == layer.carry_name) for name, shape in layer.inputs.items()}
+    return {name: torch.rand([D] * rank, generator=generator) for name, rank in ranks.items()}
 
 
 def _hand_over(layer, args, keywords):
@@ -55,15 +63,14 @@ def _hand_over(layer, args, keywords):
 
 
 def handed_over(layer: TokenMixer, hidden_states: Tensor) -> dict[str, Tensor]:
-    """What a model could hand to the layer: numbers between 0 and 1, the same in every call, but for the carry.
+    """What a model could hand to the layer, the same in every call.
 
-    The carry depends on each token alone, so that it is the same however the tokens are packed or split.
+    A carry depends on each token alone, so that it is the same however the tokens are packed, padded or split.
     """
-    generator, handed = torch.Generator().manual_seed(3), {}
-    for name, shape in layer.inputs.items():
-        sizes = [D] * len(shape.split()) if name != layer.carry_name else [D, *[D] * len(shape.split()[2:])]
-        numbers = torch.rand(sizes, generator=generator).to(hidden_states.dtype)
-        handed[name] = numbers if name != layer.carry_name else torch.tensordot(hidden_states, numbers - 0.5, 1)
+    handed = {}
+    for name in layer.inputs:
+        numbers = layer.handed[name].to(hidden_states.dtype)
+        handed[name] = torch.tensordot(hidden_states, numbers - 0.5, 1) if name == layer.carry_name else numbers
     return handed
 
 

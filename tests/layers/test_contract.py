@@ -167,7 +167,7 @@ def test_the_other_name_of_cu_seqlens(name):
 
 @each_case
 def test_a_row_alone_is_a_row_in_a_batch(name):
-    layer, (row, other) = build(name), rows_of((40, 40))
+    layer, (row, other) = build(name), rows_of((12, 12))
     batch = layer(torch.stack([row, other, row]))[0]
     check_rows("in a batch", [batch[0], batch[1]], name, (40, 40))
     assert_within_budget("alone = in a batch", layer(row[None])[0][0], batch[2].double(), batch[0])
@@ -227,15 +227,19 @@ def test_gradients_through_a_cached_state(name):
     cache = Cache()
     o = torch.cat([layer(piece, past_key_values=cache)[0] for piece in x.split((5, 7), 1)], 1)
     (pieces,) = torch.autograd.grad(o.square().sum(), x)
-    reference, naive = (naive_input_gradient(name, row, dtype) for dtype in (torch.float64, torch.float32))
     for label, gradient in (("whole", whole), ("pieces", pieces)):
-        assert_within_budget(f"{name}: dx, {label}", gradient[0], reference, naive)
+        check_input_gradient(label, gradient[0], name, row)
 
 
-def naive_input_gradient(name, row, dtype):
-    x = row.to(dtype).clone().requires_grad_()
-    naive_layer(build(name).to(dtype), x, name).square().sum().backward()
-    return x.grad
+def check_input_gradient(label, gradient, name, row):
+    """The gradient of the squared output with respect to one row is the naive layer's."""
+
+    def naive(dtype):
+        x = row.to(dtype).clone().requires_grad_()
+        naive_layer(build(name).to(dtype), x, name).square().sum().backward()
+        return x.grad
+
+    assert_within_budget(f"{name}: dx, {label}", gradient, naive(torch.float64), naive(torch.float32))
 
 
 @each_plain
@@ -351,23 +355,32 @@ def test_autocast(name):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def compiled(layer):
+    """The layer in one graph, with what its model hands to it."""
+    torch.compiler.reset()  # each layer compiles the same forward: what others left would count as recompilations
+    return torch.compile(lambda x, **keywords: layer(x, **keywords), fullgraph=True, backend="aot_eager", dynamic=False)
+
+
+@each_plain
+def test_compile_packed(name):
+    rows = rows_of((12, 5))
+    x, cu_seqlens = pack(rows)
+    x.requires_grad_()
+    o = compiled(build(name))(x, cu_seqlens=cu_seqlens)[0]
+    check_rows("compiled, packed", list(o[0].split((12, 5))), name, (12, 5))
+    o.square().sum().backward()
+    check_input_gradient("compiled, packed", x.grad[0, :12], name, rows[0])
+
+
+@pytest.mark.exhaustive  # the models compile such a call in their training step
 @each_plain
 def test_compile(name):
-    torch.compiler.reset()  # each layer compiles the same forward: what others left would count as recompilations
-    layer, rows = build(name), rows_of((40, 40))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    rows = rows_of((12, 12))
     x = torch.stack(rows).requires_grad_()
-    o = compiled(x)[0]
+    o = compiled(build(name))(x)[0]
     check_rows("compiled", list(o), name, (40, 40))
     o.square().sum().backward()
-    assert_within_budget(
-        "compiled dx",
-        x.grad[0],
-        naive_input_gradient(name, rows[0], torch.float64),
-        naive_input_gradient(name, rows[0], torch.float32),
-    )
-    packed, cu_seqlens = pack(rows_of((40, 9)))
-    check_rows("compiled, packed", list(compiled(packed, cu_seqlens=cu_seqlens)[0][0].split((40, 9))), name, (40, 9))
+    check_input_gradient("compiled", x.grad[0], name, rows[0])
 
 
 def test_layers_run_without_transformers_and_triton():
