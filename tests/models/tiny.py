@@ -60,6 +60,24 @@ def every_case(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize(("model_type", "overrides"), cases)(test)
 
 
+def exhaustive(*values: Any) -> list[Any]:
+    """Values of a parameter that only `make test-all` runs, where another value holds the same code to it."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive, id=str(value)) for value in values]
+
+
+SIDES = {"left": range(4), "right": range(12, 7, -1), "interior": [0, 4, 5, 9]}
+# Rows with padding on every side in one batch, and each side by itself.
+every_side = pytest.mark.parametrize("side", ["mixed", *exhaustive(*SIDES)])
+
+
+def padding_mask(side: str) -> Tensor:
+    """A mask `[3, 13]` with padding on one side, more in the first row than in the others, or on another in each."""
+    mask = torch.ones(3, 13, dtype=torch.long)
+    for row, kind in enumerate(SIDES if side == "mixed" else [side] * 3):
+        mask[row, list(SIDES[kind])[: None if row == 0 or side == "mixed" else row]] = 0
+    return mask
+
+
 def tiny_config(model_type: str, **overrides: Any) -> DecoderConfig:
     """The smallest config of a type, with `overrides`."""
     config_class = REGISTRY[model_type].config_class
