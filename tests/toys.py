@@ -120,6 +120,19 @@ class ToyMixer(TokenMixer):
     def recurrent_size(self):
         return self.hidden_size
 
+    def naive(self, x, lower_bound, v_first):
+        """The formulas at the top for one sequence `[1, T, D]`, in the dtype of `x`."""
+        weight = self.conv1d.weight[:, 0]
+        windows = F.pad(self.v_proj(x), (0, 0, weight.shape[1] - 1, 0)).unfold(1, weight.shape[1], 1)
+        u = F.silu((windows * weight).sum(-1) + self.conv1d.bias)
+        v = u + (v_first - u) * self.mixed.sigmoid()
+        f = lower_bound + (1 - lower_bound) * self.f_proj(x).sigmoid()
+        h, rows = torch.zeros_like(v[:, 0]), []
+        for t in range(x.shape[1]):
+            h = f[:, t] * h + (1 - f[:, t]) * v[:, t]
+            rows.append(h)
+        return self.out_proj(self.u_proj(torch.stack(rows, 1)) * F.silu(self.g_proj(x)))
+
 
 def scan(f, v, state, cu_seqlens):
     """`h_t = f_t h_{t-1} + v_t` for `[B, T, D]`, from `state` `[N, D]`: all `h`, and the last of every sequence."""

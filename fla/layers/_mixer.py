@@ -132,7 +132,7 @@ class TokenMixer(nn.Module):
         if output_attentions:
             raise ValueError(f"output_attentions must be False: {type(self).__name__} never forms the attention matrix")
         cu_seqlens = merge_cu_seqlens(cu_seqlens, kwargs.get("cu_seq_lens_q"))
-        inputs = {name: kwargs.get(name) for name in self.inputs}
+        inputs: dict[str, Any] = {name: kwargs.get(name) for name in self.inputs}
         check_shapes(self._shapes, cu_seqlens=cu_seqlens, hidden_states=hidden_states, **inputs)
         call = self._begin(hidden_states, attention_mask, past_key_values, cu_seqlens, padding)
         unpad, repad = (_same, _same) if call.padding is None else (call.padding.unpad, call.padding.repad)
