@@ -272,13 +272,16 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+QUICK = ("-m", "not exhaustive")
+
+
 @pytest.mark.slow
 def test_a_layer_is_one_file_and_one_line(scratch):
     """A mixer without heads and with one convolution passes; one that forgets its past does not."""
     file = scratch / "fla/layers/toy.py"
     add(file, toys.LAYER, toys.LAYER_LINE)
     only = ("tests/layers/test_contract.py", "tests/layers/test_layers.py", "-k", "toy or Toy")
-    assert passed(suite(scratch, *only)) > 50
+    assert passed(suite(scratch, *only, *QUICK)) > 40
     change(file, 'call.state.get("recurrent_state")', "None")
     refused = failed(suite(scratch, *only[:2], "-k", "toy and (row_alone or token_by_token)"))
     assert refused == {"test_token_by_token[toy]", "test_token_by_token[toy-wide]"}
@@ -291,7 +294,7 @@ def test_a_model_is_one_file_and_one_line(scratch):
     add(scratch / "fla/layers/toy.py", toys.LAYER, toys.LAYER_LINE)
     add(scratch / "fla/models/toy.py", toys.MODEL, toys.MODEL_LINE)
     files = ("contract", "generation", "config", "loading")
-    assert passed(suite(scratch, *(f"tests/models/test_{name}.py" for name in files), "-k", "toy")) > 50
+    assert passed(suite(scratch, *(f"tests/models/test_{name}.py" for name in files), "-k", "toy", *QUICK)) > 50
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def scan(f, v, state, cu_seqlens):
 '''
 
 MODEL_LINE = "from fla.models.toy import ToyConfig, ToyForCausalLM, ToyModel\n"
-MODEL = '''"""Toy language model: layers get lower bounds and the first one's values, and MLPs look at the token before."""
+MODEL = '''"""Toy language model: layers get lower bounds and the first one's values, MLPs look at the token before."""
 
 from typing import ClassVar
 

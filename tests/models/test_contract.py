@@ -58,6 +58,18 @@ def test_what_reaches_every_layer(model_type, overrides):
 
 
 @every_type
+def test_a_block_by_itself(model_type):
+    """A block takes the mask and the cache by position, as other programs call it."""
+    model, x, cache = build(model_type), torch.randn(2, 6, tiny_config(model_type).hidden_size), Cache()
+    block, mask = model.base_model.layers[0], torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    o, attentions, filled, *carry = block(x, mask, cache, True)
+    assert attentions is None and filled is cache and cache.get_seq_length() == 6
+    assert len(carry) == (getattr(block, block.names.mixer).carry_name is not None)
+    assert torch.equal(o, block(x, attention_mask=mask)[0])
+
+
+@every_type
 def test_outputs(model_type):
     model, ids = build(model_type), tokens(2, 7)
     output = model(ids, output_hidden_states=True)
