@@ -32,7 +32,7 @@ def layers() -> dict[str, type]:
     """Class name -> class of every layer."""
     from fla import layers
 
-    return {name: getattr(layers, name) for name in layers.__all__}
+    return {name: value for name, value in vars(layers).items() if isinstance(value, type)}
 
 
 @functools.cache
