@@ -42,7 +42,8 @@ def cross_entropy_loss(
 class FusedCrossEntropyLoss(nn.Module):
     """`cross_entropy_loss` with a reduction: "mean" over the targets that count, "sum" or "none".
 
-    "mean" with nothing but ignored targets is NaN, as in `torch.nn.CrossEntropyLoss`.
+    With nothing but ignored targets the mean is 0 and so are its gradients (`torch.nn.CrossEntropyLoss` gives NaN): a
+    micro-batch without a target does not spoil the step that it is part of.
     """
 
     def __init__(
@@ -81,6 +82,6 @@ class FusedCrossEntropyLoss(nn.Module):
         if self.reduction != "none":
             losses, z_losses = losses.sum(), z_losses.sum()
         if self.reduction == "mean":
-            count = (target != self.ignore_index).sum()
+            count = (target != self.ignore_index).sum().clamp(min=1)
             losses, z_losses = losses / count, z_losses / count
         return (losses, z_losses) if self.return_z_loss else losses
