@@ -61,6 +61,7 @@ class FusedCrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, lse_square_scale, logit_softcapping)  # checks
         self.ignore_index, self.reduction, self.return_z_loss = ignore_index, reduction, return_z_loss
         self.label_smoothing, self.logit_scale, self.lse_square_scale = label_smoothing, logit_scale, lse_square_scale
         self.logit_softcapping, self.inplace_backward = logit_softcapping, inplace_backward

@@ -255,7 +255,26 @@ def test_linear_form_refuses_second_derivatives(problem):
         torch.autograd.grad(loss, x, create_graph=True)
 
 
+def meta(x):
+    return torch.empty_like(x, device="meta")
+
+
 BAD = [
+    (lambda x, y, w: FusedCrossEntropyLoss()(x, y.tolist()), TypeError, "target must"),
+    (lambda x, y, w: FusedCrossEntropyLoss()(x.tolist(), y), TypeError, "logits must"),
+    (lambda x, y, w: FusedCrossEntropyLoss()(x, meta(y)), ValueError, "target must be on cpu"),
+    (lambda x, y, w: FusedCrossEntropyLoss(label_smoothing="0.1"), TypeError, "label_smoothing"),
+    (lambda x, y, w: FusedCrossEntropyLoss(logit_scale=float("nan")), ValueError, "logit_scale"),
+    (lambda x, y, w: FusedCrossEntropyLoss(ignore_index=None), TypeError, "ignore_index"),
+    (lambda x, y, w: FusedLinearCrossEntropyLoss(-100, 0.0, 1.0, 8, "mean"), TypeError, "num_chunks"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x.tolist(), y, w), TypeError, "x must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y.tolist(), w), TypeError, "target must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x[None], y.tolist(), w), TypeError, "target must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, w.tolist()), TypeError, "weight must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, w, [0.0]), TypeError, "bias must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, meta(w)), ValueError, "weight must be on cpu.*not there"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, w, meta(w[:, 0])), ValueError, "bias must be on cpu"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, meta(y), w), ValueError, "target must be on cpu"),
     (lambda x, y, w: FusedCrossEntropyLoss(reduction="avg"), ValueError, "reduction"),
     (lambda x, y, w: FusedLinearCrossEntropyLoss(reduction="none"), ValueError, "reduction"),
     (lambda x, y, w: FusedCrossEntropyLoss(label_smoothing=1.5)(x, y), ValueError, "label_smoothing"),
