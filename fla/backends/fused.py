@@ -219,8 +219,10 @@ def conv_step(
 ) -> Tensor:
     """One token of `conv` for x [N, D]; `state` [N, D, W] is shifted and appended to IN PLACE."""
     shapes = {"x": "B D", "state": "B D W", "weight": "D W", "bias": "D", "residual": "B D"}
-    tensors = {"x": x, "state": state, "weight": weight, "bias": bias, "residual": residual}
-    check_shapes(shapes, same_dtype=(), required=("x", "state", "weight"), **tensors)
+    required = ("x", "state", "weight")
+    check_shapes(
+        shapes, same_dtype=(), required=required, x=x, state=state, weight=weight, bias=bias, residual=residual
+    )
     _check_choice("activation", activation, CONV_ACTIVATIONS)
     module = _backend("causal_conv1d_update", x, _conv_backend(backend))
     return module.conv_step(x, state, weight, bias, residual, activation)

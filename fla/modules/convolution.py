@@ -252,7 +252,7 @@ class ShortConvolution(nn.Conv1d):
     def _is_step(self, x: Tensor, cache: Tensor, cu_seqlens: Tensor | None) -> bool:
         """As many tokens as sequences, and no gradient that writing to the cache would disturb."""
         recorded = torch.is_grad_enabled() and (x.requires_grad or cache.requires_grad or self.weight.requires_grad)
-        if cache.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and cache.is_inference() and not torch.is_inference_mode_enabled():
             return False  # what inference mode made cannot be written to outside of it
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return not recorded and x.dim() == 3 and x.shape[0] * x.shape[1] == sequences
