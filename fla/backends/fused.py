@@ -349,8 +349,8 @@ def _check_choice(name: str, value: Any, choices: tuple) -> None:
 
 def _check_norm(x, weight, bias, residual, gate, group_size, activation) -> None:
     check_float("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have at least one axis, got a number")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one axis, the last not empty, got shape {list(x.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue

@@ -165,6 +165,18 @@ def test_linear_form_with_a_common_offset(problem, options):
         assert_within_budget(name, y, y64, naive)
 
 
+@pytest.mark.parametrize("classes", [151, 32003])
+def test_classes_beside_the_vocabulary_do_not_count(classes):
+    logits = torch.full((3, classes), -30.0)
+    logits[:, classes - 1] = 2.0
+    target, logits = torch.tensor([classes - 1, 0, -100]), logits.requires_grad_()
+    losses, _ = cross_entropy_loss(logits, target)
+    expected = F.cross_entropy(logits.double(), target, reduction="none")
+    assert_within_budget("loss", losses, expected, F.cross_entropy(logits, target, reduction="none"))
+    (grad,), (grad64,) = (torch.autograd.grad(z.sum(), logits) for z in (losses, expected))
+    assert_within_budget("dlogits", grad, grad64, grad64)
+
+
 def test_linear_form_equals_the_two_steps(problem):
     x, target, weight, bias = (z.double() if z.is_floating_point() else z for z in problem)
     leaves = [z.requires_grad_() for z in (x, weight, bias)]

@@ -320,6 +320,7 @@ BAD = [
     (lambda x: modules.RMSNorm(D + 1)(x), ValueError, "x must have as many channels as weight"),
     (lambda x: modules.RMSNorm(D, device="meta")(x), ValueError, "weight must be on cpu"),
     (lambda x: layernorm.rms_norm(x, [1.0] * D, None), TypeError, "weight must"),
+    (lambda x: layernorm.rms_norm(x[:, :0], None, None), ValueError, "x must have at least one axis"),
     (lambda x: modules.LayerNorm(D, 1e-6), TypeError, "elementwise_affine must"),
     (lambda x: modules.FusedLayerNormGated(D, True, 1e-3), TypeError, "bias must"),
     (lambda x: modules.FusedLayerNormGatedLinear(D, True, True), TypeError, "eps must"),

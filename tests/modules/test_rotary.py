@@ -126,6 +126,17 @@ def test_table_outlives_inference_mode_and_knows_no_fake_values():
     assert len(rotary._table.rows[0]) == 2048
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_reads_no_table_that_grows():
+    rotary, (q, k) = RotaryEmbedding(D), (x.cuda() for x in queries(dtype=torch.float32))
+    expected, graph = rotary(q, k), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        turned = rotary(q, k)
+    rotary(q, k, 5000)
+    graph.replay()
+    assert all(torch.equal(y, z) for y, z in zip(turned, expected, strict=True))
+
+
 def test_values_do_not_depend_on_what_happened_to_the_buffers():
     """Casting a model, or creating it on the meta device as checkpoint loading does, leaves buffers worthless."""
     q, k = queries(dtype=torch.bfloat16)
