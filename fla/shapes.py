@@ -149,16 +149,26 @@ def _check_axes(shape: str, name: str, x: Tensor, dims: dict[str, int]) -> None:
 
 
 def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    check_bounds("cu_seqlens", cu_seqlens, x, name, x.device)
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device} like {name}, got {cu_seqlens.device}")
+
+
+def check_bounds(argument: str, bounds: Tensor, x: Tensor, name: str, device: torch.device | str) -> None:
+    """TypeError or ValueError unless `bounds` has the form of the bounds of sequences packed into the one row of `x`,
+    an argument called `name`. `device`: where a message says to make them."""
+    if not isinstance(bounds, Tensor):
+        raise TypeError(
+            f"{argument} must be an int32 or int64 tensor, got {type(bounds).__name__}; "
+            f"make one with torch.tensor({argument}, dtype=torch.int32, device='{device}')"
+        )
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{argument} must be an int32 or int64 tensor, got {bounds.dtype}")
+    if bounds.dim() != 1 or bounds.shape[0] < 2:
+        raise ValueError(f"{argument} must have shape [N + 1] with N >= 1, got {list(bounds.shape)}")
     if x.shape[0] != 1:
         raise ValueError(
-            f"cu_seqlens packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
+            f"{argument} packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
             "flatten the batch with x.reshape(1, -1, *x.shape[2:])"
         )
 
@@ -167,10 +177,24 @@ def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) ->
     """One packing from its two names. Both given must be one tensor: comparing values would wait for the GPU."""
     if cu_seqlens is None or cu_seq_lens_q is None:
         return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seq_lens_q", cu_seq_lens_q)):
+        if not isinstance(bounds, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(bounds).__name__}; make one with torch.tensor({name}, "
+                "dtype=torch.int32)"
+            )
     same = cu_seqlens.shape == cu_seq_lens_q.shape and cu_seqlens.data_ptr() == cu_seq_lens_q.data_ptr()
     if cu_seqlens is not cu_seq_lens_q and not same:
         raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument, got two different tensors")
     return cu_seqlens
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """TypeError or ValueError unless another program's chunk could have this size. Results depend on none."""
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be 16, 32, 64 or 128, or None, got {type(chunk_size).__name__}")
+    if chunk_size not in (16, 32, 64, 128):
+        raise ValueError(f"chunk_size must be 16, 32, 64 or 128, or None, got {chunk_size}")
 
 
 def pool_shapes(shapes: dict[str, str], state_indices: Tensor | None) -> dict[str, str]:

@@ -30,33 +30,45 @@ def check_packing() -> Iterator[None]:
         _check_on_device = before
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Raise ValueError unless `cu_seqlens` starts at 0, never decreases and ends at `num_tokens`."""
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, name: str = "cu_seqlens") -> None:
+    """Raise ValueError unless `cu_seqlens` starts at 0, never decreases and ends at `num_tokens`. `name`: what its
+    caller calls it."""
+    _check_tensor(name, cu_seqlens)
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+            raise ValueError(f"{name} must start at 0, got {bounds[0]}")
         if bounds[-1] != num_tokens:
-            raise ValueError(f"cu_seqlens must end at the number of tokens {num_tokens}, got {bounds[-1]}")
+            raise ValueError(f"{name} must end at the number of tokens {num_tokens}, got {bounds[-1]}")
         if any(b < a for a, b in pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must never decrease, got {bounds}")
+            raise ValueError(f"{name} must never decrease, got {bounds}")
     elif _check_on_device:
         ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
         torch._assert_async(ends & (cu_seqlens.diff() >= 0).all(), "cu_seqlens must run from 0 to T without decreasing")
 
 
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(x).__name__}; make one with torch.tensor({name}, dtype=torch.int32)"
+        )
+
+
 def prepare_lens(cu_seqlens: Tensor) -> Tensor:
     """Length of every sequence, `[N]`."""
+    _check_tensor("cu_seqlens", cu_seqlens)
     return cu_seqlens.diff()
 
 
 def prepare_lens_from_mask(mask: Tensor) -> Tensor:
     """Tokens of every row of a padding mask `[B, T]` (1 = token), int32 `[B]`."""
+    _check_tensor("mask", mask)
     return mask.sum(dim=-1, dtype=torch.int32)
 
 
 def prepare_cu_seqlens_from_lens(lens: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
     """`cu_seqlens` `[N + 1]` of sequences of these lengths."""
+    _check_tensor("lens", lens)
     return torch.nn.functional.pad(lens.cumsum(0, dtype=dtype), (1, 0))
 
 
@@ -67,6 +79,7 @@ def prepare_cu_seqlens_from_mask(mask: Tensor, dtype: torch.dtype = torch.int32)
 
 def prepare_sequence_ids(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
     """The sequence that every token belongs to, `[T]`; right after empty sequences too. `num_tokens` given: no wait."""
+    _check_tensor("cu_seqlens", cu_seqlens)
     num_tokens = int(cu_seqlens[-1]) if num_tokens is None else num_tokens
     tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).to(cu_seqlens.dtype)
@@ -130,6 +143,7 @@ def _padded_positions(cu_seqlens: Tensor, size: int, padding_side: str) -> tuple
 
 def mask_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Flat positions `[T]` of the tokens of a padding mask `[B, S]`, and the int32 `cu_seqlens` of its rows."""
+    _check_tensor("mask", mask)
     return mask.flatten().nonzero().flatten(), prepare_cu_seqlens_from_mask(mask)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fla.backends._recurrence import Family, Recurrence
+from fla.varlen import check_cu_seqlens
 
 DEAD_LOG_DECAY = -16.0  # nats a step: what survives such a decay is below float32's digits
 MIN_LOG_DECAY = -1000.0  # exp(-1000) is 0 in every dtype; finite, so that running sums of -inf gates stay numbers
@@ -137,6 +138,8 @@ def recurrent(
         q, k, v = q.flip(1), k.flip(1), v.flip(1)
         g, gk, gv = (None if x is None else x.flip(1) for x in (g, gk, gv))
         if packed:
+            if not torch.compiler.is_compiling():
+                check_cu_seqlens(cu_seqlens, q.shape[1])  # an error shows them as they were given
             cu_seqlens = q.shape[1] - cu_seqlens.flip(0)
             initial_state = None if initial_state is None else initial_state.flip(0)
     if state_v_first and initial_state is not None:

@@ -9,6 +9,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from fla.models._names import name_parts
+
 REGISTRY: dict[str, Any] = {}  # model type -> causal LM class: what the contract suite runs over
 
 Class = TypeVar("Class", bound=type[PreTrainedModel])
@@ -89,4 +91,5 @@ def register_causal_lm(causal_lm: Class) -> Class:
     halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
     converter = WeightConverter(halves, "mlp.gate_proj.weight", [Concatenate(dim=0)])
     register_checkpoint_conversion_mapping(declared.model_cls.__name__, [converter], overwrite=True)
+    name_parts(causal_lm)
     return causal_lm

@@ -1,13 +1,15 @@
 """What an op declares of itself, so that tests, benchmarks and docs need nothing else: `OpSpec` and the registry."""
 
 import functools
-import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from fla.ops._names import name_forms
 
 REGISTRY: dict[str, "OpSpec"] = {}
 Op = TypeVar("Op", bound=Callable)
@@ -47,30 +49,39 @@ class OpSpec:
 
 
 def register(spec: OpSpec) -> OpSpec:
-    """Make the op known to the suites, and its naive functions importable as `fla.ops.<op>.naive`."""
+    """Make the op known to the suites, and its forms and naive functions importable as `fla.ops.<op>.<form>`."""
     REGISTRY[spec.name] = spec
-    module = sys.modules[spec.reference.__module__]
-    alias = ModuleType(f"{module.__name__}.naive", f"The naive functions of {module.__name__}.")
-    for name, value in vars(module).items():
-        if name.startswith("naive_"):
-            setattr(alias, name, value)
-    sys.modules[alias.__name__] = alias
+    name_forms(spec.reference.__module__, spec.forms)
     return spec
 
 
 def current_names(function: Op) -> Op:
-    """A public op that answers the spellings of former years, `head_first=` and `offsets=`, with today's: TypeError."""
+    """A public op that answers the spellings of former years: TypeError with today's for `head_first=` and `offsets=`,
+    a DeprecationWarning for `transpose_state_layout=`, where there is `state_v_first`."""
 
     @functools.wraps(function)
     def call(*args, **keywords):
-        if "head_first" in keywords or "offsets" in keywords:
-            raise TypeError(_renamed(function.__name__, keywords))
+        if "head_first" in keywords or "offsets" in keywords or "transpose_state_layout" in keywords:
+            keywords = _renamed(function, keywords)
         return function(*args, **keywords)
 
     return cast(Op, call)
 
 
-def _renamed(op: str, keywords: dict[str, Any]) -> str:
+def _renamed(function: Callable, keywords: dict[str, Any]) -> dict[str, Any]:
+    op = function.__name__
     if "head_first" in keywords:
-        return f"{op} takes no head_first (got {keywords['head_first']!r}): inputs are [B, T, H, D], gates [B, T, H]"
-    return f"{op} takes no offsets (got {type(keywords['offsets']).__name__}): packed sequences are given as cu_seqlens"
+        got = repr(keywords["head_first"])
+        raise TypeError(f"{op} takes no head_first (got {got}): inputs are [B, T, H, D], gates [B, T, H]")
+    if "offsets" in keywords:
+        got = type(keywords["offsets"]).__name__
+        raise TypeError(f"{op} takes no offsets (got {got}): packed sequences are given as cu_seqlens")
+    if "state_v_first" not in function.__annotations__:
+        return keywords  # it takes neither name, as Python will say
+    if "state_v_first" in keywords:
+        raise TypeError(f"{op}: state_v_first and transpose_state_layout, its former name, are both given")
+    if not is_compiling():  # a warning would break the graph
+        message = f"{op}: transpose_state_layout is the former name of state_v_first"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+    others = {name: value for name, value in keywords.items() if name != "transpose_state_layout"}
+    return others | {"state_v_first": keywords["transpose_state_layout"]}

@@ -70,12 +70,16 @@ def _check(dims: dict[str, int], window_size: int | None, mask: Tensor | None, c
         raise ValueError(f"k must have a number of heads that divides q's {dims['H']}, got {dims['G']}")
     if dims["S"] < dims["T"]:
         raise ValueError(f"k must hold the tokens of q and those before: at least {dims['T']} tokens, got {dims['S']}")
+    if window_size is not None and not isinstance(window_size, int):
+        raise TypeError(f"window_size must be an int or None, got {type(window_size).__name__}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be None or at least 1, got {window_size}")
     if cu_seqlens is not None and mask is not None:
         raise ValueError("mask must be None when cu_seqlens is given: packed sequences have no padding")
     if cu_seqlens is not None and dims["S"] != dims["T"]:
         raise ValueError(f"cu_seqlens needs as many keys as queries ({dims['T']}), got {dims['S']}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
     if mask is not None and tuple(mask.shape) != (dims["B"], dims["S"]):
         raise ValueError(f"mask must have shape [B, S] = [{dims['B']}, {dims['S']}], got {list(mask.shape)}")
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay
+from fla.ops._packing import from_host
 from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, Variant, current_names, register
 from fla.shapes import check_shapes, pool_shapes
@@ -80,7 +81,7 @@ def chunk_gla(
         output_final_state: whether to return the state after the last token.
         state_v_first: states are `[N, H, V, K]`.
         cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
-        cu_seqlens_cpu: accepted for compatibility; no form needs a host copy.
+        cu_seqlens_cpu: `cu_seqlens` on the CPU; given alone, it is the packing.
         backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
 
     Returns:
@@ -90,6 +91,8 @@ def chunk_gla(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
+    if cu_seqlens_cpu is not None:
+        cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     required = ("q", "k", "v", "g")
     check_shapes(
         shapes, required=required, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, initial_state=initial_state

@@ -8,6 +8,8 @@ Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, S `[N, H, K, V]`, z `[N, 1, H, K]
 is the pair (S, z), so that a sequence may be split anywhere. Family: `decay`, without a decay. Paper: https://arxiv.org/abs/2006.16236
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from fla.ops._spec import OpSpec, Variant, current_names, register
 from fla.shapes import check_shapes, pool_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V", "z": "N 1 H K"}
+Z = "z in initial_state"  # what errors call it: no argument has its name
+CHECKED = SHAPES | {Z: SHAPES["z"]}
 EPS = 1e-10
 State = Tensor | tuple[Tensor | None, Tensor]
 
@@ -78,7 +82,9 @@ def chunk_linear_attn(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """Linear attention, parallel over chunks: for training and prefill.
+    """Linear attention, parallel over chunks, normalized by default (normalize=True): for training and prefill.
+
+    `fused_recurrent_linear_attn` has the other default: give `normalize` where both are to compute the same.
 
     Args:
         q, k: `[B, T, H, K]`; positive features when `normalize`.
@@ -124,7 +130,8 @@ def fused_chunk_linear_attn(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """`chunk_linear_attn`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    """`chunk_linear_attn`, normalized by default (normalize=True), under the name of the plan that both follow: one
+    pass, the state never leaves the chip."""
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
 
 
@@ -145,7 +152,10 @@ def fused_recurrent_linear_attn(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """Linear attention token by token: for decoding and short inputs. Arguments as in `chunk_linear_attn`, and
+    """Linear attention token by token, not normalized by default (normalize=False): for decoding and short inputs.
+
+    `chunk_linear_attn` has the other default: give `normalize` where both are to compute the same. Arguments as there,
+    and
 
     Args:
         reverse: run from the last token to the first (within every packed sequence).
@@ -187,7 +197,8 @@ def fused_recurrent_linear_attn(
 def _linear_attn(form, q, k, v, initial_state, normalize, **options):
     state, z = _parts(initial_state, normalize)
     packing, scale = options["cu_seqlens"], options["scale"]
-    check_shapes(SHAPES, cu_seqlens=packing, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "initial_state": state, Z: z}
+    check_shapes(CHECKED, cu_seqlens=packing, scale=scale, **tensors)
     if not normalize:
         return form(q, k, v, initial_state=state, **options)
     # The normaliser is the recurrence with the value 1; both are wide until they are divided.
@@ -225,8 +236,9 @@ def _step(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State |
     """On states that the caller owns. A pool of z `[P, 1, H, K]` is in memory a pool of K x 1 states."""
     state, z = _parts(initial_state, normalize)
     indices, cu_seqlens = options["state_indices"], options["cu_seqlens"]
-    shapes = pool_shapes(SHAPES, indices)
-    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=options["scale"], q=q, k=k, v=v, initial_state=state, z=z)
+    shapes = pool_shapes(CHECKED, indices)
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "initial_state": state, Z: z}
+    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=options["scale"], **tensors)
     if not normalize:
         return decay.recurrent(q, k, v, initial_state=state, **options)
     if z is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fla.backends import decay
 from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, current_names, register
-from fla.shapes import check_shapes, pool_shapes
+from fla.shapes import check_chunk_size, check_shapes, pool_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
@@ -60,6 +60,7 @@ def chunk_retention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retention, parallel over chunks: for training and prefill.
@@ -71,6 +72,7 @@ def chunk_retention(
         initial_state: `[N, H, K, V]`, N = B or the packed sequences; None is zero.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
+        chunk_size: 16, 32, 64, 128 or None: no effect on results, since our chunks have one size.
         backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
 
     Returns:
@@ -79,6 +81,8 @@ def chunk_retention(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
+    if chunk_size is not None:
+        check_chunk_size(chunk_size)
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
     return decay.chunk(
         q,
@@ -105,10 +109,13 @@ def fused_chunk_retention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_retention`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
-    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend=backend)
+    return chunk_retention(
+        q, k, v, scale, initial_state, output_final_state, cu_seqlens, chunk_size=chunk_size, backend=backend
+    )
 
 
 @current_names

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay
+from fla.ops._packing import from_host
 from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, Variant, current_names, register
-from fla.shapes import check_shapes, pool_shapes
+from fla.shapes import check_chunk_size, check_shapes, pool_shapes
 
 SHAPES = {
     "q": "B T H K",
@@ -111,6 +112,7 @@ def chunk_simple_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Simple GLA, parallel over chunks: for training and prefill.
@@ -125,7 +127,8 @@ def chunk_simple_gla(
         output_final_state: whether to return the state after the last token.
         state_v_first: states are `[N, H, V, K]`.
         cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
-        cu_seqlens_cpu: accepted for compatibility; no form needs a host copy.
+        cu_seqlens_cpu: `cu_seqlens` on the CPU; given alone, it is the packing.
+        chunk_size: 16, 32, 64, 128 or None: no effect on results, since our chunks have one size.
         backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
 
     Returns:
@@ -134,6 +137,10 @@ def chunk_simple_gla(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
+    if chunk_size is not None:
+        check_chunk_size(chunk_size)
+    if cu_seqlens_cpu is not None:
+        cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
     check_shapes(
         shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state
@@ -167,11 +174,22 @@ def fused_chunk_simple_gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_simple_gla`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
     return chunk_simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, backend=backend
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        backend=backend,
     )
 
 
@@ -240,6 +258,8 @@ def parallel_simple_gla(
 
     `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
     """
+    if cu_seqlens_cpu is not None:
+        cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g)
     return decay.parallel(
         q,

@@ -69,7 +69,7 @@ def test_state_pair_without_normalize(inputs):
         chunk_linear_attn(**inputs, initial_state=pair, normalize=False)
     with pytest.raises(ValueError, match=r"initial_state.*3"):
         chunk_linear_attn(**inputs, initial_state=(*pair, pair[1]), normalize=True)
-    with pytest.raises(ValueError, match=r"z must have shape"):
+    with pytest.raises(ValueError, match=r"z in initial_state must have shape"):
         chunk_linear_attn(**inputs, initial_state=(pair[0], pair[1][:1]), normalize=True)
 
 
