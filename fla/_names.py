@@ -9,14 +9,15 @@ from typing import Any
 def make_module(name: str, doc: str, values: dict[str, Any]) -> ModuleType:
     """Make `name` importable as a module that holds `values`, and an attribute of the package or module it is under.
 
-    That one is imported already, or being imported: Python imports it before it looks for what is under it.
+    That one is imported already, or being imported: Python imports it before it looks for what is under it. A function
+    that it has under this name keeps its place.
     """
     module = ModuleType(name, doc)
     module.__spec__ = ModuleSpec(name, None)
     vars(module).update(values, __all__=sorted(values))
     parent, _, leaf = name.rpartition(".")
     above = vars(sys.modules[parent])
-    if not isinstance(above.get(leaf, module), ModuleType):
-        raise ValueError(f"{parent} has a {leaf} that is no module")
-    above[leaf] = sys.modules[name] = module
+    if isinstance(above.get(leaf, module), ModuleType):
+        above[leaf] = module
+    sys.modules[name] = module
     return module

@@ -15,6 +15,26 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+__all__ = [
+    "IS_AMD",
+    "IS_NVIDIA_HOPPER",
+    "assert_close",
+    "autocast_custom_bwd",
+    "autocast_custom_fwd",
+    "check_shared_mem",
+    "checkpoint",
+    "contiguous",
+    "deprecate_kwarg",
+    "device",
+    "device_torch_lib",
+    "get_abs_err",
+    "get_err_ratio",
+    "get_multiprocessor_count",
+    "input_guard",
+    "require_version",
+    "tensor_cache",
+]
+
 Function = TypeVar("Function", bound=Callable)
 
 # Bytes of shared memory that a program may have, by architecture: NVIDIA's figures; "none": what most GPUs have.
@@ -34,9 +54,14 @@ def _is_hopper() -> bool:
     return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 
 
+device: str  # "cuda", another accelerator of PyTorch, or "cpu"
+device_torch_lib: Any  # torch.cuda and its like
+IS_AMD: bool
+IS_NVIDIA_HOPPER: bool
+
 _ASKED: dict[str, Callable[[], Any]] = {
-    "device": _device,  # "cuda", another accelerator of PyTorch, or "cpu"
-    "device_torch_lib": lambda: getattr(torch, _device()),  # torch.cuda and its like
+    "device": _device,
+    "device_torch_lib": lambda: getattr(torch, _device()),
     "IS_AMD": lambda: torch.version.hip is not None,
     "IS_NVIDIA_HOPPER": _is_hopper,
 }

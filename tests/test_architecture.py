@@ -22,18 +22,21 @@ FOLDERS = ("fla", "tests", "benchmarks", "examples", "tools")
 LIBRARY = sorted((ROOT / "fla").rglob("*.py"))
 ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 NAMES = ROOT / "tests" / "snapshots" / "public_names.txt"
-PUBLIC = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models", "fla.varlen", "fla.testing")
+PACKAGES = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models")
+PUBLIC = (*PACKAGES, "fla.varlen", "fla.utils", "fla.ops.utils", "fla.testing")
 
-# what a part of the library may import of the others; `shapes` and `varlen` are leaves
+# what a part of the library may import of the others; `shapes`, `varlen`, `utils` and `_names` are leaves
 MAY_IMPORT = {
     "varlen": (),
     "shapes": (),
-    "ops._spec": (),
+    "utils": (),
+    "_names": (),
+    "ops._spec": ("ops._spec", "_names"),
     "backends": ("backends", "varlen", "shapes"),
-    "ops": ("ops", "ops._spec", "shapes", "backends", "varlen"),
-    "modules": ("modules", "shapes", "backends", "varlen"),
+    "ops": ("ops", "ops._spec", "shapes", "backends", "varlen", "_names"),
+    "modules": ("modules", "shapes", "backends", "varlen", "_names"),
     "layers": ("layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
-    "models": ("models", "layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
+    "models": ("models", "layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen", "_names"),
     "testing": ("testing", "ops", "ops._spec", "shapes", "backends", "varlen"),
     "_auto": (),
     "_version": (),
@@ -75,7 +78,7 @@ def imports(path: Path) -> set[str]:
 def part(module: str) -> str:
     """The part of the library that a module belongs to: a key of MAY_IMPORT."""
     names = module.split(".")[1:]
-    if names[:2] == ["ops", "_spec"]:
+    if names[:2] in (["ops", "_spec"], ["ops", "_names"]):
         return "ops._spec"
     return names[0] if names and names[0] in MAY_IMPORT else ""
 

@@ -163,10 +163,16 @@ print(seen)
     assert python(code) == str([[], [], light, light, ["transformers", "fla.layers", "fla.models", "fla.ops"]])
 
 
-def test_a_module_does_not_take_the_place_of_something_else():
-    with pytest.raises(ValueError, match=r"fla\.varlen has a prepare_lens that is no module"):
-        make_module("fla.varlen.prepare_lens", "No.", {})
-    assert inspect.isfunction(varlen.prepare_lens) and "fla.varlen.prepare_lens" not in sys.modules
+def test_a_module_does_not_take_the_place_of_a_function():
+    """Programs import `causal_conv1d` of `fla.modules.conv` as the function and as the module that has it."""
+    from fla.modules import conv
+
+    assert inspect.isfunction(conv.causal_conv1d) and isinstance(conv.triton.ops, ModuleType)
+    module = importlib.import_module("fla.modules.conv.causal_conv1d")
+    assert isinstance(module, ModuleType) and module.causal_conv1d is conv.causal_conv1d
+    first = make_module("fla.modules.conv.toy", "A module.", {"one": 1})
+    assert conv.toy is first and make_module("fla.modules.conv.toy", "Made anew.", {}) is conv.toy is not first
+    del conv.toy, sys.modules["fla.modules.conv.toy"]
 
 
 # What published programs import of ours, of those things that exist
@@ -176,7 +182,8 @@ CLIENTS = {
     "fla.layers.attn": "Attention",
     "fla.layers": "GatedLinearAttention",
     "fla.models.utils": "Cache",
-    "fla.modules": "FusedRMSNormGated ShortConvolution RMSNorm GatedMLP FusedCrossEntropyLoss FusedLinearCrossEntropyLoss RotaryEmbedding rms_norm rms_norm_gated",
+    "fla.modules": "FusedRMSNormGated ShortConvolution RMSNorm GatedMLP FusedCrossEntropyLoss "
+    "FusedLinearCrossEntropyLoss RotaryEmbedding rms_norm rms_norm_gated",
     "fla.modules.convolution": "causal_conv1d causal_conv1d_update",
     "fla.modules.l2norm": "l2norm l2_norm l2norm_fwd l2norm_bwd",
     "fla.modules.conv.causal_conv1d": "causal_conv1d",
@@ -194,7 +201,8 @@ CLIENTS = {
     "fla.ops.utils": "prepare_chunk_indices prepare_position_ids prepare_sequence_ids prepare_lens",
     "fla.ops.utils.index": "prepare_chunk_indices",
     "fla.ops.common.utils": "prepare_chunk_offsets",
-    "fla.utils": "input_guard autocast_custom_fwd autocast_custom_bwd get_multiprocessor_count assert_close device device_torch_lib contiguous tensor_cache check_shared_mem deprecate_kwarg",
+    "fla.utils": "input_guard autocast_custom_fwd autocast_custom_bwd get_multiprocessor_count assert_close "
+    "device device_torch_lib contiguous tensor_cache check_shared_mem deprecate_kwarg",
 }
 
 

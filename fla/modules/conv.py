@@ -3,9 +3,7 @@
 They expect a package. Its modules are made here from one table, so that no file stands for a name.
 """
 
-import sys
-from types import ModuleType
-
+from fla._names import make_module
 from fla.backends import family
 from fla.modules.convolution import ShortConvolution, causal_conv1d, causal_conv1d_update
 
@@ -20,15 +18,6 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "triton.ops": ("CausalConv1dFunction",),
 }
 
-
-def _make_modules() -> None:
-    for place, names in _MODULES.items():
-        module = ModuleType(f"{__name__}.{place}", f"Names of `fla.modules.convolution`: {', '.join(names)}.")
-        vars(module).update({name: globals()[name] for name in names})
-        sys.modules[module.__name__] = module
-    triton = sys.modules[f"{__name__}.triton"]
-    triton.ops = sys.modules[f"{__name__}.triton.ops"]  # type: ignore[attr-defined]
-    globals().update(triton=triton, short_conv=sys.modules[f"{__name__}.short_conv"])
-
-
-_make_modules()
+for _place, _names in _MODULES.items():
+    _doc = f"Names of `fla.modules.convolution`: {', '.join(_names)}."
+    make_module(f"{__name__}.{_place}", _doc, {name: globals()[name] for name in _names})
