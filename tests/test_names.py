@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +20,16 @@ from fla import varlen
 from fla._names import make_module
 from fla.models._loading import REGISTRY as MODELS
 from fla.ops._spec import REGISTRY as OPS
+from tests import toys
+from tests.test_architecture import add
 
 ROOT = Path(__file__).parents[1]
 FORMS = [(op, form) for op, spec in OPS.items() for form in (*spec.forms, "naive")]
 
 
-def python(code: str) -> str:
+def python(code: str, cwd: Path = ROOT) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -107,6 +110,25 @@ def test_a_models_base_is_left_alone_outside_the_library():
     before = fla.models.GLAModel.__mro__
     name_parts(Outside)
     assert fla.models.GLAModel.__mro__ == before and not hasattr(sys.modules[__name__], "OutsidePreTrainedModel")
+
+
+@pytest.mark.slow
+def test_what_is_added_has_its_names(tmp_path):
+    """An op, a layer and a model, each one file and one line, without a word about names."""
+    shutil.copytree(ROOT / "fla", tmp_path / "fla", ignore=shutil.ignore_patterns("__pycache__"))
+    add(tmp_path / "fla/ops/toy.py", toys.OP, toys.OP_LINE)
+    add(tmp_path / "fla/layers/toy.py", toys.LAYER, toys.LAYER_LINE)
+    add(tmp_path / "fla/models/toy.py", toys.MODEL, toys.MODEL_LINE)
+    code = """
+from fla.ops.toy.chunk import chunk_toy
+from fla.ops.toy.fused_recurrent import fused_recurrent_toy
+from fla.ops.toy.naive import naive_recurrent_toy
+from fla import ToyMixer, ToyForCausalLM
+from fla.models.toy.modeling_toy import ToyPreTrainedModel, ToyModel, ToyMLP
+from fla.models.toy.configuration_toy import ToyConfig
+assert issubclass(ToyForCausalLM, ToyPreTrainedModel)
+"""
+    python(code, tmp_path)
 
 
 TABLES = [
