@@ -103,3 +103,6 @@ def _has_triton() -> bool:
 @functools.cache
 def _computes(backend: str, name: str) -> bool:
     return importlib.util.find_spec(f"fla.backends.{backend}.{name}") is not None
+
+
+computes = _computes

@@ -26,16 +26,11 @@ wanted; a gradient that is missing from the result is that of an input without i
 and never on tensors without elements.
 """
 
-import types
-import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-
-from fla.backends import family, resolve
-from fla.varlen import check_cu_seqlens
 
 DEAD_LOG_DECAY = -16.0  # nats a step: what survives such a decay is below float32's digits
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ops.suite import gaps
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -25,3 +27,9 @@ def _synchronize():
     yield
     torch.cuda.set_sync_debug_mode(0)
     torch.cuda.synchronize()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which ops these kernels leave out."""
+    for line in gaps("triton"):
+        terminalreporter.write_line(line)
