@@ -39,6 +39,7 @@ class Suite:
     batch: int = 2
     exhaustive: bool = False  # products of what is otherwise taken in turn: before a kernel lands
     same: bool = False  # also the forms that only call another one
+    every_way: bool = False  # every way of calling with every variant, where a call is cheap; else these in turn
 
     def tokens_of(self, form: str, tokens: Tokens) -> Tokens:
         """`tokens`, or what stands for it in a recurrent form."""
@@ -59,6 +60,7 @@ TORCH = Suite(
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     tokens=(1, 64, 66, (65, 0, 1, 30), (0, 1, 66), (1, 1, 1, 1, 1)),
     sizes=heads((2, 16, 16), (3, 33, 20), (1, 20, 100), (1, 1, 1), (1, 256, 16)),
+    every_way=True,
 )
 TORCH_EXHAUSTIVE = replace(
     TORCH,
@@ -84,6 +86,7 @@ INTERPRETER_EXHAUSTIVE = replace(
     steps=(1, 2, 3, (5, 0, 1, 3), 9),
     packed=PACKED[0],
     exhaustive=True,
+    every_way=True,
 )
 GPU = Suite(
     backend="triton",
@@ -104,6 +107,7 @@ GPU_EXHAUSTIVE = replace(
         *((2, 300, 72), (2, 256, 512), (1, 512, 512)),
     ),
     exhaustive=True,
+    every_way=True,
 )
 
 
@@ -165,9 +169,15 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     for seed, row in enumerate(pairwise(factors)):
         chosen, called = row.pop("variant"), [name for name in ("reverse", "state_v_first") if row.pop(name)]
         pairs = [chosen] if suite.exhaustive else [(form, chosen) for form in forms_of(spec, chosen, suite)]
-        for form, variant in pairs:
-            cases.append(_value_case(spec, suite, form, variant, called, row, seed))
+        made = [_value_case(spec, suite, form, variant, called, row, seed) for form, variant in pairs]
+        cases += distinct(made, suite, seed)
     return cases
+
+
+def distinct(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
+    """The same problem in several forms: one of them, in turn, where all are computed token by token (`shortened`)."""
+    shortened = suite.steps is not None and not suite.exhaustive and cases[0].dtype == torch.float32
+    return [cases[turn % len(cases)]] if shortened else cases
 
 
 def _value_case(spec, suite: Suite, form: str, variant: Variant, called: list[str], row: dict, seed: int) -> Case:
@@ -198,9 +208,11 @@ def enough_heads(case: Case) -> Case:
     gates = [name for name in case.spec.gates if name not in case.variant.without]
     constant = any("T" not in case.spec.shapes[name].split() for name in gates)
     good = case.dtype == torch.float64 or (case.dtype == torch.float32 and case.backend == "torch")
-    if not constant or good:
+    if not constant or good or "H" not in case.dims:
         return case
-    return case.resized(H=max(8, case.dims["H"]))
+    interpreted = case.backend == "triton" and case.device == "cpu"
+    narrow = {"K": 16, "V": 16} if interpreted else {}  # every head costs its time there
+    return case.resized(H=max(8, case.dims["H"]), **narrow)
 
 
 def plain_cases(spec: OpSpec, suite: Suite, *, turn: int = 0, all_callings: bool = False, **changes: Any) -> list[Case]:

@@ -69,12 +69,13 @@ class Variant:
 class Kernels:
     """What is compiled of a family. `variants(dtype)`: name -> variant, on a GPU with tensor descriptors (Hopper).
 
-    `elsewhere()`: the same in bfloat16 for GPUs without. `fits_twice`: how many of the bfloat16 variants are to fit
-    twice.
+    `elsewhere()`: the same in bfloat16 for GPUs without; `everywhere`: those of them that `make test` compiles too.
+    `fits_twice`: how many of the bfloat16 variants are to fit twice.
     """
 
     variants: Callable[[str], dict[str, Variant]]
     elsewhere: Callable[[], dict[str, Variant]]
+    everywhere: tuple[str, ...]
     fits_twice: int = 0
 
 
@@ -135,11 +136,11 @@ def descriptors(are_there: bool) -> Iterator[None]:
 
 
 def examples(cases: dict[Any, Variant]) -> set[Any]:
-    """Keys of few variants that have every trait, those with most new ones first."""
-    missing = set().union(*(variant.traits for variant in cases.values()))
-    chosen = set()
+    """Keys of few variants that have every trait: first those with most new ones for what they cost to compile."""
+    traits = {key: variant.traits for key, variant in cases.items()}
+    missing, chosen = set().union(*traits.values()), set()
     while missing:
-        best = max(cases, key=lambda key: len(cases[key].traits & missing))
+        best = max(cases, key=lambda key: len(traits[key] & missing) / (1 + cases[key].programs * cases[key].is_matrix))
         chosen.add(best)
-        missing -= cases[best].traits
+        missing -= traits[best]
     return chosen

@@ -16,10 +16,15 @@ MAX_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "g
 HALF_SHARED = 113 * 1024  # bytes of sm_90 that leave room for a second program: a compiler quirk once doubled them
 
 HOPPER = {("sm_90", dtype, name): found for dtype in DTYPES for name, found in variants_of(dtype).items()}
-OTHERS = {name: variant for kernels in families().values() for name, variant in kernels.elsewhere().items()}
-ELSEWHERE = {(target, "bf16", name): OTHERS[name] for target in ("sm_80", "sm_100", "gfx942") for name in OTHERS}
+ELSEWHERE = {
+    (target, "bf16", name): variant
+    for kernels in families().values()
+    for name, variant in kernels.elsewhere().items()
+    for target in ("sm_80", "sm_100", "gfx942")
+}
+EVERYWHERE = {name for kernels in families().values() for name in kernels.everywhere}
 CASES = HOPPER | ELSEWHERE
-CHOSEN = examples(HOPPER) | {(target, "bf16", name) for target, _, _ in ELSEWHERE for name in examples(OTHERS)}
+CHOSEN = examples(HOPPER) | {case for case in ELSEWHERE if case[2] in EVERYWHERE}
 
 
 def marked(case: tuple[str, str, str]):

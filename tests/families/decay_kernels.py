@@ -132,8 +132,9 @@ class Variant(recording.Variant):
     @property
     def traits(self) -> set[Any]:
         """Kernel with kind, with role, with the width of its heads, with how its problem is posed, with its dtype."""
-        parts = (self.kind, self.role, self.heads, self.posed, self.operands)
-        return {(self.base, part) for part in parts}
+        kind = "two" if self.is_pair else self.kind and self.kind.removeprefix("only-")
+        width = {COMMON: "common", ODD: "odd"}.get(self.heads, "wide" if max(self.heads) >= 256 else "any")
+        return {(self.base, part) for part in (kind, self.role, width, self.posed, self.operands)}
 
 
 def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: tuple[str, ...]) -> Problem:
@@ -240,4 +241,4 @@ def _variants(dtype: str, heads: tuple[tuple[int, int], ...]) -> dict[str, Varia
 
 # Two are to fit of forward and backward of four kinds of decay, with all options, with none and of joined packs, and of
 # the launches of wide heads that are made for it.
-KERNELS = Kernels(on_hopper, elsewhere, fits_twice=36)
+KERNELS = Kernels(on_hopper, elsewhere, everywhere=("chunk_forward-vector-128x128",), fits_twice=36)

@@ -15,7 +15,7 @@ import torch
 import fla.ops  # noqa: F401  (registers the ops)
 from fla.backends import computes
 from fla.ops._spec import REGISTRY, OpSpec
-from fla.testing.cases import Suite, calling_variants, enough_heads, forms_of, plain_cases, value_cases
+from fla.testing.cases import Suite, calling_variants, distinct, enough_heads, forms_of, plain_cases, value_cases
 from fla.testing.contract import (
     Case,
     accepts,
@@ -68,10 +68,11 @@ def gate_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     variants = gated_variants(spec, suite)
     for i, gates in enumerate(levels if variants else ()):
         chosen = variants if suite.exhaustive else [variants[i % len(variants)]]
-        cases = plain_cases(spec, suite, turn=i, gates=gates)
-        for j, case in enumerate(case for case in cases if case.variant in chosen):
+        cases = [case for case in plain_cases(spec, suite, turn=i, gates=gates) if case.variant in chosen]
+        for j, case in enumerate(cases):
             dtype = suite.dtypes[(i + (j if suite.exhaustive else 0)) % len(suite.dtypes)]
-            found.append(suite.shortened(enough_heads(replace(case, dtype=dtype))))
+            cases[j] = suite.shortened(enough_heads(replace(case, dtype=dtype)))
+        found += cases if suite.exhaustive else distinct(cases, suite, i)
     return found
 
 
@@ -105,26 +106,45 @@ WAYS: dict[str, Callable[[Case], Any]] = {
 
 
 def ways_of_calling(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
-    """Ways to call the same problem, for every form and variant: names in `WAYS`, and a case each.
+    """Ways to call the same problem: names in `WAYS`, and a case each.
 
-    A form with one variant gets a second problem, of another dtype; `reverse` and `state_v_first` in turn.
-    Exhaustive: with all combinations of them, and all ways with all strides.
+    Every way for every form, with every variant or with these in turn; dtypes, and `reverse` and `state_v_first`, in
+    turn. Exhaustive: with all combinations of them, and all ways with all strides.
     """
+    if not suite.every_way:
+        return _ways_in_turn(spec, suite)
     found: list[tuple[str, Case]] = []
     for i, case in enumerate(_whole_cases(spec, suite)):
-        ways = ["rows"] if case.batch > 1 else []
-        if case.returns_state and case.takes_state:
-            ways += ["pieces", "state_alone"]
-        ways += STRIDES if suite.exhaustive else [STRIDES[i % len(STRIDES)]]
-        found += [(way, case) for way in (*ways, "again")]
-        packed = replace(case, tokens=suite.tokens_of(case.form, suite.packed))
-        found += [(way, suite.shortened(packed)) for way in (("again",) if suite.exhaustive else ())]
-        found.append(("index_dtypes", suite.shortened(packed)))
+        strides = STRIDES if suite.exhaustive else [STRIDES[i % len(STRIDES)]]
+        ways = [way for way in ("rows", "pieces", "state_alone", *strides, "again") if is_possible(way, case)]
+        packed = suite.shortened(replace(case, tokens=suite.tokens_of(case.form, suite.packed)))
+        found += [(way, case) for way in ways]
+        found += [(way, packed) for way in (("index_dtypes", "again") if suite.exhaustive else ("index_dtypes",))]
     return found
 
 
+def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
+    found = []
+    for i, way in enumerate(("pieces", "rows", STRIDES[len(spec.name) % 3], "again", "state_alone", "index_dtypes")):
+        dtype = suite.dtypes[i % len(suite.dtypes)]
+        tokens = suite.packed if way == "index_dtypes" else suite.long
+        cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=2)
+        for form in dict.fromkeys(case.form for case in cases):
+            own = [case for case in cases if case.form == form and is_possible(way, case)]
+            found += [(way, own[i % len(own)])] if own else []
+    return found
+
+
+def is_possible(way: str, case: Case) -> bool:
+    """Whether a way of calling needs states that the form has not."""
+    return way not in ("pieces", "state_alone") or (case.returns_state and case.takes_state)
+
+
 def _whole_cases(spec: OpSpec, suite: Suite) -> list[Case]:
-    """`plain_cases` of two rows, called in all ways or in turn: plainly, with everything, with one keyword."""
+    """`plain_cases` of two rows, called in all ways or in turn: plainly, with everything, with one keyword.
+
+    A form with one variant gets a second problem, of another dtype.
+    """
     if suite.exhaustive:
         return plain_cases(spec, suite, all_callings=True, batch=2)
     found = plain_cases(spec, suite, batch=2)
@@ -137,6 +157,16 @@ def _whole_cases(spec: OpSpec, suite: Suite) -> list[Case]:
         found[i] = replace(case, variant=ways[seen[case.form] % len(ways)])
         seen[case.form] += 1
     return found
+
+
+def richest(cases: list[Case]) -> list[Case]:
+    """Of each form of each op, the case that leaves the fewest tensors out."""
+    found: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        key = case.spec.name, case.form
+        if key not in found or len(case.variant.without) < len(found[key].variant.without):
+            found[key] = case
+    return list(found.values())
 
 
 def same_forms(spec: OpSpec, suite: Suite) -> list[Case]:
@@ -152,8 +182,7 @@ def compiled_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     packed = plain_cases(spec, suite, tokens=suite.packed)
     if suite.exhaustive:
         return alternating(plain, packed)
-    last = [case for case in packed if case.form == packed[-1].form]
-    return [plain[0], min(last, key=lambda case: len(case.variant.without))]
+    return [plain[0], richest(packed)[-1]]
 
 
 def alternating(first: list[Case], second: list[Case]) -> list[Case]:
@@ -167,6 +196,7 @@ def contract(suite: Suite) -> type:
         return every_op(lambda spec: make(spec, suite), suite)
 
     short = over(lambda spec, suite: plain_cases(spec, suite, tokens=5, dtype=suite.dtypes[0]))
+    short = short if suite.every_way else richest(short)
     all_forms = over(lambda spec, suite: plain_cases(spec, replace(suite, same=True)))
     wrong = over(lambda spec, suite: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0])))
 
