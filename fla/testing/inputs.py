@@ -34,7 +34,7 @@ def sizes_of(spec: OpSpec, given: Mapping[str, int], turn: int = 0) -> dict[str,
     def size(axis: str) -> int:
         if axis in found:
             return found[axis]
-        rule = given.get(axis, spec.axes.get(axis, USUAL_AXES.get(axis)))
+        rule: Any = given.get(axis, spec.axes.get(axis, USUAL_AXES.get(axis)))
         if rule is None:
             raise ValueError(f"OpSpec.axes of {spec.name} must give sizes of the axis {axis}, got {spec.axes}")
         if isinstance(rule, tuple):

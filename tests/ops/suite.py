@@ -128,6 +128,8 @@ def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
     for i, way in enumerate(("pieces", "rows", STRIDES[len(spec.name) % 3], "again", "state_alone", "index_dtypes")):
         dtype = suite.dtypes[i % len(suite.dtypes)]
         tokens = suite.packed if way == "index_dtypes" else suite.long
+        if suite.steps is not None and way in ("again", "state_alone"):  # not about chunks, and each costs its time
+            tokens = suite.steps[-1]
         cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=2)
         for form in dict.fromkeys(case.form for case in cases):
             own = [case for case in cases if case.form == form and is_possible(way, case)]
