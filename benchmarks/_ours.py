@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import _timing as timing
-from benchmarks._targets import Target, find, first_tokens, sizes
+from benchmarks._plan import work
+from benchmarks._shapes import sizes
+from benchmarks._targets import Target, find, first_tokens
 from benchmarks._worker import one_line, serve
 from fla.backends import family, resolve
 from fla.testing import assert_within_budget
@@ -99,12 +101,16 @@ class _Clock:
 
 def checked(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor], str]:
     """A target, inputs on which it was found right, and its backend. Raises AssertionError where it is wrong."""
-    target = find(request["op"], request["form"], request["backend"])
-    shapes = sizes(target.shapes, request["dims"])
-    tensors, _ = _inputs(target, shapes, getattr(torch, request["dtype"]), request)
+    target, tensors = prepared(request)
     backend = _backend(target, tensors, request["backend"])
     _check(target, tensors, _reference(target, tensors, request), backend, request)
     return target, tensors, backend or "torch"
+
+
+def prepared(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor]]:
+    """A target and legal inputs of its own for the shape that was asked for."""
+    target = find(request["op"], request["form"], request["backend"])
+    return target, _inputs(target, sizes(target.shapes, request["dims"]), getattr(torch, request["dtype"]), request)[0]
 
 
 def _inputs(target: Target, shapes: dict[str, list[int]], dtype: torch.dtype, request: dict[str, Any]):
@@ -193,9 +199,9 @@ def _assert_finite(name: str, x: Tensor | None) -> None:
 
 def warm(request: dict[str, Any]) -> dict[str, Any]:
     """Run forward and backward once on every set of sizes, the smallest first, so that all kernels are compiled."""
-    target, start = find(request["op"], request["form"], request["backend"]), time.perf_counter()
-    for dims in sorted(request["all_dims"], key=lambda x: x["B"] * x["T"] * x["H"]):
-        tensors, _ = _inputs(target, sizes(target.shapes, dims), getattr(torch, request["dtype"]), request)
+    start = time.perf_counter()
+    for dims in sorted(request["all_dims"], key=work):
+        target, tensors = prepared(request | {"dims": dims})
         for mode in request["modes"]:
             timing.make_call(target.call, tensors, mode, request["seed"])()
         _wait(request["device"])
@@ -207,9 +213,7 @@ def warm(request: dict[str, Any]) -> dict[str, Any]:
 
 def first_call(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the first forward and backward in this process. Imports, inputs and the CUDA context come before."""
-    target = find(request["op"], request["form"], request["backend"])
-    dtype = getattr(torch, request["dtype"])
-    tensors, _ = _inputs(target, sizes(target.shapes, request["dims"]), dtype, request)
+    target, tensors = prepared(request)
     backend = _backend(target, tensors, request["backend"])
     if target.family and backend:
         family(target.family, backend)

@@ -1,7 +1,7 @@
 """The peer's process: `python benchmarks/_peer.py --path FOLDER`, FOLDER being where the peer was installed.
 
 Run as a file, never with -m: this folder is then on the path, and the repository with our own `fla` is not. Only what
-the peer publishes is called: its functions have the names and parameters of ours.
+the peer publishes is called; which function, and by which names, the request says (`benchmarks/families`).
 """
 
 import argparse
@@ -50,11 +50,12 @@ def _lift_guard() -> bool:
 
 
 def _function(request: dict[str, Any]) -> Callable[..., Any]:
-    module = importlib.import_module(f"fla.ops.{request['op']}")
+    module = importlib.import_module(request["module"])
     function = getattr(module, request["function"], None)
     if function is None:
-        raise AttributeError(f"the peer has no {request['function']}")
-    return lambda **tensors: function(**tensors, **request["settings"])
+        raise AttributeError(f"the peer has no {request['module']}.{request['function']}")
+    names = request["arguments"]
+    return lambda **tensors: function(**{names.get(n, n): x for n, x in tensors.items()}, **request["settings"])
 
 
 def _inputs(request: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Tensor]:

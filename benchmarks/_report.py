@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _plots
+from benchmarks import _plots, families
 from benchmarks import _records as records
-from benchmarks._goals import ALL, GOALS, GPU, GROUPS, UNITS, Goal, Records, number
-from benchmarks._plan import SHAPES
-from benchmarks._targets import find
+from benchmarks._goals import GPU, GROUPS, UNITS, Goal, Records, number
+from benchmarks._shapes import SHAPES
 from fla.ops._spec import REGISTRY
 
 Record = dict[str, Any]
 NONE = "no record"
 DTYPE = "bfloat16"  # of plots and targets
-LENGTH = re.compile(r"B8 T(\d+) H32 D128")
+LENGTH = re.compile(r"B8 T(\d+) (?:H32 D128|D4096)")  # ops without heads have the channels of all of them
 SOFTMAX = {"sdpa_flash": "softmax (flash)", "sdpa_cudnn": "softmax (cuDNN)"}
 MODES = ("fwd", "fwdbwd")
 MODELS = ("generate", "train")
@@ -60,12 +59,20 @@ def build(everything: list[Record], commit: str | None = None) -> tuple[str, dic
     pictures: dict[str, Callable[[Path], None]] = {}
     gpus = sorted(dict.fromkeys(r["gpu"] for r in everything), key=lambda gpu: (gpu == "cpu", gpu))
     for gpu in gpus:
-        here = Section([r for r in everything if r["gpu"] == gpu and _counts(r)], records.slug(gpu), commit)
-        parts.append(f"## {gpu}\n")
-        if gpu == GPU:
-            parts += here.targets()
-        parts += [*here.lengths(), *here.shapes(), *here.small(), *here.models()]
-        pictures |= here.pictures
+        found = [r for r in everything if r["gpu"] == gpu]
+        rows = [r for r in found if _counts(r)]
+        names = [name for name in family_names() if any(family_of(r["op"]) == name for r in found)]
+        alone = len(names) < 2
+        for name in names or [""]:
+            slug = records.slug(gpu) if alone else f"{records.slug(gpu)}-{name}"
+            here = Section([r for r in rows if family_of(r["op"]) in (name, "")], slug, commit, name)
+            parts.append(f"## {gpu}\n" if alone else f"## {gpu}: family `{name}`\n")
+            if gpu == GPU:
+                parts += here.targets()
+            parts += [*here.lengths(), *here.shapes(), *here.small()]
+            pictures |= here.pictures
+        parts += [] if alone else [f"## {gpu}: models\n"]
+        parts += Section(rows, records.slug(gpu), commit, "").models()
     return "\n".join(parts), pictures
 
 
@@ -75,18 +82,38 @@ def _counts(r: Record) -> bool:
     return r["ms"] is not None and "--quick" not in r["note"] and usual
 
 
-def op_names() -> list[str]:
-    """What the chunk form of every registered op is called in records, those with targets first."""
-    names = [find(op, "chunk").name for op, spec in REGISTRY.items() if "chunk" in spec.forms]
-    return [*ALL, *(name for name in names if name not in ALL)]
+def family_names() -> list[str]:
+    """The families of the registered ops, in the order of their ops."""
+    return list(dict.fromkeys(spec.family for spec in REGISTRY.values()))
+
+
+def family_of(name: str) -> str:
+    """The family of an op as records call it; "" for what is of none: softmax attention, and models."""
+    for spec in REGISTRY.values():
+        if name == f"naive_{spec.name}" or name in (function.__name__ for function in spec.forms.values()):
+            return spec.family
+    return ""
+
+
+def with_targets(family: str) -> list[str]:
+    """The ops of a family whose speed has goals."""
+    return list(dict.fromkeys(goal.op for goal in families.goals(family) if goal.group == "speed"))
+
+
+def op_names(family: str) -> list[str]:
+    """What records call the ops of a family, by their chunk form or else their first; those with targets first."""
+    forms = [spec.forms for spec in REGISTRY.values() if spec.family == family]
+    names = [found.get("chunk", next(iter(found.values()))).__name__ for found in forms]
+    first = with_targets(family)
+    return [*first, *(name for name in names if name not in first)]
 
 
 class Section:
-    """The part of the page about one GPU."""
+    """The part of the page about one family on one GPU. `rows` also holds softmax attention's."""
 
-    def __init__(self, rows: list[Record], slug: str, commit: str | None) -> None:
-        self.rows, self.slug, self.commit = rows, slug, commit
-        self.ops = op_names()
+    def __init__(self, rows: list[Record], slug: str, commit: str | None, family: str) -> None:
+        self.rows, self.slug, self.commit, self.family = rows, slug, commit, family
+        self.ops, self.goals = op_names(family), families.goals(family)
         self.pictures: dict[str, Callable[[Path], None]] = {}
 
     def of_one_commit(self, wanted: Callable[[Record], bool]) -> tuple[str, list[Record]]:
@@ -95,6 +122,7 @@ class Section:
         commit = self.commit
         if commit is None:
             clean = [r for r in found if not r["commit"].endswith("-dirty")]
+            clean = [r for r in clean if family_of(r["op"])] or clean  # softmax attention's may be of another day
             commit = max(clean, key=lambda r: r["date"])["commit"] if clean else None
         found = [r for r in found if r["commit"] == commit]
         if not found:
@@ -108,9 +136,11 @@ class Section:
 
     def targets(self) -> list[str]:
         """What must be reached, group by group, with met or not."""
-        parts = ["### Targets\n"]
+        parts = ["### Targets\n"] if self.goals else []
         for group, about in GROUPS.items():
-            goals = [goal for goal in GOALS if goal.group == group]
+            goals = [goal for goal in self.goals if goal.group == group]
+            if not goals:
+                continue
             keys = {key for goal in goals for key in goal.keys}
             said, rows = self.of_one_commit(lambda r, keys=keys: r["dtype"] == DTYPE and _key(r) in keys)  # type: ignore[misc]
             parts += [f"#### {about}\n", said, *goal_table(goals, {_key(r): r for r in rows})]
@@ -136,23 +166,21 @@ class Section:
         title = "Time against sequence length, B8 H32 D128, bfloat16 (dashed or hollow: the peer)"
         self.pictures[name] = lambda path: _plots.time_against_tokens(path, lines, title)
         parts.append(f"![Time against sequence length]({name})\n")
-        found = {_key(r): r for r in rows}
-        shown = {*ALL, *(r["op"] for r in rows)}
+        found = {(r["op"], _tokens(r), r["mode"]): r for r in rows}
+        shown = {*with_targets(self.family), *(r["op"] for r in rows)}
         columns = [op for op in (*self.ops, *SOFTMAX) if op in shown or op in SOFTMAX]
         for mode in MODES:
             parts.append(f"{_plots.TITLES[mode].capitalize()}, ms (in brackets the peer's):\n")
             table = [["T", *columns]]
-            for shape in SHAPES["seed"]:
-                match = LENGTH.fullmatch(shape)
-                cells = [_time(found.get((op, shape, mode))) for op in columns]
-                table.append([match[1] if match else shape, *cells])
+            for tokens in (_tokens({"shape": shape}) for shape in SHAPES["seed"]):
+                table.append([str(tokens), *(_time(found.get((op, tokens, mode))) for op in columns)])
             parts.append(markdown(table))
         return parts
 
     def _lines(self, rows: list[Record], mode: str) -> list[_plots.Line]:
         lines = []
         for op in (*self.ops, *SOFTMAX):
-            mine = [(int(LENGTH.fullmatch(r["shape"])[1]), r) for r in rows if (r["op"], r["mode"]) == (op, mode)]  # type: ignore[index]
+            mine = [(_tokens(r), r) for r in rows if (r["op"], r["mode"]) == (op, mode)]
             mine.sort(key=lambda pair: pair[0])
             colour, marker = _plots.style(op, self.ops)
             ours = [(tokens, r["ms"]) for tokens, r in mine]
@@ -190,7 +218,7 @@ class Section:
         return [*parts, _all_rows(rows), *_remarks(rows)]
 
     def _bars(self, rows: list[Record], mode: str, quantity: str) -> list[_plots.Bar]:
-        must = {(g.op, g.shape): g.must for g in GOALS if (g.mode, g.quantity) == (mode, quantity)}
+        must = {(g.op, g.shape): g.must for g in self.goals if (g.mode, g.quantity) == (mode, quantity)}
         mine = [r for r in rows if r["mode"] == mode and r["dtype"] == DTYPE and r["op"] in self.ops]
         # the lengths have a picture of their own
         mine = [r for r in mine if r["shape"] in SHAPES["targets"] or not LENGTH.fullmatch(r["shape"])]
@@ -287,6 +315,13 @@ def _remarks(rows: Sequence[Record]) -> list[str]:
 
 def _key(r: Record) -> tuple[str, str, str]:
     return r["op"], r["shape"], r["mode"]
+
+
+def _tokens(r: Record) -> int:
+    """T of a row of the comparison by sequence length."""
+    match = LENGTH.fullmatch(r["shape"])
+    assert match is not None
+    return int(match[1])
 
 
 def _place(shape: str) -> tuple[int, str]:

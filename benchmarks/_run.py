@@ -4,7 +4,6 @@ import datetime
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -13,33 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _records as records
-from benchmarks import _warming
+from benchmarks import _warming, families
 from benchmarks._plan import Job
 from benchmarks._progress import progress, say
+from benchmarks._sides import Settings, Sides
 from benchmarks._worker import ROOT, Worker, WorkerError, WorkerTimeout
-
-ROW_LIMIT = {"cuda": 150.0, "cpu": 600.0}  # seconds for one side of one job; what takes longer is broken
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The command line, resolved."""
-
-    device: str
-    modes: tuple[str, ...]
-    backend: str | None
-    seed: int
-    budget: tuple[float, int]
-    quick: bool
-    out: Path
-    commit: str | None
-    time_limit: float
-    first_call: bool
-    peer: Path | None
-    peer_jobs: int | None
-    peer_warm_limit: float
-    peer_tuned: bool = False  # its tuning came from a file
-    save_peer_cache: Path | None = None
 
 
 @dataclass
@@ -52,20 +29,19 @@ class Run:
     failures: int = 0
 
     def __post_init__(self) -> None:
-        self.end = time.monotonic() + self.settings.time_limit
+        self.sides = Sides(self.settings)
         self.ours: Worker | None = None
         self.peer: Worker | None = None
-        self.peer_name: str | None = None
-        self.guard_lifted = False
         self.warm: dict[Any, float] = {}
         self.first_calls: dict[Any, float] = {}
         self.naive_ms: dict[Any, float] = {}
+        self.beside_naive: list[tuple[dict[str, Any], float]] = []  # records, and milliseconds of the loop
 
     def run(self) -> int:
         """Everything; the table at the end also after Ctrl-C or the time limit."""
         code, left = 0, 0
         with tempfile.TemporaryDirectory(dir=in_memory()) as scratch:
-            self.scratch = scratch
+            self.sides.scratch = scratch
             try:
                 self._prepare()
                 for done, job in enumerate(progress(self.jobs, "rows")):
@@ -95,40 +71,26 @@ class Run:
             f"copy {self.info['bandwidth'] / 1e12:.3g} TB/s; records in {self.path.name}"
         )
         if self.settings.first_call:
-            _warming.first_calls(self)
+            self.first_calls = _warming.first_calls(self.sides, self.jobs)
         if self.settings.peer is not None:
-            self._meet_peer()
+            why_not = self.sides.meet_peer()
+            if why_not:
+                self.failures += 1
+                say(f"FAILED: the peer cannot be run: {why_not}")
         if self.settings.device == "cuda":
-            _warming.warm_up(self)
-        if self.peer_name is not None:
-            self.peer = self.start_peer()  # it imports while ours has the first row
-
-    def remaining(self) -> float:
-        """Seconds left. Raises WorkerTimeout when there are none."""
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise WorkerTimeout("--time-limit")
-        return left
-
-    def patience(self) -> float:
-        """Seconds to wait for one answer."""
-        return min(self.remaining(), ROW_LIMIT[self.settings.device])
-
-    def request(self, job: Job, **fields: Any) -> dict[str, Any]:
-        """What either side's process is asked about a job."""
-        s = self.settings
-        common = {"op": job.op, "form": job.form, "dims": job.sizes, "dtype": job.dtype, "backend": s.backend}
-        return common | {"device": s.device, "modes": s.modes, "seed": s.seed, "budget": s.budget} | fields
+            self.warm = _warming.warm_up(self.sides, self.jobs)
+        if self.sides.peer_name is not None:
+            self.peer = self.sides.start_peer()  # it imports while ours has the first row
 
     def _ask_ours(self, request: dict[str, Any]) -> dict[str, Any]:
         """A reply of our process; a failed one where it died or hung. It is started afresh after anything fatal."""
         if self.ours is None:
-            self.ours = self.start_ours()
+            self.ours = self.sides.start_ours()
         try:
-            reply = self.ours.ask(request, self.patience())
+            reply = self.ours.ask(request, self.sides.patience())
         except WorkerError as error:
             self.ours = None
-            self.remaining()
+            self.sides.remaining()
             return {"status": "failed", "why": str(error), "rows": {}}
         if reply["status"] == "failed" or reply.get("fatal"):
             self.ours.close()
@@ -136,10 +98,11 @@ class Run:
         return reply
 
     def _job(self, job: Job) -> None:
-        peered = self.peer_name is not None and not job.baseline
-        extra = {"peer": peered, "scratch": self.scratch, "bandwidth": self.info["bandwidth"]}
-        ours = self._ask_ours(self.request(job, do="run", **extra))
-        peer: dict[str, Any] = {"rows": {}, "why": ""}
+        beside = self.sides.peer_name is not None and not job.baseline
+        peered = beside and families.peer(job.op) is not None
+        extra = {"peer": peered, "scratch": self.sides.scratch, "bandwidth": self.info["bandwidth"]}
+        ours = self._ask_ours(self.sides.request(job, do="run", **extra))
+        peer: dict[str, Any] = {"rows": {}, "why": families.why_no_peer(job.op) if beside and not peered else ""}
         start = time.monotonic()
         stop: BaseException | None = None
         if peered and "checksums" in ours:
@@ -160,9 +123,8 @@ class Run:
     def _record(self, job: Job, mode: str, ours: dict[str, Any], peer: dict[str, Any]) -> None:
         row, peer_row = ours["rows"].get(mode, {}), peer["rows"].get(mode, {})
         ms, peer_ms = row.get("ms"), peer_row.get("ms")
-        key = (job.op, job.dims, job.dtype, mode)
         if job.form == "naive" and ms:
-            self.naive_ms[key] = ms
+            self.naive_ms[_naive_key(job, mode)] = ms
         fields = records.record(
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=self.commit,
@@ -177,7 +139,7 @@ class Run:
             floor_x=ms * 1e-3 / row["floor_s"] if "floor_s" in row else None,
             peak_mb=row.get("peak_mb"),
             first_call_s=self.first_calls.get(job.compile_key),
-            peer=self.peer_name if peer_ms else None,
+            peer=self.sides.peer_name if peer_ms else None,
             peer_ms=peer_ms,
             ratio=peer_ms / ms if ms and peer_ms else None,
             note="; ".join(self._notes(job, mode, ours, peer)),
@@ -186,13 +148,16 @@ class Run:
         )
         records.append(self.path, fields)
         self.rows.append(fields)
+        naive = self.naive_ms.get(_naive_key(job, mode))
+        if ms and naive and job.form != "naive":
+            self.beside_naive.append((fields, naive))
         say(records.line(fields))
 
     def _notes(self, job: Job, mode: str, ours: dict[str, Any], peer: dict[str, Any]) -> Iterable[str]:
         ms = ours["rows"].get(mode, {}).get("ms")
         if ms is None:
             yield ("FAILED: " if ours["status"] == "failed" else "not run: ") + ours["why"]
-        naive = self.naive_ms.get((job.op, job.dims, job.dtype, mode))
+        naive = self.naive_ms.get(_naive_key(job, mode))
         if ms and naive and job.form != "naive":
             yield f"{naive / ms:.3g}x the speed of the naive loop"
         if not job.baseline:
@@ -203,7 +168,7 @@ class Run:
         if self.settings.quick:
             yield "--quick"
         if mode in peer["rows"]:
-            if self.guard_lifted and mode == "fwdbwd":
+            if self.sides.guard_lifted and mode == "fwdbwd":
                 yield "peer's Triton guard lifted"
             if job.tuning_key in self.warm:
                 before = ", tuned before" if self.settings.peer_tuned else ""
@@ -213,46 +178,22 @@ class Run:
         elif peer["why"]:
             yield f"peer: {peer['why']}"
 
-    def start_ours(self) -> Worker:
-        """A process of ours."""
-        return Worker([sys.executable, "-m", "benchmarks._ours"], str(ROOT))
-
-    def start_peer(self) -> Worker:
-        """A process of the peer's."""
-        path = str(self.settings.peer)
-        behind = os.environ.get("PYTHONPATH")
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (path, behind)))}
-        script = str(Path(__file__).with_name("_peer.py"))
-        return Worker([sys.executable, script, "--path", path], self.scratch, env)
-
-    def _meet_peer(self) -> None:
-        """Ask the peer who it is. What is timed starts in a fresh process, after tuning."""
-        worker = self.start_peer()
-        try:
-            who = worker.ask({"do": "info"}, self.patience())
-        except WorkerError as error:
-            self.remaining()
-            who = {"status": "failed", "why": str(error)}
-        worker.close()
-        if who["status"] != "ok":
-            self.failures += 1
-            say(f"FAILED: the peer cannot be run: {who['why']}")
-            return
-        self.peer_name, self.guard_lifted = who["peer"], who["guard_lifted"]
-
     def _ask_peer(self, job: Job, ours: dict[str, Any]) -> dict[str, Any]:
         """The peer's times for a job. A WorkerTimeout leaves only when the whole run is out of time."""
         none: dict[str, Any] = {"rows": {}, "why": ""}
         if self.settings.device == "cuda" and job.tuning_key not in self.warm:
             return none | {"why": "not tuned within --peer-warm-limit"}
         if self.peer is None:
-            self.peer = self.start_peer()
-        handed = {key: ours[key] for key in ("shapes", "settings", "replaced", "reference", "checksums")}
+            self.peer = self.sides.start_peer()
+        handed = {key: ours[key] for key in ("shapes", "replaced", "reference", "checksums")}
+        declared = families.peer(job.op)
+        if declared is not None:
+            handed |= declared.call(ours["name"], ours["settings"])
         try:
-            reply = self.peer.ask(self.request(job, do="run", function=ours["name"], **handed), self.patience())
+            reply = self.peer.ask(self.sides.request(job, do="run", **handed), self.sides.patience())
         except WorkerError as error:
             self.peer = None
-            self.remaining()
+            self.sides.remaining()
             return none | {"why": str(error)}
         return none | reply
 
@@ -270,6 +211,10 @@ class Run:
             say(f"FAILED: {self.failures}")
 
 
+def _naive_key(job: Job, mode: str) -> Any:
+    return job.op, job.dims, job.dtype, mode
+
+
 def in_memory(least: int = 8 * 2**30) -> str | None:
     """A folder in memory for what the two sides hand over (gates of a gigabyte), where the machine has a roomy one."""
     shared = Path("/dev/shm")
@@ -277,11 +222,11 @@ def in_memory(least: int = 8 * 2**30) -> str | None:
     return str(shared) if roomy else None
 
 
-def git_commit() -> str:
+def git_commit(folder: Path = ROOT) -> str:
     """The short commit, with `-dirty` where the library differs from it; "unknown" outside a checkout."""
     try:
         found = [
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
             for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "fla"))
         ]
     except (OSError, subprocess.CalledProcessError):

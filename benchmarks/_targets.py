@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fla.ops  # noqa: F401 - registers the ops
+from benchmarks import _shapes
 from fla.ops._spec import REGISTRY, OpSpec, Variant
 
 ATTENTION = {"q": "B T H K", "k": "B T H K", "v": "B T H V"}
@@ -20,6 +22,7 @@ SOFTMAX = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+HEADS_CHECKED = 4
 Function = Callable[..., Any]
 
 
@@ -32,12 +35,25 @@ class Target:
     shapes: dict[str, str]
     call: Function
     reference: Function
+    states: dict[str, str] = field(default_factory=dict)  # the parts of the initial state
     inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda x: x
     gates: tuple[str, ...] = ()
+    declared: dict[str, int] = field(default_factory=dict)  # sizes of axes of the op's own
     family: str | None = None  # None: not ours, so a failure is a missing baseline and no error of ours
     settings: dict[str, Any] = field(default_factory=dict)
     checked: bool = True
     linear: bool = True  # moving bytes bounds it: the memory floor means something
+
+    def fit(self, written: dict[str, int]) -> dict[str, int]:
+        """The sizes of the op's axes from a written shape. Raises ValueError for an axis without a size."""
+        wanted = _shapes.axes([*self.shapes.values(), *self.states.values()])
+        return _shapes.fit(written, wanted, self.declared, self.op)
+
+    def state_elements(self, dims: dict[str, int]) -> int:
+        """Elements of the states of one sequence; of an op without states, what a token's tensors hold."""
+        parts = _shapes.sizes(self.states, dims | {"N": 1}) if self.states else {}
+        of_a_token = [axis for axis in dims if axis not in ("B", "T")]
+        return sum(map(math.prod, parts.values())) or math.prod(dims[axis] for axis in of_a_token)
 
 
 def find(op: str, form: str, backend: str | None = None) -> Target:
@@ -57,13 +73,11 @@ def find(op: str, form: str, backend: str | None = None) -> Target:
     return Target(
         name=function.__name__,
         op=op,
-        shapes=_tensors(spec, variant, function),
         call=lambda **tensors: function(**tensors, **settings, backend=backend),
         reference=_reference(spec, settings),
-        inputs=spec.inputs,
-        gates=spec.gates,
         family=spec.family,
         settings=settings,
+        **_described(spec, variant, function),
     )
 
 
@@ -74,14 +88,12 @@ def _naive(spec: OpSpec) -> Target:
     return Target(
         name=f"naive_{spec.name}",
         op=spec.name,
-        shapes=_tensors(spec, variant, spec.reference),
         call=reference,
         reference=reference,
-        inputs=spec.inputs,
-        gates=spec.gates,
         settings=settings,
         checked=False,
         linear=False,
+        **_described(spec, variant, spec.reference),
     )
 
 
@@ -93,13 +105,17 @@ def _settings(variant: Variant, function: Function) -> dict[str, Any]:
     return settings
 
 
-def _tensors(spec: OpSpec, variant: Variant, function: Function) -> dict[str, str]:
-    """The tensors that a call gets: those of the variant that the form takes, without the initial state."""
-    taken = [name for name in spec.shapes if name in inspect.signature(function).parameters]
+def _described(spec: OpSpec, variant: Variant, function: Function) -> dict[str, Any]:
+    """What a target takes from the spec: the tensors that a call gets are those of the variant that the form takes."""
+    present = {name: shape for name, shape in spec.shapes.items() if name not in variant.without}
+    states = {name: shape for name, shape in present.items() if shape.split()[0] == "N"}
+    taken = inspect.signature(function).parameters
     return {
-        name: spec.shapes[name]
-        for name in taken
-        if name not in variant.without and not spec.shapes[name].startswith("N ")
+        "shapes": {name: shape for name, shape in present.items() if name in taken and name not in states},
+        "states": states,
+        "inputs": spec.inputs,
+        "gates": spec.gates,
+        "declared": getattr(spec, "sizes", None) or {},
     }
 
 
@@ -132,13 +148,17 @@ def causal_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~causal, -torch.inf).softmax(-1), v)
 
 
-def sizes(shapes: dict[str, str], dims: dict[str, int]) -> dict[str, list[int]]:
-    """Shape strings to sizes. `HV` (value heads) is `H` unless given; any other unknown axis raises ValueError."""
-    known = {"HV": dims["H"]} | dims
-    missing = {a for shape in shapes.values() for a in shape.split() if not a.isdigit() and a not in known}
-    if missing:
-        raise ValueError(f"--shapes must give a size for {', '.join(sorted(missing))}, got {dims}")
-    return {n: [int(a) if a.isdigit() else known[a] for a in shape.split()] for n, shape in shapes.items()}
+def cut(shapes: dict[str, str], tensors: dict[str, Tensor], rows: slice, tokens: slice) -> dict[str, Tensor]:
+    """These rows and tokens of the first heads, up to four; of heads that others share, all that belong together."""
+    found = [pair for name, x in tensors.items() for pair in zip(shapes[name].split(), x.shape, strict=True)]
+    heads = {axis: size for axis, size in found if axis.startswith("H")}
+    fewest = min(heads.values(), default=1)
+    part = {"B": rows, "T": tokens}
+    part |= {axis: slice(min(fewest, HEADS_CHECKED) * size // fewest) for axis, size in heads.items()}
+    return {
+        name: x[tuple(part.get(axis, slice(None)) for axis in shapes[name].split())].contiguous()
+        for name, x in tensors.items()
+    }
 
 
 def first_tokens(shapes: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -146,8 +166,4 @@ def first_tokens(shapes: dict[str, str], tensors: dict[str, Tensor]) -> dict[str
 
     The last row, because an offset that overflows shows there; the first heads, because constants follow their number.
     """
-    part = {"B": slice(-1, None), "T": slice(256), "H": slice(4), "HV": slice(4)}
-    return {
-        name: x[tuple(part.get(axis, slice(None)) for axis in shapes[name].split())].contiguous()
-        for name, x in tensors.items()
-    }
+    return cut(shapes, tensors, slice(-1, None), slice(256))

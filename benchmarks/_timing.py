@@ -17,6 +17,7 @@ from torch import Tensor
 MIB = 2**20
 WARM_SECONDS = 0.1  # of calls before any counts: the clocks of a processor that was idle take their time to rise
 ROUNDS, LEAST = 5, 5  # rounds of runs, of which the quietest counts, and runs of a round at least
+LOOPS = 7  # loops of calls, of which the quickest counts, where only a whole loop is long enough to time
 FLUSH_BYTES = 128 * MIB  # more than any L2: every run starts with its inputs in device memory
 BANDWIDTH_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
@@ -60,8 +61,8 @@ def first_output(result: Any) -> Tensor:
 
 
 def beginning(o: Tensor, shape: list[int]) -> Tensor:
-    """The part of an output `[B, T, H, V]` that belongs to the reference of the first tokens of the last batch row."""
-    return o[-shape[0] :, : shape[1], : shape[2]]
+    """The part of an output `[B, T, ...]` that belongs to the reference of the first tokens of the last batch row."""
+    return o[(slice(-shape[0], None), *map(slice, shape[1:]))]
 
 
 def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: str, seed: int = 0) -> Call:
@@ -111,6 +112,39 @@ def measure(call: Callable[[], Any], device: str, budget: Budget) -> dict[str, A
     size = call.result_bytes if isinstance(call, Call) else None
     work = None if peak is None or size is None else max(peak - size / MIB, 0.0)
     return {"ms": statistics.median(times), "runs": len(times), "peak_mb": peak, "work_mb": work}
+
+
+def per_call(
+    call: Callable[[], Any],
+    device: str,
+    seconds: float,
+    loops: int = LOOPS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds per call, of wall time unless another clock is given: the least of some loops, each long enough to time,
+    that end synchronised."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    call()
+    wait()
+    start = clock()
+    for _ in range(10):
+        call()
+    wait()
+    calls = max(10, int(seconds / loops / ((clock() - start) / 10)))
+    times = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(loops):
+            start = clock()
+            for _ in range(calls):
+                call()
+            wait()
+            times.append((clock() - start) / calls)
+    finally:
+        if collecting:
+            gc.enable()
+    return min(times)
 
 
 def _cpu_times(call: Callable[[], Any], budget: Budget) -> list[float]:

@@ -19,10 +19,9 @@ from torch import Tensor
 from benchmarks import _local
 from benchmarks import _timing as timing
 from benchmarks._local import Recorder
-from benchmarks._plan import parse, show
 from benchmarks._progress import progress, say
-from benchmarks._targets import find, sizes
-from benchmarks.host import per_call
+from benchmarks._shapes import parse, show, sizes
+from benchmarks._targets import find
 from fla.backends import resolve
 from fla.ops._spec import REGISTRY
 from fla.testing import assert_within_budget
@@ -31,39 +30,52 @@ FORM = "fused_recurrent"
 WIDE = {"cuda": "B64 T1 H32 D128", "cpu": "B2 T1 H4 D16"}
 SINGLE = {"cuda": "B1 T1 H16 D128", "cpu": "B1 T1 H2 D16"}
 GRAPH_CALLS = 100
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+State = Tensor | tuple[Tensor, ...]  # a tuple where an op has a state of several parts
+Step = Callable[[State], tuple[Tensor, State]]
 
 
-def make_step(op: str, dims: dict[str, int], a: argparse.Namespace) -> tuple[Step, Tensor, str]:
+def make_step(op: str, dims: dict[str, int], a: argparse.Namespace) -> tuple[Step, State, str]:
     """`step(state) -> (o, next state)` on seeded inputs, a first state, and the backend; checked. AssertionError."""
     spec, target = REGISTRY[op], find(op, FORM, a.backend)
     dtype = getattr(torch, a.dtype)
     noise = timing.noise(sizes(target.shapes, dims), dtype, a.device, a.seed)
     legal = target.inputs(dict(noise))
     tensors = {name: legal[name].to(dtype).contiguous() for name in target.shapes}
-    state_shape = sizes({"state": spec.shapes["initial_state"]}, dims | {"N": dims["B"]})
-    state = timing.noise(state_shape, torch.float32, a.device, a.seed)["state"]
+    shapes = sizes(target.states, dims | {"N": dims["B"]})
+    first = tuple(timing.noise(shapes, torch.float32, a.device, a.seed).values())
     taken = inspect.signature(spec.reference).parameters
     settings = {name: value for name, value in target.settings.items() if name in taken}
 
-    def step(state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(state: State) -> tuple[Tensor, State]:
         return target.call(**tensors, initial_state=state, output_final_state=True)
 
-    def naive(wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    def naive(wide: torch.dtype) -> tuple[Tensor, State]:
         given = {name: x.to(wide) for name, x in tensors.items()}
-        return spec.reference(**given, **settings, initial_state=state.to(wide), output_final_state=True)
+        state = whole(tuple(part.to(wide) for part in first))
+        return spec.reference(**given, **settings, initial_state=state, output_final_state=True)
 
     with torch.no_grad():
-        (o, after), reference, usual = step(state), naive(torch.float64), naive(torch.float32)
+        (o, after), reference, usual = step(whole(first)), naive(torch.float64), naive(torch.float32)
     backend = resolve(spec.family, o, a.backend)
     assert_within_budget("o", o, reference[0], usual[0].to(dtype), backend=backend)
-    assert_within_budget("final state", after, reference[1], usual[1].float(), dtype=dtype, backend=backend)
-    return step, state, backend
+    for number, found in enumerate(zip(parts(after), parts(reference[1]), parts(usual[1]), strict=True), 1):
+        name = "final state" if len(first) == 1 else f"final state, part {number}"
+        assert_within_budget(name, found[0], found[1], found[2].float(), dtype=dtype, backend=backend)
+    return step, whole(first), backend
+
+
+def parts(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def whole(state: tuple[Tensor, ...]) -> State:
+    """A state as an op takes it."""
+    return state[0] if len(state) == 1 else state
 
 
 def wide_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
     """One call on many states."""
-    dims = parse(a.wide)
+    dims = find(op, FORM).fit(parse(a.wide))
     step, state, backend = make_step(op, dims, a)
 
     def call() -> Any:
@@ -71,7 +83,7 @@ def wide_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
             return step(state)
 
     row = timing.measure(call, a.device, timing.Budget(a.seconds))
-    moved = 2 * state.numel() * state.element_size()
+    moved = 2 * sum(part.numel() * part.element_size() for part in parts(state))
     share = moved / (row["ms"] * 1e-3) / recorder.info["bandwidth"]
     note = f"{backend} backend; {share:.0%} of copy bandwidth on state traffic"
     add(op, dims, "decode", a, recorder, ms=row["ms"], floor_x=1 / share, peak_mb=row["peak_mb"], note=note)
@@ -79,19 +91,19 @@ def wide_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
 
 def single_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
     """Many calls one after the other on few states."""
-    dims = parse(a.single)
+    dims = find(op, FORM).fit(parse(a.single))
     step, state, backend = make_step(op, dims, a)
     with torch.no_grad():
         if a.device == "cuda":
             mode, ms = "decode_graph", graph_ms(step, state)
             note = f"{backend} backend; a CUDA graph of {GRAPH_CALLS} calls"
         else:
-            mode, ms = "decode_loop", per_call(lambda: step(state), a.device, a.seconds) * 1e3
+            mode, ms = "decode_loop", timing.per_call(lambda: step(state), a.device, a.seconds) * 1e3
             note = f"{backend} backend; {recorder.info['machine']}"
     add(op, dims, mode, a, recorder, ms=ms, note=note)
 
 
-def graph_ms(step: Step, state: Tensor) -> float:
+def graph_ms(step: Step, state: State) -> float:
     """Milliseconds per call in a CUDA graph, each call fed the state of the one before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -128,7 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
         ops = _local.with_form(a.op, FORM)
         a.wide, a.single = a.wide or WIDE[a.device], a.single or SINGLE[a.device]
         for shape in (a.wide, a.single):
-            parse(shape)
+            for op in ops:
+                find(op, FORM).fit(parse(shape))
     except ValueError as error:
         p.error(str(error))
     recorder, failures = Recorder(a.device, a.out, a.commit), 0
@@ -139,7 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:
                 note, failed = _local.why_not(error)
                 failures += failed
-                add(op, parse(shape), "decode" if row is wide_row else "decode_graph", a, recorder, note=note)
+                add(
+                    op,
+                    find(op, FORM).fit(parse(shape)),
+                    "decode" if row is wide_row else "decode_graph",
+                    a,
+                    recorder,
+                    note=note,
+                )
     say("\nus per call, and share of copy bandwidth on state traffic")
     for r in recorder.rows:
         time = "-" if r["ms"] is None else f"{r['ms'] * 1e3:.1f}"

@@ -5,6 +5,7 @@ installed) the peer is timed right after it on the same inputs with the same cod
 `<out>/<gpu>.jsonl` as they end; a table comes last. Exit code 1: a row was wrong or broke, no row got a number, or
 with `--base` an op lost more than a tenth against the records there; 2: bad arguments.
 
+`--against naive` times the ops beside their naive loops and nothing else, and says how many times as fast they are.
 Two things run no benchmark: `--base THEN --against NOW` compares records, `--report` writes `docs/benchmarks.md` and
 its plots from them.
 """
@@ -16,14 +17,18 @@ from pathlib import Path
 import torch
 
 from benchmarks import _compare, _records, _tuning
-from benchmarks._plan import SHAPES, Job, expand, jobs
-from benchmarks._run import Run, Settings
-from benchmarks._targets import SOFTMAX, find, sizes
+from benchmarks._plan import NAIVE_ELEMENTS, Job, jobs
+from benchmarks._progress import say
+from benchmarks._run import Run
+from benchmarks._shapes import SHAPES, expand
+from benchmarks._sides import Settings
+from benchmarks._targets import SOFTMAX
 from fla.backends import BACKENDS
 from fla.ops._spec import REGISTRY
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 MODES = ("fwd", "fwdbwd")
+NAIVE = "naive"
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -59,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--commit", help="what the record names; default git's, or unknown")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the records; default benchmarks/results")
     p.add_argument("--base", type=Path, metavar="RESULTS", help="compare with the last records of a .jsonl or folder")
-    p.add_argument("--against", type=Path, metavar="RESULTS", help="compare these with --base, and run nothing")
+    p.add_argument(
+        "--against",
+        metavar="naive|RESULTS",
+        help=f"{NAIVE}: time the ops beside their naive loops alone; else compare records with --base, and run nothing",
+    )
     p.add_argument("--report", action="store_true", help="write docs/benchmarks.md from the records, and run nothing")
     p.add_argument("--docs", type=Path, default=DOCS, help="folder of the report; default docs")
     return p
@@ -70,20 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
     p = parser()
     a = p.parse_args(arguments)
     try:
-        if a.against is not None and a.base is None:
-            raise ValueError("--against needs --base, the records to compare with")
+        if a.against not in (None, NAIVE) and a.base is None:
+            raise ValueError(f"--against needs --base, the records to compare with, or is {NAIVE}")
         if (a.peer_cache or a.save_peer_cache) and a.peer is None:
             raise ValueError("--peer-cache and --save-peer-cache need --peer")
         if a.report:
             return _report(a)
         base = _records.read_all(a.base) if a.base is not None else None  # before the run appends to it
-        if base is not None and a.against is not None:
-            return _compare.guard(base, _records.read_all(a.against))
+        if base is not None and a.against not in (None, NAIVE):
+            return _compare.guard(base, _records.read_all(Path(a.against)))
         settings, plan = _prepare(a)
     except ValueError as error:
         p.error(str(error))
     run = Run(settings, plan)
     code = run.run()
+    for r, naive in run.beside_naive if a.against == NAIVE else ():
+        what = f"{r['op']} {r['shape']} {r['dtype']} {r['mode']}"
+        say(f"{what}: {r['ms']:.4g} ms, the naive loop {naive:.4g} ms: {naive / r['ms']:.3g} times as fast")
     guarded = 0 if base is None else _compare.guard(base, run.rows)
     return code or guarded
 
@@ -106,15 +118,13 @@ def _prepare(a: argparse.Namespace) -> tuple[Settings, list[Job]]:
         raise ValueError(f"--peer must be a folder that holds the package fla, got {a.peer}")
     shapes = expand(a.shapes or ["peer" if gpu else "cpu"])
     ops = _ops(a.op, a.form)
-    for op, forms in ops.items():
-        for form in forms:
-            for dims in shapes:
-                sizes(find(op, form, a.backend).shapes, dims)
+    beside_naive = a.against == NAIVE
+    baselines = [name for name in SOFTMAX if (name == "sdpa") != gpu] if a.baselines and not beside_naive else []
+    naive_up_to = float("inf") if beside_naive else NAIVE_ELEMENTS if a.baselines and not gpu else 0
+    plan = jobs(ops, baselines, shapes, a.dtype or ["bfloat16" if gpu else "float32"], naive_up_to)
     if a.peer_cache is not None:
         written, kept = _tuning.unpack(a.peer_cache, _tuning.triton_cache())
         print(f"peer: {written} tuning results from {a.peer_cache.name}, {kept} more were there already")
-    baselines = [name for name in SOFTMAX if (name == "sdpa") != gpu] if a.baselines else []
-    plan = jobs(ops, baselines, shapes, a.dtype or ["bfloat16" if gpu else "float32"], naive=a.baselines and not gpu)
     settings = Settings(
         device=device,
         modes=tuple(mode for mode in MODES if mode in a.mode),

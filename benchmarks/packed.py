@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks import _local
 from benchmarks import _timing as timing
 from benchmarks._local import Recorder
-from benchmarks._plan import parse, show
 from benchmarks._progress import progress, say
-from benchmarks._targets import Target, find, sizes
+from benchmarks._shapes import parse, show, sizes
+from benchmarks._targets import Target, cut, find
 from fla.backends import resolve
 from fla.ops._spec import REGISTRY
 from fla.testing import assert_within_budget
@@ -25,7 +25,7 @@ from fla.testing import assert_within_budget
 MODES = ("fwd", "fwdbwd")
 SHAPE = {"cuda": "B1 T65536 H16 D128", "cpu": "B1 T512 H2 D16"}
 SEQUENCES = {"cuda": 1000, "cpu": 20}
-LONGEST_CHECKED, HEADS_CHECKED = 256, 4
+LONGEST_CHECKED = 256
 
 
 def skewed_bounds(tokens: int, sequences: int, seed: int) -> Tensor:
@@ -48,24 +48,30 @@ def check(target: Target, tensors: dict[str, Tensor], bounds: Tensor, backend: s
     pairs = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
     short = [pair for pair in pairs if pair[1] - pair[0] <= LONGEST_CHECKED]
     for start, end in {short[0], short[len(short) // 2], short[-1]} if short else set():
-        part = (slice(None), slice(start, end), slice(HEADS_CHECKED))
-        wide = [_alone(target, tensors, do, part, dtype) for dtype in (torch.float64, torch.float32)]
-        for name, value in found.items():
-            naive, gate = wide[1][name].to(value.dtype), name.removeprefix("d") in target.gates
-            where = f"{name} of tokens {start} to {end}"
-            assert_within_budget(where, value[part], wide[0][name], naive, backend=backend, gate=gate)
+        reference, usual = (
+            _alone(target, tensors, do, slice(start, end), dtype) for dtype in (torch.float64, torch.float32)
+        )
+        for name, expected in reference.items():
+            value, naive = found[name], usual[name].to(found[name].dtype)
+            part = value[:, start:end][tuple(map(slice, expected.shape))]
+            gate, where = name.removeprefix("d") in target.gates, f"{name} of tokens {start} to {end}"
+            assert_within_budget(where, part, expected, naive, backend=backend, gate=gate)
 
 
-def _alone(target: Target, tensors: dict[str, Tensor], do: Tensor, part: tuple[slice, ...], dtype: torch.dtype):
-    leaves = {name: x[part].detach().to(dtype).requires_grad_() for name, x in tensors.items()}
+def _alone(target: Target, tensors: dict[str, Tensor], do: Tensor, tokens: slice, dtype: torch.dtype):
+    """The reference's output of a stretch of tokens, and the gradients of what belongs to tokens."""
+    part = cut(target.shapes, tensors, slice(None), tokens)
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in part.items()}
     o = target.reference(**leaves)
-    gradients = torch.autograd.grad(o, tuple(leaves.values()), do[part].to(o.dtype))
-    return {"o": o.detach()} | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    do = do[:, tokens][tuple(map(slice, o.shape))]
+    wanted = {name: x for name, x in leaves.items() if "T" in target.shapes[name].split()}
+    gradients = torch.autograd.grad(o, tuple(wanted.values()), do.to(o.dtype))
+    return {"o": o.detach()} | {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}
 
 
 def time_op(op: str, a: argparse.Namespace, recorder: Recorder) -> bool:
     """Check and time one op; whether it failed."""
-    dims, dtype = parse(a.shape), getattr(torch, a.dtype)
+    dims, dtype = find(op, "chunk").fit(parse(a.shape)), getattr(torch, a.dtype)
     common = {"op": REGISTRY[op].forms["chunk"].__name__, "shape": show(dims), "dtype": a.dtype}
     mode = f"packed_{a.mode[0]}"
     try:
@@ -73,7 +79,7 @@ def time_op(op: str, a: argparse.Namespace, recorder: Recorder) -> bool:
         noise = timing.noise(sizes(target.shapes, dims), dtype, a.device, a.seed)
         legal = target.inputs(dict(noise))
         tensors = {name: legal[name].to(dtype).contiguous() for name in target.shapes}
-        backend = resolve(REGISTRY[op].family, tensors["q"], a.backend)
+        backend = resolve(REGISTRY[op].family, next(iter(tensors.values())), a.backend)
         bounds = skewed_bounds(dims["T"], a.sequences, a.seed).to(a.device)
         check(target, tensors, bounds, backend, a)
         for base in a.mode:
@@ -112,6 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         ops = _local.with_form(a.op, "chunk")
         a.shape, a.sequences = a.shape or SHAPE[a.device], a.sequences or SEQUENCES[a.device]
         dims = parse(a.shape)
+        for op in ops:
+            find(op, "chunk").fit(dims)
         if dims["B"] != 1:
             raise ValueError(f"--shape must have B1 (sequences are packed into one row), got {a.shape}")
         skewed_bounds(dims["T"], a.sequences, a.seed)

@@ -171,3 +171,10 @@ def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) ->
     if cu_seqlens is not cu_seq_lens_q and not same:
         raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument, got two different tensors")
     return cu_seqlens
+
+
+def pool_shapes(shapes: dict[str, str], state_indices: Tensor | None) -> dict[str, str]:
+    """The shapes of an op's arguments; with indices its states are a pool of P slots."""
+    if state_indices is None:
+        return shapes
+    return {name: "P" + shape[1:] if shape.startswith("N ") else shape for name, shape in shapes.items()}

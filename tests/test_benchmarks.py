@@ -5,15 +5,18 @@ import os
 import sys
 import tarfile
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import _ours, _plan, _records, _run, _targets, _timing, _warming, ops
-from benchmarks._run import Run, Settings
+from benchmarks import _ours, _plan, _records, _run, _shapes, _targets, _timing, _warming, ops
+from benchmarks._run import Run
+from benchmarks._sides import Settings, Sides
 from benchmarks._worker import Worker, WorkerError, WorkerTimeout
 from fla.ops._spec import REGISTRY
+from tests.test_architecture import imports
 
 TINY = "B2 T96 H2 D16"
 PEER = """
@@ -40,15 +43,17 @@ def chunk_linear_attn(q, k, v, normalize=True):
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
-@pytest.fixture
-def peer(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory) -> Path:
     """A package called `fla` with one right op, and one that is wrong (no scale) and has no gradient."""
-    folder = tmp_path / "peer"
+    folder = tmp_path_factory.mktemp("peer")
     for name, text in {
         "fla/__init__.py": "",
         "fla/ops/__init__.py": "",
@@ -63,6 +68,40 @@ def peer(tmp_path) -> Path:
     return folder
 
 
+class Shared:
+    """A worker that several runs ask: to start a process takes longer than all that it is asked here."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.ask, self.starts = worker, worker.ask, 0
+
+    def started(self) -> "Shared":
+        self.starts += 1
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def processes(peer, tmp_path_factory, one_thread):
+    """A process of ours and one of the peer's, which start side by side."""
+    folder = tmp_path_factory.mktemp("processes")
+    sides = Sides(settings(folder, peer=peer), str(folder))
+    ours, theirs = Shared(sides.start_ours()), Shared(sides.start_peer())
+    yield ours, theirs
+    ours.worker.close()
+    theirs.worker.close()
+
+
+@pytest.fixture
+def both(processes, monkeypatch):
+    ours, theirs = processes
+    monkeypatch.setattr(Sides, "start_ours", lambda self, env=None: ours.started())
+    monkeypatch.setattr(Sides, "start_peer", lambda self: theirs.started())
+    ours.starts = theirs.starts = 0
+    return processes
+
+
 def settings(tmp_path, **changes) -> Settings:
     usual = Settings(
         device="cpu", modes=("fwd", "fwdbwd"), backend=None, seed=0, budget=(0.01, 3), quick=True, out=tmp_path / "out",
@@ -71,8 +110,7 @@ def settings(tmp_path, **changes) -> Settings:
     return replace(usual, **changes)
 
 
-@pytest.mark.slow
-def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
+def test_command_writes_a_record_for_every_row(tmp_path, peer, both, capsys):
     out = tmp_path / "out"
     words = ["--op", "gla", "linear_attn", "--shapes", TINY, "--quick", "--commit", "abc", "--first-call"]
     assert ops.main([*words, "--device", "cpu", "--peer", str(peer), "--out", str(out)]) == 0
@@ -95,23 +133,25 @@ def test_command_writes_a_record_for_every_row(tmp_path, peer, capsys):
     assert all("normalize=False" in row["note"] for row in linear)
     assert linear[0]["peer_ms"] > 0 and "peer's output differs from the reference" in linear[0]["note"]
     assert linear[1]["peer_ms"] is None and linear[1]["peer"] is None and "no gradient here" in linear[1]["note"]
+    assert [side.starts for side in both] == [
+        3,
+        2,
+    ]  # the first calls are in processes of their own, and meeting the peer
     assert rows["naive_gla", "fwd"]["peer_ms"] is None and rows["sdpa", "fwd"]["floor_x"] is None
 
 
-def test_peer_is_warmed_for_every_head_size(tmp_path, peer, monkeypatch, capsys):
-    plan = _plan.jobs(
-        {"gla": ["chunk"]}, [], _plan.expand([TINY, "B1 T40 H2 D16", "B1 T40 H1 D16"]), ["float32"], False
-    )
+def test_peer_is_warmed_for_every_head_size(tmp_path, peer, both, monkeypatch, capsys):
+    shapes = _shapes.expand([TINY, "B1 T40 H2 D16", "B1 T40 H1 D16"])
+    plan = _plan.jobs({"gla": ["chunk"]}, [], shapes, ["float32"])
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache" / "A").mkdir(parents=True)
     (tmp_path / "cache" / "A" / "kernel.autotune.json").write_text("{}")
-    run = Run(settings(tmp_path, peer=peer, save_peer_cache=tmp_path / "tuned.tgz"), plan)
-    run.scratch = str(tmp_path)
-    run._meet_peer()
-    _warming.warm_up(run)
-    assert run.peer_name == "toy-peer 9.9" and run.guard_lifted and not run.failures
-    assert sorted(dict(key[3:])["H"] for key in run.warm) == [1, 2]
-    assert all(seconds > 0 for seconds in run.warm.values())
+    sides = Sides(settings(tmp_path, peer=peer, save_peer_cache=tmp_path / "tuned.tgz", peer_jobs=1), str(tmp_path))
+    assert sides.meet_peer() == ""
+    warm = _warming.warm_up(sides, plan)
+    assert sides.peer_name == "toy-peer 9.9" and sides.guard_lifted
+    assert sorted(dict(key[3:])["H"] for key in warm) == [1, 2]
+    assert all(seconds > 0 for seconds in warm.values())
     with tarfile.open(tmp_path / "tuned.tgz") as archive:
         assert archive.getnames() == ["A/kernel.autotune.json"]
     assert "1 tuning results saved in tuned.tgz" in capsys.readouterr().out
@@ -129,19 +169,19 @@ def test_warming_alone_after_running_out_of_memory(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(Run, "start_peer", lambda self: Full())
+    monkeypatch.setattr(Sides, "start_peer", lambda self: Full())
     ops_ = {"gla": ["chunk"], "retention": ["chunk"]}
-    run = Run(settings(tmp_path), _plan.jobs(ops_, [], _plan.expand([TINY, "B1 T4 H2 D16"]), ["float32"], False))
-    run.peer_name = "full 1.0"
-    _warming.warm_up(run)
-    assert sorted(key[0] for key in run.warm) == ["gla", "retention"]
+    sides = Sides(settings(tmp_path))
+    sides.peer_name = "full 1.0"
+    warm = _warming.warm_up(sides, _plan.jobs(ops_, [], _shapes.expand([TINY, "B1 T4 H2 D16"]), ["float32"]))
+    assert sorted(key[0] for key in warm) == ["gla", "retention"]
     assert sorted(asked) == [("gla", 2), ("gla", 2), ("retention", 2)]
 
 
 def test_wrong_op_gets_no_number(monkeypatch, tmp_path):
     right = _targets.find("gla", "chunk")
-    job = _plan.jobs({"gla": ["chunk"]}, [], [_plan.parse(TINY)], ["float32"], False)[0]
-    request = Run(settings(tmp_path), [job]).request(job, peer=False, scratch=str(tmp_path), bandwidth=1e9)
+    job = _plan.jobs({"gla": ["chunk"]}, [], [_shapes.parse("B2 T20 H2 D4")], ["float32"])[0]
+    request = Sides(settings(tmp_path)).request(job, peer=False, scratch=str(tmp_path), bandwidth=1e9)
     assert set(_ours.run(request)["rows"]) == {"fwd", "fwdbwd"}
 
     def detached(q, k, v, g):  # right values, wrong gradient
@@ -169,7 +209,7 @@ def test_failures_reach_the_record_and_the_exit_code(monkeypatch, tmp_path, caps
         return {"status": status, "why": why, "rows": {}}
 
     monkeypatch.setattr(Run, "_ask_ours", ask)
-    plan = _plan.jobs({"gla": ["chunk"], "retention": ["chunk"]}, [], [_plan.parse(TINY)], ["bfloat16"], False)
+    plan = _plan.jobs({"gla": ["chunk"], "retention": ["chunk"]}, [], [_shapes.parse(TINY)], ["bfloat16"])
     assert Run(settings(tmp_path, modes=("fwd",), device="cuda"), plan).run() == 1
     failed, unsupported = _records.read(tmp_path / "out" / "h200.jsonl")
     assert failed["ms"] is None and "FAILED: wrong result" in failed["note"]
@@ -189,7 +229,7 @@ def test_time_limit_stops_cleanly(tmp_path, capsys):
         (["--op", "glaa"], "--op must be among"),
         (["--op", "gla", "--form", "parallel"], "--form of gla must be among"),
         (["--form", "chunky"], "--form names none"),
-        (["--shapes", "B1 T2"], "--shapes must give B, T, H and D"),
+        (["--shapes", "B1 T2"], "--shapes must give B, T, H, K, V of"),
         (["--shapes", "B1 T0 H1 D4"], "--shapes takes targets, peer, seed"),
         (["--shapes", "B1 B2 T1 H1 D4"], "--shapes must name an axis once"),
         (["--peer", "nowhere"], "--peer must be a folder"),
@@ -229,15 +269,17 @@ def test_records(tmp_path):
 
 
 def test_plan_puts_what_was_asked_for_first():
-    shapes = _plan.expand(["peer", "B1 T8192 H96 D128"])
-    assert [_plan.show(s) for s in shapes] == _plan.SHAPES["peer"]
-    assert _plan.show(_plan.parse("B1 T2 H3 K4 V5 M6")) == "B1 T2 H3 K4 V5 M6"
-    plan = _plan.jobs({"gla": ["chunk"], "retention": ["chunk"]}, ["sdpa_flash"], shapes, ["bfloat16"], True)
+    shapes = _shapes.expand(["peer", "B1 T8192 H96 D128"])
+    assert [_shapes.show(s) for s in shapes] == _shapes.SHAPES["peer"]
+    ops_ = {"gla": ["chunk"], "retention": ["chunk"]}
+    plan = _plan.jobs(ops_, ["sdpa_flash"], shapes, ["bfloat16"], _plan.NAIVE_ELEMENTS)
     assert [job.op for job in plan[:4]] == ["gla", "retention", "gla", "retention"]
     assert not any(job.form == "naive" for job in plan)  # the loop would take minutes there
-    assert [job.shape for job in plan] == [text for text in _plan.SHAPES["peer"] for _ in "12"] + _plan.SHAPES["peer"]
+    assert [job.shape for job in plan] == [text for text in _shapes.SHAPES["peer"] for _ in "12"] + _shapes.SHAPES[
+        "peer"
+    ]
     assert {job.op for job in plan[-6:]} == {"sdpa_flash"}
-    softmax = _plan.jobs({}, ["sdpa_flash"], _plan.expand(["targets", "seed"]), ["bfloat16"], False)
+    softmax = _plan.jobs({}, ["sdpa_flash"], _shapes.expand(["targets", "seed"]), ["bfloat16"])
     assert softmax[0].shape == "B8 T16384 H32 D128" and softmax[8].shape == "B4 T4096 H64 D128"  # the report's first
 
 
@@ -245,11 +287,11 @@ def test_plan_puts_what_was_asked_for_first():
 def test_every_form_of_every_op_is_a_target(op):
     for form in REGISTRY[op].forms:
         target = _targets.find(op, form)
-        shapes = _targets.sizes(target.shapes, _plan.parse("B1 T5 H2 K4 V6"))
+        shapes = _shapes.sizes(target.shapes, target.fit(_shapes.parse("B1 T5 H2 K4 V6")))
         tensors = target.inputs(_timing.noise(shapes, torch.float32, "cpu", 0))
         tensors = {name: tensors[name] for name in shapes}
         o = _timing.first_output(target.call(**tensors))
-        assert o.shape == (1, 5, 2, 6)
+        assert o.shape[:2] == (1, 5)
         torch.testing.assert_close(o, target.reference(**tensors), rtol=1e-4, atol=1e-5)
 
 
@@ -272,6 +314,18 @@ def test_timing():
     runs = []
     row = _timing.measure(lambda: runs.append(1), "cpu", _timing.Budget(10.0, 7))
     assert len(runs) == 8 and row["runs"] == 7 and row["peak_mb"] is None
+
+
+def test_no_module_of_the_benchmarks_is_imported_in_a_circle():
+    """Nor for its types alone."""
+    folder = Path(_run.__file__).parent
+    graph = {}
+    for path in folder.rglob("*.py"):
+        names = [*path.relative_to(folder.parent).with_suffix("").parts]
+        module = ".".join(names[:-1] if names[-1] == "__init__" else names)
+        graph[module] = imports(path) - {"benchmarks", module}
+    assert len(graph) > 20
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_workers_that_hang_or_die(tmp_path):

@@ -1,9 +1,14 @@
 """Host overhead and decoding on tiny CPU inputs: the rows they write, and that a wrong result gets no number."""
 
+import itertools
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import _records, _report, _timing, decode, host, packed
 from benchmarks._goals import Goal
@@ -21,17 +26,96 @@ def rows(tmp_path):
     return {(r["op"], r["mode"]): r for r in _records.read(tmp_path / "cpu.jsonl")}
 
 
-def test_host_writes_a_row_per_op_and_mode(tmp_path, capsys):
-    words = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc", "--seconds", "0.01"]
-    assert host.main([*words, "--op", *OPS, "--shape", "B1 T8 H1 D4"]) == 0
+HOST = ["--device", "cpu", "--commit", "abc", "--seconds", "0.01", "--shape", "B1 T8 H1 D4", "--no-imports"]
+
+
+@pytest.mark.parametrize(("words", "backend"), [([], "idle"), (["--backend", "torch"], "torch")])
+def test_host_writes_a_row_per_op_and_mode(tmp_path, monkeypatch, capsys, words, backend):
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    assert host.main([*HOST, "--out", str(tmp_path), "--op", *OPS, *words]) == 0
     found = rows(tmp_path)
     modes = ("host_fwd", "host_fwdbwd")
     assert list(found) == [(f"chunk_{op}", mode) for op in OPS for mode in modes]
     assert all(r["ms"] > 0 and r["commit"] == "abc" and r["shape"] == "B1 T8 H1 D4" for r in found.values())
-    assert all("torch backend" in r["note"] and "in a loop" in r["note"] for r in found.values())
+    assert all(f"{backend} backend" in r["note"] and "in a loop" in r["note"] for r in found.values())
     assert found["chunk_gla", "host_fwdbwd"]["ms"] > found["chunk_gla", "host_fwd"]["ms"]
-    said = capsys.readouterr().out
-    assert f"{found['chunk_gla', 'host_fwd']['ms'] * 1e3:9.1f}" in said
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  chunk_gla"))
+    assert [float(cell) for cell in line.split()[1:]] == pytest.approx(
+        [found["chunk_gla", mode]["ms"] * 1e3 for mode in modes], rel=0.02
+    )
+    q = torch.ones(1, 8, 1, 4)
+    assert REGISTRY["gla"].forms["chunk"](q, q, q, -q)[0].isfinite().all()  # the backend computes again
+
+
+def test_host_beside_another_checkout(tmp_path, monkeypatch, capsys):
+    """Both are asked in turn, each in its process; the quietest round of each counts."""
+    asked: list[tuple[str, str]] = []
+    times = {"before": itertools.cycle([9.0, 8.0, 7.0]), "now": itertools.cycle([6.0, 5.0, 4.0])}
+
+    class Side:
+        def __init__(self, command, cwd):
+            assert command[1].endswith("_checkout.py") and command[2] == cwd
+            self.name = "before" if Path(cwd) == tmp_path else "now"
+
+        def ask(self, request, timeout):
+            asked.append((self.name, request["do"]))
+            if request["do"] == "prepare":
+                known = request["op"] == "gla" or self.name == "now"
+                return {"status": "ok" if known else "unsupported", "why": "", "backend": "idle", "settings": {}}
+            return {"status": "ok", "us": next(times[self.name])}
+
+        def close(self):
+            asked.append((self.name, "close"))
+
+    (tmp_path / "fla").mkdir()
+    monkeypatch.setattr(host, "Worker", Side)
+    words = [*HOST, "--out", str(tmp_path), "--mode", "fwd", "--op", *OPS, "--against", str(tmp_path)]
+    assert host.main(words) == 0
+    rounds = [name for name, do in asked if do == "round"]
+    assert rounds[:4] == ["now", "before", "before", "now"] and rounds.count("before") == host.ROUNDS
+    assert asked[-2:] == [("now", "close"), ("before", "close")]
+    found = rows(tmp_path)
+    assert (
+        found["chunk_gla", "host_fwd"]["ms"] == 0.004 and "7.0 us at unknown" in found["chunk_gla", "host_fwd"]["note"]
+    )
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["chunk_gla", "7.0", "4.0", "0.57"] in said and ["chunk_linear_attn", "-", "4.0", "-"] in said
+
+
+def test_a_checkout_s_library_is_timed_with_these_benchmarks(tmp_path):
+    for package in ("fla", "benchmarks"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("WHERE = 'there'")
+    (tmp_path / "empty").mkdir()
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(host.__file__).parent)!r})
+from pathlib import Path
+from _checkout import take
+take(Path({str(tmp_path)!r}))
+import benchmarks, fla
+print(fla.WHERE, hasattr(benchmarks, "WHERE"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["there", "False"]
+    wrong = code.replace(str(tmp_path), str(tmp_path / "empty"))
+    done = subprocess.run([sys.executable, "-c", wrong], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and ("not from" in done.stderr or "No module named 'fla'" in done.stderr)
+
+
+def test_time_of_imports(monkeypatch):
+    printed = iter(["0.2 0.5", "0.1 0.4", "0.3 0.6", "0.1 0.3", "0.2 0.5", "0.1 0.7"])
+    folders = {"before": Path("there"), "now": Path("here")}
+    where = []
+
+    def run(command, cwd, **options):
+        where.append(cwd)
+        return subprocess.CompletedProcess(command, 0, next(printed))
+
+    monkeypatch.setattr(host.subprocess, "run", run)
+    found = host.import_times(folders)
+    assert found == {"before": pytest.approx((200.0, 500.0)), "now": pytest.approx((100.0, 300.0))}
+    assert where == [*folders.values()] * host.IMPORTS
 
 
 def test_decode_writes_both_rows(tmp_path, capsys):
@@ -75,9 +159,8 @@ def test_wrong_op_gets_no_host_time(tmp_path, monkeypatch):
     monkeypatch.setitem(
         REGISTRY, "gla", replace(spec, reference=lambda *a, **k: (spec.reference(*a, **k)[0] * 2, None))
     )
-    words = ["--device", "cpu", "--op", "gla", "--out", str(tmp_path), "--shape", "B1 T8 H1 D4"]
-    monkeypatch.setattr(host, "per_call", lambda *_: pytest.fail("timed"))
-    assert host.main(words) == 1
+    monkeypatch.setattr(_timing, "per_call", lambda *_: pytest.fail("timed"))
+    assert host.main([*HOST, "--no-idle", "--op", "gla", "--out", str(tmp_path)]) == 1
     assert [r["ms"] for r in rows(tmp_path).values()] == [None]
 
 
@@ -125,6 +208,16 @@ def test_packing_that_leaks_gets_no_number(tmp_path, monkeypatch):
 def test_bad_packing(words, message, capsys):
     with pytest.raises(SystemExit):
         packed.main(["--device", "cpu", *words])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--against", "nowhere"], "must be a checkout"), (["--idle", "--backend", "triton"], "--idle")],
+)
+def test_bad_checkouts(words, message, capsys):
+    with pytest.raises(SystemExit):
+        host.main(["--device", "cpu", *words])
     assert message in capsys.readouterr().err
 
 

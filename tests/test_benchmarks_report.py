@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _goals, _plan, _records, _report, ops
-from benchmarks._goals import GOALS, Goal
+from benchmarks import _goals, _records, _report, _shapes, families, ops
+from benchmarks._goals import Goal
+from fla.ops._spec import REGISTRY
+from tests.test_benchmarks_axes import SCAN
 
+GOALS = families.goals("decay")
 ROOT = Path(__file__).parents[1]
 
 
@@ -81,19 +84,45 @@ def test_verdicts():
     assert "met: 1, not met: 1, no record: 0; of 2." in table and "| ≥ 3.6x | ≥ 5x | 3x | **not met** |" in table
 
 
+@pytest.mark.parametrize("family", _report.family_names())
+def test_goals_are_of_ops_that_there_are(family):
+    goals = families.goals(family)
+    forms = [f.__name__ for spec in REGISTRY.values() if spec.family == family for f in spec.forms.values()]
+    assert len(set(goals)) == len(goals) and {goal.op for goal in goals} <= set(forms)
+    assert {goal.group for goal in goals} <= set(_goals.GROUPS)
+    for goal in goals:
+        assert _shapes.show(_shapes.parse(goal.shape)) == goal.shape
+        better = goal.aim is None or (goal.aim > goal.must) == (goal.quantity in _goals.LARGER_IS_BETTER)
+        assert better, goal
+
+
 def test_goals_are_the_issue_s():
-    assert len(set(GOALS)) == len(GOALS)
     assert {goal.group for goal in GOALS} == set(_goals.GROUPS)
     assert {goal.quantity for goal in GOALS} == set(_goals.UNITS)
     speed = [goal for goal in GOALS if goal.group == "speed"]
     assert list(dict.fromkeys(goal.shape for goal in speed)) != [] and len(speed) == 66
-    assert {goal.shape for goal in speed} == set(_plan.SHAPES["targets"])
-    names = set(_report.op_names())
-    assert {goal.op for goal in speed} <= names
-    for goal in GOALS:
-        assert _plan.show(_plan.parse(goal.shape)) == goal.shape
-        better = goal.aim is None or (goal.aim > goal.must) == (goal.quantity in _goals.LARGER_IS_BETTER)
-        assert better, goal
+    assert {goal.shape for goal in speed} == set(_shapes.SHAPES["targets"])
+    assert _report.op_names("decay") == ["chunk_linear_attn", "chunk_retention", "chunk_simple_gla", "chunk_gla"]
+
+
+def test_a_family_without_goals_is_reported_without_targets(monkeypatch):
+    """And apart from the others, in tables of its own commit."""
+    monkeypatch.setitem(REGISTRY, "scan", SCAN)
+    records = [
+        with_peer(day=1),
+        row("sdpa_cudnn", mode="fwdbwd", day=3),
+        row("retnet", "B8 T2048", mode="train", day=3),
+    ]
+    records += [row("chunk_scan", f"B8 T{t} D4096", day=2) for t in (128, 256)]
+    page, pictures = _report.build(records)
+    parts = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
+    assert list(parts) == [f"NVIDIA H200{of}" for of in (": family `decay`", ": family `toy_scan`", ": models")]
+    decay, scan, models = parts.values()
+    assert decay.count("### Targets") == 1 and "### Targets" not in scan and "c3" not in decay + scan
+    assert "| chunk_gla | B4 T4096 H64 D128 | bfloat16 | fwd | 1 | 2.5 | 4 | 4 |" in decay and "c2" not in decay
+    assert "| T | chunk_scan |" in scan and "| 256 | 1 |" in scan and "gla" not in scan
+    assert "| retnet |" in models and "retnet" not in decay + scan
+    assert {name.rsplit("-", 1)[0] for name in pictures} == {"benchmarks-h200-decay", "benchmarks-h200-toy_scan"}
 
 
 def test_command_writes_page_and_pictures(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-import fla.backends.triton.decay  # noqa: E402
+import fla.backends.triton  # noqa: E402
 from fla.backends import interpreting  # noqa: E402
 from fla.backends.triton import _launch  # noqa: E402
 from fla.backends.triton._launch import Launcher, launch  # noqa: E402
@@ -37,6 +38,11 @@ def scaled_add_kernel(x, y, out, scale, n, step, SIZE: tl.constexpr, ADD: tl.con
         if y is not None:
             value += tl.load(y + o, mask=o < n, other=0.0)
     tl.store(out + o, value, mask=o < n)
+
+
+@triton.jit
+def constants_kernel(x, A: tl.constexpr, B: tl.constexpr):
+    tl.store(x + A, B)
 
 
 @triton.jit
@@ -112,24 +118,25 @@ def slow(monkeypatch):
     return calls
 
 
-def decay_modules() -> list:
-    modules = [info.name for info in pkgutil.iter_modules(fla.backends.triton.decay.__path__)]
-    return [importlib.import_module(f"fla.backends.triton.decay.{name}") for name in modules]
+def triton_modules() -> list:
+    found = pkgutil.walk_packages(fla.backends.triton.__path__, "fla.backends.triton.")
+    return [importlib.import_module(info.name) for info in found]
 
 
-def decay_kernels() -> list[JITFunction]:
-    found = [vars(module) for module in decay_modules()]
+def our_kernels() -> list[JITFunction]:
+    found = [vars(module) for module in triton_modules()]
     kernels = {id(x): x for names in found for n, x in names.items() if n.endswith("_kernel")}
     return [x for x in kernels.values() if isinstance(x, JITFunction)]
 
 
 def forget_kernels() -> None:
     """What was compiled, and the plans, which keep launchers."""
-    for kernel in (scaled_add_kernel, value_kernel, *decay_kernels()):
+    for kernel in (scaled_add_kernel, value_kernel, constants_kernel, *our_kernels()):
         kernel.device_caches.clear()
-    for module in decay_modules():
-        if hasattr(module, "_plan"):
-            module._plan.cache_clear()
+    for module in triton_modules():
+        for name, value in vars(module).items():
+            if name.endswith("_plan"):
+                value.cache_clear()
 
 
 def arguments(**changes) -> tuple:
@@ -209,6 +216,89 @@ def test_calls_that_always_go_through_triton(machine, slow, changes):
     assert len(slow) == 3 and len(machine.launches) == 4
     kernels = scaled_add_kernel.device_caches[0][0]
     assert len(kernels) == 2  # and Triton took it for another kernel
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({"A": 1, "B": 2}, {"B": 1, "A": 2}),
+        ({"A": 1, "B": 2}, {"A": 1, "B": 2.0}),
+        ({"A": 1, "B": 2}, {"A": True, "B": 2}),
+    ],
+    ids=("order", "float", "bool"),
+)
+def test_a_launcher_is_known_by_the_names_values_and_types_of_its_constants(machine, slow, one, other):
+    """Each of them is another kernel, and the kernel that was asked for."""
+    launchers = [_launch.launcher_of(constants_kernel, constants) for constants in (one, other)]
+    assert launchers[0] is not launchers[1]
+    assert launchers == [_launch.launcher_of(constants_kernel, constants) for constants in (one, other)]
+    for launcher in launchers * 2:
+        launcher(1, (torch.ones(64),))
+    assert len(slow) == 2
+    wanted = [[repr(constants[name]) for name in "AB"] for constants in (one, other)]
+    assert [[repr(x) for x in launched[-2:]] for launched in machine.launches] == wanted * 2
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose memory is not what `Tensor.data_ptr` says."""
+
+    inner: torch.Tensor
+    on = 0  # the device
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def get_device(self) -> int:
+        return self.on
+
+
+class Number(int):
+    """An int that is not one to Triton's compiler, for all we know."""
+
+
+def subclassed(inner: torch.Tensor) -> Wrapped:
+    made = torch.zeros(64).as_subclass(Wrapped)
+    made.inner = inner
+    return made
+
+
+@pytest.mark.parametrize("aligned", (True, False))
+def test_a_tensor_of_a_subclass_is_left_to_triton(machine, slow, aligned):
+    """It says itself where its memory is; what is compiled for it depends on that pointer's alignment."""
+    for inner in (torch.ones(65)[:64], torch.ones(65)[0 if aligned else 1 :][:64]):
+        launch(scaled_add_kernel, 1, arguments(x=subclassed(inner)), SIZE)
+    assert len(slow) == 2
+    assert len(scaled_add_kernel.device_caches[0][0]) == (1 if aligned else 2)
+    machine.tensors_on = 1  # where plain ones are
+    launch(scaled_add_kernel, 1, arguments(x=subclassed(torch.ones(64))), SIZE)
+    assert len(slow) == 3 and machine.launched_on[-1] == 0, "a mixture is launched where the caller is"
+
+
+def test_a_subclass_alone_says_the_device(machine, slow, monkeypatch):
+    monkeypatch.setattr(Wrapped, "on", 1)
+    x = subclassed(torch.ones(64))
+    for _ in range(2):
+        launch(value_kernel, 1, (x, 3), {"SIZE": 64})
+    assert machine.launched_on == [1, 1] and len(slow) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    ({"n": Number(64)}, {"n": numpy.int64(64)}, {"scale": numpy.float64(0.5)}, {"scale": numpy.float32(0.5)}),
+    ids=repr,
+)
+def test_numbers_of_other_classes_are_left_to_triton(machine, monkeypatch, changes):
+    """Whether and how Triton takes them is its own affair: here it takes all."""
+    metadata = SimpleNamespace(target=machine.target)
+    made = SimpleNamespace(metadata=metadata, run=machine.run, function=1, packed_metadata=())
+    taken: list = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: taken.append(args) or made)
+    for _ in range(2):
+        launch(scaled_add_kernel, 1, arguments(**changes), SIZE)
+    assert len(taken) == 2 and not machine.launches
+    launch(scaled_add_kernel, 1, arguments(), SIZE)
+    launch(scaled_add_kernel, 1, arguments(), SIZE)
+    assert len(taken) == 3 and len(machine.launches) == 1, "what is plain takes the short way"
 
 
 def test_the_ends_of_32_bits_are_no_new_signature(machine, slow):
@@ -352,9 +442,9 @@ def instead_of_compiling(machine, see=lambda kernel: None):
     return fake
 
 
-@pytest.mark.parametrize("kernel", decay_kernels(), ids=lambda kernel: kernel.fn.__name__)
-def test_the_family_s_kernels_are_launched_directly(machine, slow, monkeypatch, kernel):
-    """Every kernel of the decay family takes the short way from its second call on, with the arguments where Triton
+@pytest.mark.parametrize("kernel", our_kernels(), ids=lambda kernel: kernel.fn.__name__)
+def test_our_kernels_are_launched_directly(machine, slow, monkeypatch, kernel):
+    """Every kernel takes the short way from its second call on, with the arguments where Triton
     puts them. Nothing is compiled: only the way there is of interest."""
     monkeypatch.setattr(JITFunction, "_do_compile", instead_of_compiling(machine))
     values = iter(range(1, 100))

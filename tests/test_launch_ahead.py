@@ -40,19 +40,23 @@ def compiled(machine, monkeypatch):  # noqa: F811
     return found
 
 
-def problem(op: str, keeps: bool = True, form: str = "chunk", T: int = 2112) -> Problem:
+def problem(op: str, form: str = "chunk", T: int = 2112) -> Problem:
     g, gk, g_gamma = (x if x is None or x.dim() == 1 else x[:, :T].contiguous() for x in DECAYS[op])
     q = torch.zeros(1, T, 2, 64, dtype=torch.bfloat16)
-    return Problem(q, q, q, g, gk, None, g_gamma, None, None, 0.5, form, keeps=keeps)
+    return Problem(q, q, q, g, gk, None, None, g_gamma, None, 0.5, form, mild=op == "retention")
+
+
+def train(given: Problem) -> None:
+    _, _, saved = decay.forward(given, False, True)
+    needs = [name for name in ("q", "k", "v", "g", "gk") if getattr(given, name) is not None]
+    decay.backward(saved.problem, saved.tensors, given.q, None, needs)
 
 
 @pytest.mark.parametrize("form", ("chunk", "recurrent"))
 @pytest.mark.parametrize("op", DECAYS)
 def test_the_first_launch_of_a_call_has_all_of_it_compiled_in_threads(machine, compiled, op, form):  # noqa: F811
     """Forward with its segments, and backward: each kernel once, and none again when it is launched."""
-    given = problem(op, form=form)
-    decay.forward(given, False)
-    decay.backward(given, given.q, None, op in ("simple_gla", "gla"))
+    train(problem(op, form=form))
     kernels = Counter(name for name, _ in compiled)
     assert all(thread.startswith("fla-compile") for _, thread in compiled)
     assert sum(kernels.values()) <= len(machine.launches)
@@ -61,43 +65,41 @@ def test_the_first_launch_of_a_call_has_all_of_it_compiled_in_threads(machine, c
         assert kernels["segment_states_kernel"] == 2  # forward and reverse
     assert _ahead.under_way.call is None, "the call's tensors are kept alive"
     compiled.clear()
-    decay.forward(problem(op, form=form), False)
+    decay.forward(problem(op, form=form), False, True)
     assert not compiled
 
 
 def test_wide_heads_have_their_roles_compiled_side_by_side(machine, compiled):  # noqa: F811
     q = torch.zeros(1, 128, 2, 256, dtype=torch.bfloat16)
-    given = Problem(q, q, q, None, None, None, None, None, None, 0.5, "chunk", keeps=True)
-    decay.forward(given, False)
-    decay.backward(given, q, None, False)
+    train(Problem(q, q, q, None, None, None, None, None, None, 0.5, "chunk"))
     assert Counter(name for name, _ in compiled) == {"chunk_forward_kernel": 1, "chunk_backward_kernel": 3}
     assert all(thread.startswith("fla-compile") for _, thread in compiled)
 
 
 def test_a_forward_that_no_backward_follows_compiles_no_backward(machine, compiled):  # noqa: F811
-    decay.forward(problem("gla", keeps=False), False)
+    decay.forward(problem("gla"), False, False)
     assert {name for name, _ in compiled} == {"centre_kernel", "segment_states_kernel", "chunk_forward_kernel"}
 
 
 def test_what_a_rehearsal_does_not_foresee_is_compiled_when_it_is_launched(machine, compiled):  # noqa: F811
     given = problem("retention", T=128)
-    decay.forward(given, True)
+    _, _, saved = decay.forward(given, True, True)
     compiled.clear()
     dht = torch.zeros(given.state_shape)
-    decay.backward(given, given.q, dht, False)
+    decay.backward(saved.problem, saved.tensors, given.q, dht, ("q", "k", "v"))
     assert compiled == [("chunk_backward_kernel", threading.current_thread().name)]
 
 
 def test_nothing_is_compiled_ahead_while_a_graph_is_captured(machine, compiled, monkeypatch):  # noqa: F811
     """Another thread's calls could end a capture."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    decay.forward(problem("retention", T=128), False)
+    decay.forward(problem("retention", T=128), False, True)
     assert compiled == [("chunk_forward_kernel", threading.current_thread().name)]
 
 
 def test_a_rehearsal_that_fails_does_no_harm(machine, compiled, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(decay, "_rehearse", lambda *_: 1 / 0)
-    decay.forward(problem("retention", T=128), False)
+    monkeypatch.setattr(_ahead, "rehearse", lambda *_: 1 / 0)
+    decay.forward(problem("retention", T=128), False, True)
     assert compiled == [("chunk_forward_kernel", threading.current_thread().name)] and len(machine.launches) == 1
 
 
@@ -107,7 +109,7 @@ def test_errors_of_the_compiler_reach_the_call(machine, compiled, monkeypatch): 
 
     monkeypatch.setattr(JITFunction, "_do_compile", fail)
     with pytest.raises(RuntimeError, match="no such instruction"):
-        decay.forward(problem("retention", T=128), False)
+        decay.forward(problem("retention", T=128), False, True)
 
 
 def test_an_allocator_is_provided_where_there_is_none(machine, monkeypatch):  # noqa: F811

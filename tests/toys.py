@@ -104,19 +104,27 @@ class Problem(Recurrence):
 FAMILY = Family("toyscan", Problem)
 
 
-def scan(form, x, f, initial_state, cu_seqlens, state_indices=None, inplace_final_state=False, **options):
+DEAD_LOG_DECAY = -16.0  # what survives such a decay is below float32's digits: its gradient is 0
+
+
+def scan(
+    form, x, f, *, initial_state, cu_seqlens, output_final_state, backend, op,
+    state_indices=None, inplace_final_state=False,
+):
     """`o` and the final state or None; on states of the caller where it says so."""
     values = (x, f, initial_state, cu_seqlens, form)
     if state_indices is None and not inplace_final_state:
-        return FAMILY(*values, **options)
-    return FAMILY.step(*values, state_indices=state_indices, inplace_final_state=inplace_final_state, **options)
+        return FAMILY.call(values, output_final_state, backend, op)
+    return FAMILY.step(
+        values, state_indices, inplace_final_state, output_final_state, backend=backend, op=op
+    )
 '''
 SCAN_TORCH = '''"""The family `toyscan` in plain PyTorch, token by token."""
 
 import torch
 
-from fla.backends._recurrence import DEAD_LOG_DECAY
 from fla.backends.torch._step import stepping
+from fla.backends.toyscan import DEAD_LOG_DECAY
 
 
 def forward(problem, output_final_state, keep):
@@ -193,10 +201,9 @@ import torch.nn.functional as F
 
 from fla.backends import toyscan
 from fla.ops._spec import OpSpec, current_names, register
-from fla.shapes import check_shapes
+from fla.shapes import check_shapes, pool_shapes
 
 SHAPES = {"x": "B T D", "f": "B T D", "initial_state": "N D"}
-IN_POOL = SHAPES | {"initial_state": "P D"}
 
 
 def naive_recurrent_toyscan(x, f, initial_state=None, output_final_state=False):
@@ -214,9 +221,10 @@ def naive_recurrent_toyscan(x, f, initial_state=None, output_final_state=False):
 @current_names
 def chunk_toyscan(x, f, initial_state=None, output_final_state=False, cu_seqlens=None, *, backend=None):
     """The toy scan, for training and prefill."""
-    options = {"output_final_state": output_final_state, "backend": backend, "op": "chunk_toyscan"}
-    _check(SHAPES, x, f, initial_state, cu_seqlens)
-    return toyscan.scan("chunk", x, f, initial_state, cu_seqlens, **options)
+    return _toyscan(
+        "chunk", x, f, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        backend=backend, op="chunk_toyscan",
+    )
 
 
 @current_names
@@ -225,16 +233,18 @@ def fused_recurrent_toyscan(
     *, inplace_final_state=False, state_indices=None, backend=None,
 ):
     """The toy scan token by token, also on states of the caller."""
-    options = {"output_final_state": output_final_state, "backend": backend, "op": "fused_recurrent_toyscan"}
-    _check(SHAPES if state_indices is None else IN_POOL, x, f, initial_state, cu_seqlens)
-    states = {"state_indices": state_indices, "inplace_final_state": inplace_final_state}
-    return toyscan.scan("recurrent", x, f, initial_state, cu_seqlens, **states, **options)
+    return _toyscan(
+        "recurrent", x, f, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        inplace_final_state=inplace_final_state, state_indices=state_indices, backend=backend,
+        op="fused_recurrent_toyscan",
+    )
 
 
-def _check(shapes, x, f, initial_state, cu_seqlens):
-    same, required = ("x",), ("x", "f")
-    tensors = {"x": x, "f": f, "initial_state": initial_state}
-    check_shapes(shapes, same_dtype=same, required=required, cu_seqlens=cu_seqlens, **tensors)
+def _toyscan(form, x, f, **options):
+    tensors = {"x": x, "f": f, "initial_state": options["initial_state"]}
+    shapes = pool_shapes(SHAPES, options.get("state_indices"))
+    check_shapes(shapes, same_dtype=("x",), required=("x", "f"), cu_seqlens=options["cu_seqlens"], **tensors)
+    return toyscan.scan(form, x, f, **options)
 
 
 SPEC = register(

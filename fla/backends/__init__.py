@@ -51,7 +51,7 @@ def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     chosen = preferred or ("triton" if tensor.is_cuda and _has_triton() else "torch")
-    if named is None and chosen == "triton" and not _computes("triton", name):
+    if named is None and chosen == "triton" and not computes("triton", name):
         return "torch"  # a preference for the block or machine, not for this call: the family has no kernels yet
     return chosen
 
@@ -65,7 +65,9 @@ def family(name: str, backend: str, op: str | None = None) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name != f"fla.backends.{backend}.{name}":
                 raise
-            raise ValueError(f"backend={backend!r} does not compute the family {name!r}; use backend='torch'") from None
+            others = [other for other in BACKENDS if computes(other, name)]
+            has = " or ".join(f"backend={other!r}" for other in others) or "no backend"
+            raise ValueError(f"backend={backend!r} does not compute the family {name!r}: {has} does") from None
         _modules[backend, name] = module
     if op is not None and (op, backend) not in _announced and not is_compiling():
         _announced.add((op, backend))
@@ -101,8 +103,6 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _computes(backend: str, name: str) -> bool:
+def computes(backend: str, name: str) -> bool:
+    """Whether `backend` has the family `name`."""
     return importlib.util.find_spec(f"fla.backends.{backend}.{name}") is not None
-
-
-computes = _computes

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.backends import decay, decay_step
+from fla.backends import decay
+from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, Variant, current_names, register
-from fla.shapes import check_shapes
+from fla.shapes import check_shapes, pool_shapes
 
 SHAPES = {
     "q": "B T H K",
@@ -130,6 +131,7 @@ def fused_chunk_gla(
 
 
 @current_names
+@steps_on_pools("q, k, v, gk")
 def fused_recurrent_gla(
     q: Tensor,
     k: Tensor,
@@ -153,27 +155,10 @@ def fused_recurrent_gla(
         gk: `[B, T, H, K]` log decay per key channel, or None.
         gv: `[B, T, H, V]` log decay per value channel, or None.
         reverse: run from the last token to the first (within every packed sequence).
-        inplace_final_state: the final state overwrites `initial_state` (float32, contiguous, no gradient) and is
-            returned as that same tensor, whether or not `output_final_state` asks for it.
-        state_indices: int `[N]`; `initial_state` is then a pool, P slots in place of N (float32, contiguous). Sequence
-            n reads slot `state_indices[n]`, and in place writes it. -1 skips a sequence: its outputs are 0, a fresh
-            final state too, and no slot is touched. Not in place the final states are N fresh ones, if asked for.
-            Slots must be distinct in place. On a CPU a slot outside the pool raises; on a GPU its outputs are NaN.
-
-    The last two are for inference (ValueError where a gradient is needed) and not for `reverse`. A serving loop owns
-    one pool a layer and lets each step write it; every step may be captured in a CUDA graph:
-
-        pool = torch.zeros(slots, H, K, V, device="cuda")     # a request takes a free slot: pool[i].zero_()
-        slots_of = torch.full((batch,), -1, dtype=torch.int32, device="cuda")     # -1: an empty place of the batch
-        with torch.no_grad():
-            while serving:     # q, k, v [batch, 1, H, D]: one token of every request
-                o, _ = fused_recurrent_gla(
-                    q, k, v, gk, initial_state=pool, state_indices=slots_of, inplace_final_state=True
-                )
     """
-    shapes = decay_step.state_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
+    shapes = pool_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, gk=gk, gv=gv, initial_state=initial_state)
-    return decay_step.recurrent(
+    return decay.recurrent(
         q,
         k,
         v,

@@ -11,9 +11,10 @@ is the pair (S, z), so that a sequence may be split anywhere. Family: `decay`, w
 import torch
 from torch import Tensor
 
-from fla.backends import decay, decay_step
+from fla.backends import decay
+from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, Variant, current_names, register
-from fla.shapes import check_shapes
+from fla.shapes import check_shapes, pool_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V", "z": "N 1 H K"}
 EPS = 1e-10
@@ -128,6 +129,7 @@ def fused_chunk_linear_attn(
 
 
 @current_names
+@steps_on_pools("q, k, v")
 def fused_recurrent_linear_attn(
     q: Tensor,
     k: Tensor,
@@ -147,25 +149,8 @@ def fused_recurrent_linear_attn(
 
     Args:
         reverse: run from the last token to the first (within every packed sequence).
-        inplace_final_state: the final state overwrites `initial_state` (float32, contiguous, no gradient) and is
-            returned as that same tensor, whether or not `output_final_state` asks for it.
-        state_indices: int `[N]`; `initial_state` is then a pool, P slots in place of N (float32, contiguous). Sequence
-            n reads slot `state_indices[n]`, and in place writes it. -1 skips a sequence: its outputs are 0, a fresh
-            final state too, and no slot is touched. Not in place the final states are N fresh ones, if asked for.
-            Slots must be distinct in place. On a CPU a slot outside the pool raises; on a GPU its outputs are NaN.
 
     With `normalize` both parts of the pair (S, z) are needed, and are treated alike (z is a pool `[P, 1, H, K]`).
-
-    The last two are for inference (ValueError where a gradient is needed) and not for `reverse`. A serving loop owns
-    one pool a layer and lets each step write it; every step may be captured in a CUDA graph:
-
-        pool = torch.zeros(slots, H, K, V, device="cuda")     # a request takes a free slot: pool[i].zero_()
-        slots_of = torch.full((batch,), -1, dtype=torch.int32, device="cuda")     # -1: an empty place of the batch
-        with torch.no_grad():
-            while serving:     # q, k, v [batch, 1, H, D]: one token of every request
-                o, _ = fused_recurrent_linear_attn(
-                    q, k, v, initial_state=pool, state_indices=slots_of, inplace_final_state=True
-                )
     """
     if inplace_final_state or state_indices is not None:
         return _step(
@@ -240,18 +225,18 @@ def _step(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State |
     """On states that the caller owns. A pool of z `[P, 1, H, K]` is in memory a pool of K x 1 states."""
     state, z = _parts(initial_state, normalize)
     indices, cu_seqlens = options["state_indices"], options["cu_seqlens"]
-    shapes = decay_step.state_shapes(SHAPES, indices)
+    shapes = pool_shapes(SHAPES, indices)
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=options["scale"], q=q, k=k, v=v, initial_state=state, z=z)
     if not normalize:
-        return decay_step.step(q, k, v, initial_state=state, **options)
+        return decay.recurrent(q, k, v, initial_state=state, **options)
     if z is None:
         raise ValueError(
             "initial_state must be the pair (S, z) with normalize=True where it is the caller's, got S alone"
         )
-    decay_step.check((q, k, v), z, indices, options["inplace_final_state"], options["reverse"], cu_seqlens)
-    o, final = decay_step.step(q, k, v, initial_state=state, wide=True, **options)
+    decay.check_states(q, k, v, z, cu_seqlens, indices, options["inplace_final_state"])
+    o, final = decay.recurrent(q, k, v, initial_state=state, wide=True, **options)
     column = z.view(z.shape[0], *z.shape[2:], 1)
-    total, last = decay_step.step(q, k, v.new_ones(*v.shape[:3], 1), initial_state=column, wide=True, **options)
+    total, last = decay.recurrent(q, k, v.new_ones(*v.shape[:3], 1), initial_state=column, wide=True, **options)
     o = (o / (total + EPS)).to(v.dtype)
     if options["inplace_final_state"]:
         return o, (state, z)

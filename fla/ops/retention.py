@@ -9,9 +9,10 @@ Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[N, H, K, V]` float32. Fa
 import torch
 from torch import Tensor
 
-from fla.backends import decay, decay_step
+from fla.backends import decay
+from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, current_names, register
-from fla.shapes import check_shapes
+from fla.shapes import check_shapes, pool_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
@@ -84,6 +85,7 @@ def chunk_retention(
         k,
         v,
         g_gamma=decay.retention_decay(q.shape[2], q.device),
+        mild=True,
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
@@ -110,6 +112,7 @@ def fused_chunk_retention(
 
 
 @current_names
+@steps_on_pools("q, k, v")
 def fused_recurrent_retention(
     q: Tensor,
     k: Tensor,
@@ -130,31 +133,15 @@ def fused_recurrent_retention(
     Args:
         reverse: run from the last token to the first (within every packed sequence).
         state_v_first: states are `[N, H, V, K]`.
-        inplace_final_state: the final state overwrites `initial_state` (float32, contiguous, no gradient) and is
-            returned as that same tensor, whether or not `output_final_state` asks for it.
-        state_indices: int `[N]`; `initial_state` is then a pool, P slots in place of N (float32, contiguous). Sequence
-            n reads slot `state_indices[n]`, and in place writes it. -1 skips a sequence: its outputs are 0, a fresh
-            final state too, and no slot is touched. Not in place the final states are N fresh ones, if asked for.
-            Slots must be distinct in place. On a CPU a slot outside the pool raises; on a GPU its outputs are NaN.
-
-    The last two are for inference (ValueError where a gradient is needed) and not for `reverse`. A serving loop owns
-    one pool a layer and lets each step write it; every step may be captured in a CUDA graph:
-
-        pool = torch.zeros(slots, H, K, V, device="cuda")     # a request takes a free slot: pool[i].zero_()
-        slots_of = torch.full((batch,), -1, dtype=torch.int32, device="cuda")     # -1: an empty place of the batch
-        with torch.no_grad():
-            while serving:     # q, k, v [batch, 1, H, D]: one token of every request
-                o, _ = fused_recurrent_retention(
-                    q, k, v, initial_state=pool, state_indices=slots_of, inplace_final_state=True
-                )
     """
-    shapes = decay_step.state_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
+    shapes = pool_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
-    return decay_step.recurrent(
+    return decay.recurrent(
         q,
         k,
         v,
         g_gamma=decay.retention_decay(q.shape[2], q.device),
+        mild=True,
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
@@ -189,6 +176,7 @@ def parallel_retention(
         k,
         v,
         g_gamma=decay.retention_decay(q.shape[2], q.device),
+        mild=True,
         scale=scale,
         output_attentions=output_attentions,
         cu_seqlens=cu_seqlens,

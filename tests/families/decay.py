@@ -85,7 +85,7 @@ class Direct:
         return made
 
     def problem(self, x: dict[str, Tensor]) -> Problem:
-        names = ("q", "k", "v", "g", "gk", "gv", "g_gamma", "initial_state")
+        names = ("q", "k", "v", "g", "gk", "gv", "initial_state", "g_gamma")
         bounds = pack(self.tokens, self.index_dtype, self.device) if isinstance(self.tokens, tuple) else None
         return Problem(*(x.get(name) for name in names), bounds, self.scale, "recurrent")
 
@@ -135,7 +135,7 @@ def check_direct(case: Direct, forward: Callable, backward: Callable) -> None:
     problem = case.problem(x)
     o, ht = forward(problem, True)
     gradients = backward(problem, x["do"], x.get("dht"), any(name in x for name in ("g", "gk", "gv")))
-    actual = {"o": o, "ht": ht} | {f"d{name}": getattr(gradients, name) for name in names}
+    actual = {"o": o, "ht": ht} | {f"d{name}": gradients[name] for name in names}
     for name, got in actual.items():
         source = x.get(name[1:], x["v"]) if name.startswith("d") else x["v"]
         wide = torch.float32 if name in ("ht", "dinitial_state") else source.dtype

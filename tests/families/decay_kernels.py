@@ -13,7 +13,7 @@ import torch
 
 from fla.backends.decay import Problem
 from fla.backends.triton import decay
-from fla.backends.triton.decay import chunk_backward, step
+from fla.backends.triton.decay import chunk_backward, recurrent_forward
 from fla.backends.triton.decay._decay import JOINED, PAIR
 from tests.compile_check import recording
 from tests.compile_check.recording import DTYPES, Kernels, descriptors, record
@@ -71,7 +71,7 @@ class Variant(recording.Variant):
         if self.base == "gate":
             yield "scalar" if given["SCALAR"] else "value" if given["COLUMN"] else "key"
         if self.base == "recurrent_forward" and given["FLAGS"]:
-            yield "pool_v_first" if given["FLAGS"] & step.V_FIRST else "pool"
+            yield "pool_v_first" if given["FLAGS"] & recurrent_forward.V_FIRST else "pool"
         yield "" if self.posed == ALL else self.posed
 
     @property
@@ -145,23 +145,23 @@ def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: t
 
     q, v = empty(1, T, H, K), empty(1, T, H, V)
     gates = {"g": empty(1, T, H), "gk": q, "gv": v, "g_gamma": empty(H, dtype=torch.float64)}
-    given = [gates[name] if name in decays else None for name in gates]
+    *given, g_gamma = (gates[name] if name in decays else None for name in gates)
     state = bounds = None
     if posed in (ALL, FEW, TOGETHER):
         bounds = empty(1001 if posed == TOGETHER else 2, dtype=torch.int32)
     if posed not in (PLAIN, TOGETHER):
         state = empty(1, H, K, V, dtype=torch.float32)
-    return Problem(q, q, v, *given, state, bounds, 0.5, form)
+    return Problem(q, q, v, *given, state, g_gamma, bounds, 0.5, form)
 
 
 def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
     """What forward and backward of every decay launch, in both forms, and a decoding step on a pool."""
 
     def train(x: Problem) -> None:
-        needs_gates = any(gate is not None for gate in (x.g, x.gk, x.gv))
+        needs = [name for name in ("q", "k", "v", "g", "gk", "gv") if getattr(x, name) is not None]
         has_states = x.initial_state is not None
-        decay.forward(x, has_states)
-        decay.backward(x, x.v, torch.empty(x.state_shape, device="meta") if has_states else None, needs_gates)
+        decay.forward(x, has_states, False)
+        decay.backward(x, (), x.v, torch.empty(x.state_shape, device="meta") if has_states else None, needs)
 
     for decays in ((), ("g_gamma",), ("g",), ("gk",)) if dtype != "fp32" else ():
         made = problem(DTYPES[dtype], K, V, posed, "chunk", decays)
@@ -172,7 +172,7 @@ def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
     yield from described(record(lambda: train(made)), K, V, posed)
     slots = torch.empty(1, dtype=torch.int32, device="meta")
     for v_first in (False, True):
-        yield from described(record(lambda turn=v_first: step.step(made, slots, True, True, turn)), K, V, posed)
+        yield from described(record(lambda turn=v_first: decay.step(made, slots, True, True, turn)), K, V, posed)
 
 
 def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fla.backends.triton.decay import packs, recurrent, segments
+from fla.backends.triton import _packs
+from fla.backends.triton._sequence import segment_length
+from fla.backends.triton.decay import recurrent_backward, recurrent_forward
 from fla.ops import chunk_gla, chunk_simple_gla, fused_recurrent_gla, fused_recurrent_simple_gla
 from fla.ops._spec import REGISTRY
 from fla.testing import GPU, assert_within_budget, make_inputs, relative_rms
@@ -49,21 +51,21 @@ STRONG = [
 
 @pytest.mark.parametrize("case", chunk_cases(2, 64, 64, tokens=4096, dtype=BF16, batch=1, gates="weak"), ids=str)
 def test_segments(case):
-    assert segments.segment_length(4096, 2) < 4096
+    assert segment_length(4096, 2) < 4096
     check_chunks(case)
 
 
 @pytest.mark.parametrize("case", chunk_cases(1, 128, 64, tokens=(2000, 0, 301), dtype=FP16), ids=str)
 def test_segments_of_a_pack_with_strong_decays(case):
     """fp16's near range is 8 nats a chunk, a tenth of bf16's: ordinary decays leave it."""
-    assert segments.segment_length(2301, 2) < 2301
+    assert segment_length(2301, 2) < 2301
     check_chunks(case)
 
 
 @pytest.mark.parametrize("case", in_turn(*JOINED_CASES[:2]) + in_turn(*JOINED_CASES[2:4], *JOINED_CASES[4:]), ids=str)
 def test_joined_packs(case):
     """Sequences without states share chunks, here in segments too."""
-    assert segments.segment_length(sum(JOINED), 2) < sum(JOINED) < packs.SHORT_AVERAGE * len(JOINED)
+    assert segment_length(sum(JOINED), 2) < sum(JOINED) < _packs.SHORT_AVERAGE * len(JOINED)
     check_chunks(case)
 
 
@@ -151,13 +153,13 @@ def direct_cases():
 
 @pytest.mark.parametrize("case", list(direct_cases()), ids=str)
 def test_recurrent_forward_and_backward(case):
-    check_direct(case, recurrent.forward, recurrent.backward)
+    check_direct(case, recurrent_forward.forward, recurrent_backward.backward)
 
 
 def test_the_recurrent_backward_repeats_bitwise():
     case = Direct(256, 300, ("gk", "gv"), torch.float32, (65, 0, 1, 30), heads=2, device="cuda")
     x = case.inputs()
-    first, *others = (recurrent.backward(case.problem(x), x["do"], x["dht"], True) for _ in range(10))
+    first, *others = (recurrent_backward.backward(case.problem(x), x["do"], x["dht"], True) for _ in range(10))
     for other in others:
         pairs = zip(first, other, strict=True)
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a is b for a, b in pairs)

@@ -11,7 +11,15 @@ import torch
 import triton.language as tl
 
 from fla.backends.decay import Problem
-from fla.backends.triton.decay import chunk_backward, chunk_forward, gate_gradient, packs, recurrent, segments
+from fla.backends.triton import _launch, _packs, _sequence
+from fla.backends.triton.decay import (
+    chunk_backward,
+    chunk_forward,
+    gate_gradient,
+    prepare,
+    recurrent_backward,
+    recurrent_forward,
+)
 from fla.testing.cases import INTERPRETER
 from tests.families import decay
 from tests.families.decay import DECAYS, Direct, check_chunks, check_direct
@@ -25,7 +33,7 @@ def chunk_cases(H: int, K: int, V: int, **changes):
 
 def forget_plans() -> None:
     """What launchers remember about shapes."""
-    for module in (segments, chunk_forward, chunk_backward):
+    for module in (_sequence, chunk_forward, chunk_backward):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -35,15 +43,21 @@ def forget_plans() -> None:
 def short_segments(monkeypatch):
     """Segments of a chunk or two, so that a short sequence has several."""
     forget_plans()
-    monkeypatch.setattr(segments, "SHORTEST", 1)
+    monkeypatch.setattr(_sequence, "SHORTEST", 1)
     yield
     forget_plans()
 
 
-def launches_of(monkeypatch, module) -> list:
-    """The launches from a module from now on."""
-    seen, launch = [], module.launch
-    monkeypatch.setattr(module, "launch", lambda kernel, *rest: (seen.append(rest), launch(kernel, *rest))[1])
+@pytest.fixture
+def kernels(monkeypatch) -> set[str]:
+    """Names of the kernels that are launched."""
+    seen, launch = set(), _launch.Launcher.__call__
+
+    def watched(self, *arguments) -> None:
+        seen.add(self._kernel.fn.__name__)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(_launch.Launcher, "__call__", watched)
     return seen
 
 
@@ -55,10 +69,9 @@ SEGMENTED = (
 
 
 @pytest.mark.parametrize("case", in_turn(*SEGMENTED), ids=str)
-def test_segments(case, short_segments, monkeypatch):
-    seen = launches_of(monkeypatch, segments)
+def test_segments(case, short_segments, kernels):
     check_chunks(case)
-    assert seen, "nothing was cut"
+    assert "segment_states_kernel" in kernels, "nothing was cut"
 
 
 def joined_cases(H: int, K: int, V: int, **changes):
@@ -79,9 +92,9 @@ JOINED_SEGMENTS = (
 
 def guarded_cases():
     """What `guarded.py` runs."""
-    packs.VECTOR_DTYPES = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
+    prepare.JOINED_VECTORS = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
     yield from (case for cases in JOINED for case in cases)
-    segments.SHORTEST = 1
+    _sequence.SHORTEST = 1
     forget_plans()
     yield from (case for cases in JOINED_SEGMENTS for case in cases)
 
@@ -95,7 +108,7 @@ def pack_of(lengths: list[int], dtype: torch.dtype = torch.float16, **changes) -
 
 def test_what_is_joined():
     """Packs without states in or out, unless they are of long sequences or fp16's decays per channel."""
-    long = packs.SHORT_AVERAGE + 1
+    long = _packs.SHORT_AVERAGE + 1
     state = torch.zeros(2, 1, 4, 4)
     for problem, has_states, joined in (
         (pack_of([5, 3]), False, True),
@@ -107,39 +120,38 @@ def test_what_is_joined():
         (pack_of([5, 3], torch.bfloat16, gk=state), False, True),
         (replace(pack_of([5, 3]), cu_seqlens=None), False, False),
     ):
-        packs.join(problem, has_states)
-        assert (problem.begins is not None) == joined
-        assert problem.num_states == (1 if joined or problem.cu_seqlens is None else 2)
+        prepared = prepare.prepare(problem, has_states)
+        assert (prepared.begins is not None) == joined
+        assert prepared.state_shape[0] == (1 if joined or problem.cu_seqlens is None else 2)
+        assert prepared.pack is (prepared.begins if joined else problem.cu_seqlens)
+        assert prepared.lengths is (None if joined else problem.cu_seqlens)
 
 
 @pytest.mark.parametrize("lengths", ([1], [0, 3, 0, 0, 2, 1, 0], [64, 64], [1] * 70, [1500, 0, 800]), ids=str)
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
 def test_first_tokens_of_a_joined_pack(lengths, dtype):
-    problem = pack_of(lengths)
-    problem.cu_seqlens = problem.cu_seqlens.to(dtype)
-    packs.join(problem, False)
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-    assert torch.equal(problem.begins.long(), starts.repeat_interleave(torch.tensor(lengths)))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    begins = _packs.join(bounds.to(dtype), sum(lengths), False)
+    starts = bounds[:-1]
+    assert torch.equal(begins.long(), starts.repeat_interleave(torch.tensor(lengths)))
 
 
 @pytest.fixture
 def vectors_in_float16(monkeypatch):
     """The interpreter cannot do what is joined of them on a GPU, bfloat16."""
-    monkeypatch.setattr(packs, "VECTOR_DTYPES", (torch.float16,))
+    monkeypatch.setattr(prepare, "JOINED_VECTORS", (torch.float16,))
 
 
 @pytest.mark.parametrize("case", in_turn(*JOINED), ids=str)
-def test_joined_packs(case, vectors_in_float16, monkeypatch):
-    seen = launches_of(monkeypatch, packs)
+def test_joined_packs(case, vectors_in_float16, kernels):
     check_chunks(case)
-    assert seen, "nothing was joined"
+    assert "begins_kernel" in kernels, "nothing was joined"
 
 
 @pytest.mark.parametrize("case", in_turn(*JOINED_SEGMENTS), ids=str)
-def test_joined_packs_in_segments(case, short_segments, vectors_in_float16, monkeypatch):
-    joined, cut = launches_of(monkeypatch, packs), launches_of(monkeypatch, segments)
+def test_joined_packs_in_segments(case, short_segments, vectors_in_float16, kernels):
     check_chunks(case)
-    assert joined and cut, "nothing was joined, or cut"
+    assert kernels >= {"begins_kernel", "segment_states_kernel"}, "nothing was joined, or cut"
 
 
 SCALAR = [[case for case in cases if case.spec.name == "simple_gla"] for cases in SEGMENTED]
@@ -206,4 +218,4 @@ SPECIAL = [
 
 @pytest.mark.parametrize("case", in_turn(NARROW, HALVES) + EXTREME + SPECIAL, ids=str)
 def test_recurrent_forward_and_backward(case):
-    check_direct(case, recurrent.forward, recurrent.backward)
+    check_direct(case, recurrent_forward.forward, recurrent_backward.backward)

@@ -2,20 +2,20 @@
 
 `kernel[grid](*args, **constants)` spends more time on types, alignments and cache keys than a small kernel runs. What
 that work decides is remembered here per signature: the types of the arguments, their device, and that every pointer is
-aligned to 16 bytes, as torch allocates them. A call that differs in any of it, a watched one (launch hooks) and one in
-the interpreter or on another vendor's GPU goes Triton's way.
+aligned to 16 bytes, as torch allocates them. Some calls always go Triton's own way: those with an unaligned pointer or
+an integer of 64 bits; those with an argument that is not exactly a `Tensor` or `Parameter`, an `int`, a `float` or None
+(a subclass may be anything: what it points to, or how Triton takes it, is not for us to guess); those that launch hooks
+watch; those in the interpreter or on another vendor's GPU.
 
 The call of a compiled kernel is the same in Triton 3.3 to 3.9:
 `run(grid x, y, z, stream, function, packed metadata, launch metadata, enter hook, exit hook, *all arguments)`, where a
-pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut. In one whose `run` is
-the known frame around a C function (`_entry`), that function is called.
+pointer may be a number. A Triton whose compiled kernels have no such parts is never short-cut. (The C function behind
+`run` could be called without its frame: that saves a microsecond a launch, and knows too much of Triton for it.)
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,8 @@ from triton.runtime.jit import JITFunction
 from fla.backends.triton._ahead import compilers, rehearsed, under_way
 
 ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that miss it
-ALLOCATED = 512  # bytes to which torch aligns what it allocates
-MIXED = object()  # stands for the device of tensors on several ones
-# what the C function behind `run` takes before the kernel's arguments, in the one form known here (Triton 3.6): grid,
-# stream, function, cooperative, dependent launch, scratch, profiler's scratch, metadata, its launch's, hooks
-ENTRY_FORMAT = "iiiKKppOOOOOO"
+UNALIGNED = 1  # what stands for the pointers of a call that must go Triton's way
+MIXED = object()  # in place of a device: the tensors of a call lie on more than one
 
 _data_ptr, _get_device = Tensor.data_ptr, Tensor.get_device  # unbound: a fifth faster to call
 _launchers: dict[tuple, "Launcher"] = {}
@@ -100,9 +97,10 @@ def launch(kernel, grid: int, args: tuple, constants: dict[str, Any], num_warps:
 
 
 def launcher_of(kernel, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 1) -> "Launcher":
-    """The one launcher of these settings."""
-    # values alone: a kernel's constants come in one order; and the launcher keeps the kernel, so its id stays
-    key = (id(kernel), num_warps, num_stages, *constants.values())
+    """The one launcher of these settings. What is launched often keeps it: this takes a microsecond."""
+    # the types too, for 1, 1.0 and True are equal, but not to a kernel; the launcher keeps the kernel, so its id stays
+    values = constants.values()
+    key = (id(kernel), num_warps, num_stages, *constants, *values, *map(type, values))
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = Launcher(kernel, constants, num_warps, num_stages)
@@ -120,22 +118,6 @@ class Compiled(NamedTuple):
     tail: tuple  # the values of the arguments behind `args`
     scratch: int  # bytes of memory for its descriptors that a program needs
     owner: Any  # keeps the module of `function` loaded
-    entry: tuple[Callable, int, int] | None = None  # the C function behind `run`, with what `run` knows for it
-
-
-def _entry(run: Any, scratch: int) -> tuple[Callable, int, int] | None:
-    """What `run` calls, where it is a launcher whose every step is known; else None."""
-    launch = getattr(run, "launch", None)
-    if type(run).__name__ != "CudaLauncher" or type(launch) is not BuiltinFunctionType:  # one may wrap another
-        return None
-    if getattr(sys.modules[type(run).__module__], "_BASE_ARGS_FORMAT", None) != ENTRY_FORMAT:
-        return None
-    parts = ("num_ctas", "global_scratch_size", "global_scratch_align", "profile_scratch_size")
-    ctas, size, alignment, profiled = (getattr(run, name, None) for name in parts)
-    flags = getattr(run, "launch_cooperative_grid", None), getattr(run, "launch_pdl", None)
-    if ctas != 1 or size != scratch or profiled != 0 or None in (alignment, *flags) or (size and ALLOCATED % alignment):
-        return None
-    return launch, *flags
 
 
 class Launcher:
@@ -158,7 +140,7 @@ class Launcher:
                 add(x)
                 note(x)
                 continue
-            kind = x.__class__
+            kind = type(x)
             if kind is Tensor or kind is Parameter:
                 pointer = _data_ptr(x)
                 bits |= pointer
@@ -170,8 +152,15 @@ class Launcher:
             else:
                 add(x)
                 note(kind)
-                if kind is int and not -0x80000000 <= x <= 0x7FFFFFFF:  # would be 64 bits wide
-                    bits = 1
+                if kind is int:
+                    if not -0x80000000 <= x <= 0x7FFFFFFF:  # would be 64 bits wide
+                        bits = UNALIGNED
+                elif kind is not float:
+                    bits = UNALIGNED
+                    if isinstance(x, Tensor):  # a subclass: Triton asks it what it needs, but for the device
+                        index = x.get_device()
+                        if index != device:
+                            device = index if device is None else MIXED
         note(device)
         signature = tuple(key)
         compiled = None if bits % ALIGNMENT else self._compiled.get(signature)
@@ -180,21 +169,13 @@ class Launcher:
             if compiled is not None and not bits % ALIGNMENT:
                 self._compiled[signature] = compiled
             return
-        run, function, metadata, current_device, current_stream, tail, scratch, _, entry = compiled
+        run, function, metadata, current_device, current_stream, tail, scratch, _ = compiled
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(grid, args)
-        stream = current_stream(device)
-        if entry is not None and (not scratch or _is_without_allocator()):
-            launch, cooperative, dependent = entry
-            memory = _allocate(grid * scratch, ALIGNMENT, stream) if scratch else None
-            pointer = memory if memory is None else _data_ptr(memory)  # a tensor's would be looked up in the driver
-            fixed = (function, cooperative, dependent, pointer, None, metadata, None, None, None)
-            launch(grid, 1, 1, stream, *fixed, *values, *tail)
-            return
         if scratch:
             _provide_scratch()
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *values, *tail)
+        run(grid, 1, 1, current_stream(device), function, metadata, None, None, None, *values, *tail)
 
     def _launch_slowly(self, grid: int, args: tuple, device: Any) -> Compiled | None:
         """Triton's own launch; what the next one of this signature can do without it, or None."""
@@ -253,12 +234,11 @@ class Launcher:
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # the same, less the check that CUDA is up
         scratch = getattr(made.metadata, "global_scratch_size", 0)
-        stream, entry = active.get_current_stream, _entry(run, scratch)
-        return Compiled(run, function, metadata, current_device, stream, tail, scratch, made, entry)
+        return Compiled(run, function, metadata, current_device, active.get_current_stream, tail, scratch, made)
 
 
 def _signature(args: tuple, device: int) -> tuple:
-    return device, *(x.dtype if isinstance(x, Tensor) else x.__class__ for x in args)
+    return device, *(x.dtype if isinstance(x, Tensor) else type(x) for x in args)
 
 
 def _is_watched(kernel) -> bool:

@@ -17,18 +17,6 @@ DEAD_LOG_DECAY = tl.constexpr(-16.0)  # below it a gate's gradient is rounding n
 
 
 @triton.jit
-def sequence(cu_seqlens, i_n, T):
-    """First token (64 bits) and number of tokens of sequence `i_n`."""
-    if cu_seqlens is None:
-        start = i_n.to(tl.int64) * T
-        length = T
-    else:
-        start = tl.load(cu_seqlens + i_n).to(tl.int64)
-        length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start).to(tl.int32)
-    return start, length
-
-
-@triton.jit
 def columns_mask(m_row, o_d, D):
     """`m_row` for tiles that lie inside D columns, with the columns after D masked too for others and where D is known
     at run time alone."""

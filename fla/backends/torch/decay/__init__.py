@@ -8,18 +8,33 @@ backward that gives gate gradients: those are differences of large sums).
 import torch
 from torch import Tensor
 
-from fla.backends.decay import Gradients, Problem
+from fla.backends.decay import DEAD_LOG_DECAY, Problem
+from fla.backends.torch._step import stepping
 from fla.backends.torch.decay import chunk, steps
 
+GATES = ("g", "gk", "gv")
 
-def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    """Outputs in v's dtype, and the final state or None."""
+
+def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, None]:
+    """Nothing is kept: the backward computes again what it needs."""
     compute = steps if problem.gv is not None else chunk
-    return compute.forward(problem, output_final_state, problem.state_dtype)
+    return (*compute.forward(problem, output_final_state, problem.state_dtype), None)
 
 
-def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:
+def backward(
+    problem: Problem, saved: tuple, do: Tensor, dht: Tensor | None, needs: tuple[str, ...]
+) -> dict[str, Tensor | None]:
     """Gradients in the compute dtype; the caller casts them."""
     compute = steps if problem.gv is not None else chunk
+    needs_gates = any(name in needs for name in GATES)
     dtype = torch.float64 if needs_gates and problem.q.dtype == torch.float32 else problem.state_dtype
-    return compute.backward(problem, do, dht, needs_gates, dtype)
+    found = compute.backward(problem, do, dht, needs_gates, dtype)
+    if problem.q.dtype != torch.float64:
+        for name in GATES:
+            gate, gradient = getattr(problem, name), found.get(name)
+            if gate is not None and gradient is not None:  # below this it is rounding noise
+                found[name] = gradient.masked_fill(gate < DEAD_LOG_DECAY, 0.0)
+    return found
+
+
+step = stepping(forward)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla.backends.decay import MIN_LOG_DECAY, Gradients, Problem
-from fla.backends.torch.decay.layout import Layout
+from fla.backends.decay import MIN_LOG_DECAY, Problem
+from fla.backends.torch._layout import Layout
 
 CHUNK = 64
 SAFE_RANGE = 80.0  # nats that float32 holds in exp() on either side of a chunk's middle
@@ -52,7 +52,9 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> t
     return o, final_state if output_final_state else None
 
 
-def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype) -> Gradients:
+def backward(
+    problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
     chunks = _split(problem, dtype)
     starts, final_state = _states(problem, chunks)
     do = chunks.layout.split(do.to(dtype) * problem.scale)
@@ -71,11 +73,11 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
         dg = chunks.layout.join(dg)
         dg, dgk = (dg[..., 0], None) if problem.gk is None else (None, dg)
     dq, dk, dv = (chunks.layout.join(x) for x in (dq, dk, dv))
-    return Gradients(dq, dk, dv, dg, dgk, None, dh0 if problem.initial_state is not None else None)
+    return {"q": dq, "k": dk, "v": dv, "g": dg, "gk": dgk, "initial_state": dh0}
 
 
 def _split(problem: Problem, dtype: torch.dtype) -> _Chunks:
-    layout = Layout(problem, CHUNK)
+    layout = Layout(problem.q.shape, problem.cu_seqlens, problem.q.device, CHUNK)
     gate = problem.gk
     if problem.g is not None:
         gate = problem.g[..., None]

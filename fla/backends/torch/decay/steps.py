@@ -10,8 +10,8 @@ dgk_t = sum_{s >= t} (q dq - k dk)_s + rowsum(S_T * dS_T)           dgv_t = sum_
 import torch
 from torch import Tensor
 
-from fla.backends.decay import MIN_LOG_DECAY, Gradients, Problem
-from fla.backends.torch.decay.layout import Layout
+from fla.backends.decay import MIN_LOG_DECAY, Problem
+from fla.backends.torch._layout import Layout
 
 
 def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -19,7 +19,9 @@ def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> t
     return o.to(problem.output_dtype), state if output_final_state else None
 
 
-def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype) -> Gradients:
+def backward(
+    problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
     do = do.to(dtype)
     o, final_state, dq = _run(problem, dtype, do)
     layout, q, k, v, decays = _tokens(problem, dtype)
@@ -40,12 +42,12 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
         dgk = key if problem.gk is not None else None
         dg = key.sum(-1) if problem.g is not None else None
         dgv = _suffix_sums(layout, o * do - problem.v * dv, change.sum(-2))
-    return Gradients(dq, dk, dv, dg, dgk, dgv, state if problem.initial_state is not None else None)
+    return {"q": dq, "k": dk, "v": dv, "g": dg, "gk": dgk, "gv": dgv, "initial_state": state}
 
 
 def _tokens(problem: Problem, dtype: torch.dtype):
     """The tensors token by token: `[tokens, H, D]`, and the decays of the key and of the value axis."""
-    layout = Layout(problem, 1)
+    layout = Layout(problem.q.shape, problem.cu_seqlens, problem.q.device, 1)
     q, k, v = (layout.split(x.to(dtype))[:, :, 0] for x in (problem.q, problem.k, problem.v))
     key = problem.gk
     if problem.g is not None:

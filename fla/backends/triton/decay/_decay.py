@@ -1,4 +1,4 @@
-"""What the chunk kernels share: decay kinds, where a program's piece of a sequence lies, decays inside a chunk.
+"""What the chunk kernels share: decay kinds, and decays inside a chunk.
 
 With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a
 factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per
@@ -9,22 +9,21 @@ That holds while the factors fit in their dtype. Heads with stronger decays are 
 pair) or SHORT (chunks of 16 tokens, each with a middle of its own). A launch has both (KINDS), and each of its programs
 takes the one that its head needs.
 
-A sequence may be cut into segments of L tokens, each a program of its own (`segments.py`). The short sequences of a
-pack are JOINED: computed as one row whose chunks hold several of them (`packs.py`). Then a kernel's argument `pack` is
-the first token of each token's sequence, `[T]`, otherwise it is `cu_seqlens`.
+A kernel's argument `pack` is `begins` `[T]` where KINDS says that a pack is JOINED, otherwise it is `cu_seqlens`
+(`../_sequence.py`).
 """
-
-import functools
 
 import triton
 import triton.language as tl
 
-from fla.backends.triton._lib import load_state, log2_decay, sequence
+from fla.backends.triton._lib import load_state, log2_decay
+from fla.backends.triton._sequence import CHUNK, chunk_slot, chunk_slots, state_gradient_after
 
-CHUNK = tl.constexpr(64)  # tokens a chunk
 SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
 MARKS = tl.constexpr(256)  # marks that a program reads at once
-TILE = tl.constexpr(64)  # channels of a tile: narrower ones are unsafe on Hopper
+WIDEST = 256  # key channels that one program of the forward holds
+# channels of V (dq, dk) or of K (dv) that one program of the backward holds, where its roles are not alone in a launch
+WIDEST_BACKWARD = 128
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
 UNIT = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
 PAIR = 8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
@@ -35,22 +34,9 @@ NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # the same in fp16, where s
 
 
 @triton.jit
-def segment(cu_seqlens, i_n, i_s, T, L):
-    """First token (64 bits) of sequence `i_n`, its length, and the bounds of its segment `i_s` relative to it."""
-    start, length = sequence(cu_seqlens, i_n, T)
-    return start, length, i_s * L, tl.minimum(length, (i_s + 1) * L)
-
-
-@triton.jit
 def is_near(total, DTYPE: tl.constexpr):
     """Whether rows can be scaled to a chunk's middle, for a chunk (or the strongest of many) of this log2 decay."""
     return total >= (NEAR_FP16 if tl.float16 == DTYPE else NEAR)
-
-
-@triton.jit
-def is_behind(i_s, t_begin, length):
-    """Whether a segment lies behind its sequence (a sequence without tokens still has its first one)."""
-    return (t_begin >= length) & (i_s > 0)
 
 
 @triton.jit
@@ -67,15 +53,6 @@ def is_far(g, cu_seqlens, i_state, states, start, length, T, H, DTYPE: tl.conste
 
 
 @triton.jit
-def head_base(cu_seqlens, start, i_h, T, H):
-    """Where a head's numbers begin in what is stored head by head (`[B, H, T]`; of a pack `[H, T]`)."""
-    if cu_seqlens is None:
-        return start * H + i_h * T
-    else:
-        return start + i_h * T
-
-
-@triton.jit
 def first_slot(cu_seqlens, start, i_n, T):
     """Where the factors of a sequence's chunks begin, in a numbering that needs no sums over sequences. It is that of
     short chunks, of which there are most: factors of one kind never lie where another head's of the other kind do."""
@@ -83,59 +60,6 @@ def first_slot(cu_seqlens, start, i_n, T):
         return i_n * tl.cdiv(T, SHORT_CHUNK)
     else:
         return start // SHORT_CHUNK + i_n
-
-
-@triton.jit
-def starts_of(begins, t, t_end, C: tl.constexpr):
-    """Where the sequences begin to which the tokens of the chunk at `t` belong, `[C]`, and where that of its last token
-    does: counted from `t`, so negative for a sequence that comes from before. (Not read where nothing is joined.)"""
-    if begins is None:
-        return 0, 0
-    else:
-        b_first = tl.load(begins + tl.minimum(t + tl.arange(0, C), t_end - 1)) - t
-        return b_first, tl.load(begins + tl.minimum(t + C, t_end) - 1) - t
-
-
-@triton.jit
-def of_one_sequence(m_pair, begins, b_first, REVERSE: tl.constexpr):
-    """Those pairs of rows and earlier columns (REVERSE: later ones) that belong to one sequence."""
-    if begins is None:
-        return m_pair
-    else:
-        o_c = tl.arange(0, m_pair.shape[0])
-        if REVERSE:
-            return m_pair & (o_c[:, None] >= b_first[None, :])
-        else:
-            return m_pair & (o_c[None, :] >= b_first[:, None])
-
-
-@triton.jit
-def from_before(x, begins, b_first):
-    """The rows of `x` whose sequence comes from before the chunk, the others as zeros."""
-    if begins is None:
-        return x
-    else:
-        return tl.where((b_first < 0)[:, None], x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def going_on(x, begins, last):
-    """The rows of `x` that belong to the chunk's last sequence, which may go on behind it, the others as zeros."""
-    if begins is None:
-        return x
-    else:
-        return tl.where((tl.arange(0, x.shape[0]) >= last)[:, None], x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def passing(x, begins, last):
-    """`x` if one sequence takes in the whole chunk and the token before it, else zeros."""
-    if begins is None:
-        return x
-    else:
-        # by bits: a `where` between an accumulator and its next dot is what Triton 3.6 fails on for Blackwell
-        bits = x.to(tl.int32, bitcast=True) & tl.where(last < 0, -1, 0)
-        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -161,21 +85,6 @@ def near_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
     """`G - m` `[C]` of a chunk and the factor of a state from one end of it to its middle, `exp2(G_C / 2)`."""
     b_G, total = scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND)
     return b_G - 0.5 * total, tl.exp2(0.5 * total)
-
-
-@triton.jit
-def chunk_slots(cu_seqlens, T, N):
-    """Numbers for chunks (`chunk_slot`), at least one for each."""
-    return N * tl.cdiv(T, CHUNK) if cu_seqlens is None else T // CHUNK + N
-
-
-@triton.jit
-def chunk_slot(cu_seqlens, start, i_n, T):
-    """The number of a sequence's first chunk, of which no other sequence's chunks have any."""
-    if cu_seqlens is None:
-        return i_n * tl.cdiv(T, CHUNK)
-    else:
-        return start // CHUNK + i_n
 
 
 @triton.jit
@@ -223,33 +132,6 @@ def pair_decay(b_G, m_pair):
 
 
 @triton.jit
-def state_before(h0, local, i_state, i_s, S, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """The state at the start of segment `i_s` at two broadcastable index tensors: the initial state and what the
-    segments before left, each decayed by those between (`segments.py`)."""
-    b_S = (o_k + o_v).to(tl.float32) * 0.0
-    if h0 is not None:
-        b_S += load_state(h0, i_state, o_k, o_v, K, V)
-    if local is not None:
-        for s in range(0, i_s):
-            b_S = add_segment(b_S, local + (i_state * S + s) * (K * V + K), o_k, o_v, K, V)
-    return b_S
-
-
-@triton.jit
-def state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """The gradient of the state at the end of segment `i_s` of `count`, in units of `scale`: `state_before`, reversed.
-    Its slots lie behind those of all `states`."""
-    b_dS = (o_k + o_v).to(tl.float32) * 0.0
-    if dht is not None:
-        b_dS += load_state(dht, i_state, o_k, o_v, K, V) / scale
-    if local is not None:
-        for s in range(0, count - 1 - i_s):
-            slot = local + ((states + i_state) * S + count - 1 - s) * (K * V + K)
-            b_dS = add_segment(b_dS, slot, o_k, o_v, K, V)
-    return b_dS
-
-
-@triton.jit
 def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
     """`<S, dS>` of every channel of K, for the state at the end of a segment (`at`: which one). It takes the S of a
     role's rounded operands: with any other the gate gradient's terms do not cancel."""
@@ -263,16 +145,3 @@ def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, 
         if t_end == length:
             b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
             tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
-
-
-@triton.jit
-def add_segment(b_S, slot, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """`b_S` decayed by a segment, plus what the segment adds. A slot holds its `[K, V]` sum, then its `[K]` decay."""
-    b_decay = tl.load(slot + K * V + o_k, mask=o_k < K, other=0.0)
-    return b_S * b_decay + load_state(slot, 0, o_k, o_v, K, V)
-
-
-@functools.cache
-def padded(size: int) -> int:
-    """The tile that holds a head dimension."""
-    return max(TILE.value, triton.next_power_of_2(size))

@@ -21,13 +21,15 @@ the dots used, and the states enter their dots as high and low halves, else the 
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, empty_as, has_tensor_descriptors, launch
+from fla.backends.triton._launch import Launcher, ceil_div, empty_as, has_tensor_descriptors, launcher_of
 from fla.backends.triton._lib import (
     POINTERS,
     TILES,
@@ -39,42 +41,46 @@ from fla.backends.triton._lib import (
     store_state,
     tiles_of,
 )
-from fla.backends.triton.decay._decay import (
+from fla.backends.triton._sequence import (
     CHUNK,
+    TILE,
+    from_before,
+    going_on,
+    head_base,
+    is_behind,
+    of_one_sequence,
+    padded,
+    passing,
+    segment,
+    segment_length,
+    starts_of,
+    state_before,
+    state_gradient_after,
+)
+from fla.backends.triton._slices import sum_slices
+from fla.backends.triton.decay._decay import (
     FAR_CONSTANT,
     FAR_SCALAR,
     NONE,
     PAIR,
     SCALAR,
     SHORT,
-    TILE,
     UNIT,
     VECTOR,
+    WIDEST,
+    WIDEST_BACKWARD,
     factor_on,
     first_slot,
-    from_before,
-    going_on,
-    head_base,
-    is_behind,
     is_far,
     marks_size,
     near_decay,
-    of_one_sequence,
-    padded,
-    passing,
     scale_rows,
-    segment,
-    starts_of,
-    state_before,
-    state_gradient_after,
     store_change,
 )
 from fla.backends.triton.decay.far_backward import far_role
 from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
-from fla.backends.triton.decay.packs import join
-from fla.backends.triton.decay.prepare import Prepared
-from fla.backends.triton.decay.segments import segment_length, segment_states
-from fla.backends.triton.decay.slices import WIDEST, WIDEST_BACKWARD, sum_slices
+from fla.backends.triton.decay.prepare import Prepared, prepare
+from fla.backends.triton.decay.segments import add_state_gradients, segment_states
 
 # roles of a launch; whether gate gradients are wanted; whether slices may be 256 wide, not 128; WAYS times
 # how tiles come (`load_tile`), in the bits above
@@ -373,29 +379,59 @@ def chunk_backward_kernel(
             )
 
 
+class _Plan(NamedTuple):
+    NK: int  # slices of K
+    NV: int  # slices of V
+    keys: int  # programs of dq a head, and of dk
+    L: int  # tokens a segment: the forward's, whose states of segments are kept
+    launches: tuple[tuple[int, Launcher], ...]  # with their programs
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int, width: int) -> tuple[int, int, int, int, int]:
-    """Slices of this width of K and of V, programs of dq (and of dk) and of dv a head, tokens a segment (the forward's,
-    whose states of segments are kept): from shapes alone."""
+def _plan(N: int, H: int, K: int, V: int, T: int, kinds: int, tiled: bool, needs_gate: bool) -> _Plan:
+    """From shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
+    wide = tiled and max(K, V) > WIDEST_BACKWARD and kinds < PAIR
+    width = WIDEST if wide else WIDEST_BACKWARD
     NK, NV = ceil_div(K, min(padded(K), width)), ceil_div(V, min(padded(V), width))
     keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
-    return NK, NV, keys, values, segment_length(T, N * H * ceil_div(V, TILE.value))
+    L = segment_length(T, N * H * ceil_div(V, TILE.value))
+    pieces = N * H * ceil_div(T, L)
+    constants = {"K": K, "V": V, "KINDS": kinds}
+    if wide:  # together they spill ten times what each does alone
+        launches = []
+        for role, programs in ((DQ, keys), (DK, keys), (DV, values)):
+            launcher = launcher_of(chunk_backward_kernel, {**constants, "ROLES": role.value + ON_TILES})
+            launches.append((pieces * programs, launcher))
+        return _Plan(NK, NV, keys, L, tuple(launches))
+    roles, stages = ALL_ROLES | (GATES.value if needs_gate else 0), 2
+    if tiled and NK == NV == 1:  # (sums of slices gain nothing)
+        gated = kinds % PAIR in (VECTOR.value, SCALAR.value)  # then registers are short
+        way, stages = (TILES.value, 2) if gated else (TO_REGISTERS.value, 3)
+        roles += WAYS.value * way
+    launcher = launcher_of(chunk_backward_kernel, {**constants, "ROLES": roles}, 4, stages)
+    return _Plan(NK, NV, keys, L, ((pieces * (2 * keys + values), launcher),))
 
 
-def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs_gate: bool):
-    """dq, dk, dv, the gate's gradient or None, dh0 or None."""
-    if problem.kept is None and problem.prepared is None:  # else as the forward had it
-        join(problem, dht is not None)
+def backward(
+    problem: Problem, saved: tuple[Tensor | None, ...], do: Tensor, dht: Tensor | None, needs_gate: bool
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, of the gate if `needs_gate`, and of the initial state if there is one."""
+    local = None
+    if saved:
+        local, gate, begins = saved
+        prepared = Prepared(problem, begins, gate)
+    else:
+        prepared = prepare(problem, dht is not None)
     v = problem.v
-    N, H, K, V = shape = problem.state_shape
+    N, H, K, V = shape = prepared.state_shape
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
     vector = problem.gk is not None
-    prepared = Prepared(problem)
-    tiled = problem.lengths is None and CHUNK.value < T and has_tensor_descriptors(prepared.q, prepared.k, v, do)
-    wide = tiled and max(K, V) > WIDEST_BACKWARD and prepared.kinds < PAIR
-    NK, NV, keys, values, L = _plan(N, H, K, V, T, WIDEST if wide else WIDEST_BACKWARD)
+    tiled = prepared.lengths is None and CHUNK.value < T and has_tensor_descriptors(prepared.q, prepared.k, v, do)
+    NK, NV, keys, L, launches = _plan(N, H, K, V, T, prepared.kinds, tiled, needs_gate)
     S = ceil_div(T, L)
-    local = None if S == 1 else segment_states(problem, prepared, L, do)
+    if S > 1:
+        local = segment_states(problem, prepared, L, with_room=True) if local is None else local
+        add_state_gradients(problem, prepared, L, local, do)
     dh0 = None if problem.initial_state is None else v.new_empty(shape, dtype=torch.float32)
     whole = NK == 1 and (vector or NV == 1)  # else partial sums
     sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]
@@ -407,34 +443,29 @@ def backward(problem: Problem, do: torch.Tensor, dht: torch.Tensor | None, needs
     if vector or needs_gate:
         rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
     arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
-    arguments = (*arguments, problem.pack, problem.scale, T, H, L)
-    if wide:  # together they spill ten times what each does alone
-        for role, programs in ((DQ, keys), (DK, keys), (DV, values)):
-            constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": role.value + ON_TILES}
-            launch(chunk_backward_kernel, N * H * S * programs, arguments, constants)
-    else:
-        roles, stages = ALL_ROLES | (GATES.value if needs_gate else 0), 2
-        if tiled and NK == NV == 1:  # (sums of slices gain nothing)
-            gated = vector or problem.g is not None  # then registers are short
-            way, stages = (TILES.value, 2) if gated else (TO_REGISTERS.value, 3)
-            roles += WAYS.value * way
-        constants = {"K": K, "V": V, "KINDS": prepared.kinds, "ROLES": roles}
-        launch(chunk_backward_kernel, N * H * S * (2 * keys + values), arguments, constants, 4, stages)
+    arguments = (*arguments, prepared.pack, problem.scale, T, H, L)
+    for grid, launch in launches:
+        launch(grid, arguments)
+    dg = None
     if vector:
         dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
-        return dq, dk, grads if whole else _sum(grads, NK, v), dg, dh0
-    if whole and K == V:
+        dv = grads if whole else _sum(grads, NK, v)
+    elif whole and K == V:
         dq, dk, dv = grads.unsafe_split(v.shape[0])  # not as views, whose bookkeeping takes microseconds
     else:
         dq, dk, dv = grads.split(sizes)
         dq, dk, dv = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), _sum(dv, NK, v)
-    dg = None
-    if needs_gate:
-        dg = close_gate_gradient(problem, rows, dht is not None, 2 * keys, NV, L)
-    return dq, dk, dv, dg, dh0
+    if needs_gate and not vector:
+        dg = close_gate_gradient(problem, prepared, rows, dht is not None, 2 * keys, NV, L)
+    found = {"q": dq, "k": dk, "v": dv}
+    if dg is not None:
+        found["gk" if vector else "g"] = dg
+    if dh0 is not None:
+        found["initial_state"] = dh0
+    return found
 
 
-def _sum(parts: torch.Tensor, slices: int, like: torch.Tensor) -> torch.Tensor:
+def _sum(parts: Tensor, slices: int, like: Tensor) -> Tensor:
     """The sum of partial gradients, in the dtype and shape of the input."""
     if slices == 1 and parts.dtype == like.dtype:
         return parts.view(like.shape)

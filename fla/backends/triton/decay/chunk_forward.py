@@ -22,7 +22,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fla.backends._recurrence import Saved
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import Launcher, ceil_div, empty_as, has_tensor_descriptors, launcher_of
 from fla.backends.triton._lib import (
@@ -35,8 +37,23 @@ from fla.backends.triton._lib import (
     store_state,
     tiles_of,
 )
-from fla.backends.triton.decay._decay import (
+from fla.backends.triton._sequence import (
     CHUNK,
+    TILE,
+    from_before,
+    going_on,
+    head_base,
+    is_behind,
+    of_one_sequence,
+    padded,
+    passing,
+    segment,
+    segment_length,
+    starts_of,
+    state_before,
+)
+from fla.backends.triton._slices import sum_slices
+from fla.backends.triton.decay._decay import (
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
@@ -46,33 +63,21 @@ from fla.backends.triton.decay._decay import (
     SCALAR,
     SHORT,
     SHORT_CHUNK,
-    TILE,
     UNIT,
     VECTOR,
+    WIDEST,
     factor_on,
     factor_to,
     first_slot,
-    from_before,
-    going_on,
-    head_base,
-    is_behind,
     is_far,
     marks_size,
     near_decay,
-    of_one_sequence,
-    padded,
     pair_decay,
-    passing,
     scalar_decay,
     scale_rows,
-    segment,
-    starts_of,
-    state_before,
 )
-from fla.backends.triton.decay.packs import join
-from fla.backends.triton.decay.prepare import Prepared
-from fla.backends.triton.decay.segments import segment_length, segment_states
-from fla.backends.triton.decay.slices import WIDEST, sum_slices
+from fla.backends.triton.decay.prepare import prepare
+from fla.backends.triton.decay.segments import segment_states
 
 
 @triton.jit
@@ -231,24 +236,24 @@ def _plan(
     return slices, L, grid, tuple(launches)
 
 
-def forward(problem: Problem, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`o` `[B, T, H, V]` in the problem's output dtype and the final state float32 `[N, H, K, V]` or None."""
-    join(problem, output_final_state)
+def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, Saved | None]:
+    """`o` `[B, T, H, V]` in the problem's output dtype, the final state float32 `[N, H, K, V]` or None, and if `keep`
+    what a backward finds."""
+    prepared = prepare(problem, output_final_state)
     v = problem.v
-    N, H, K, V = shape = problem.state_shape
+    N, H, K, V = shape = prepared.state_shape
     T = v.shape[1]
-    prepared = Prepared(problem)
-    tiled = problem.lengths is None and CHUNK.value < T  # descriptors cost a program two microseconds
+    tiled = prepared.lengths is None and CHUNK.value < T  # descriptors cost a program two microseconds
     tiled = tiled and has_tensor_descriptors(prepared.q, prepared.k, v)
     slices, L, grid, launches = _plan(N, H, K, V, T, prepared.kinds, v.dtype, tiled)
     o = empty_as(v, problem.output_dtype)
     parts = v.new_empty((slices, *v.shape), dtype=torch.float32) if slices > 1 else o
     ht = v.new_empty(shape, dtype=torch.float32) if output_final_state else None
-    local = None if L >= T else segment_states(problem, prepared, L)
+    local = None if L >= T else segment_states(problem, prepared, L, with_room=keep)
     arguments = (prepared.q, prepared.k, v, prepared.gate, problem.initial_state, local, parts, ht)
-    arguments += (problem.pack, problem.scale, T, H, L)
+    arguments += (prepared.pack, problem.scale, T, H, L)
     for launch in launches:
         launch(grid, arguments)
     if slices > 1:
         sum_slices(parts, o)
-    return o, ht
+    return o, ht, prepared.saved(problem, local) if keep else None

@@ -24,21 +24,16 @@ import triton
 import triton.language as tl
 
 from fla.backends.triton._lib import dot_split, load_rows, operand, store_rows, store_state
-from fla.backends.triton.decay._decay import (
+from fla.backends.triton._sequence import (
     CHUNK,
-    SHORT,
-    SHORT_CHUNK,
     TILE,
-    factor_to,
     of_one_sequence,
-    pair_decay,
     passing,
-    scalar_decay,
     starts_of,
     state_before,
     state_gradient_after,
-    store_change,
 )
+from fla.backends.triton.decay._decay import SHORT, SHORT_CHUNK, factor_to, pair_decay, scalar_decay, store_change
 
 STAGES = tl.constexpr(2)  # loads by pointers have room for no more beside a second program
 

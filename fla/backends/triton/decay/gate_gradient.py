@@ -5,38 +5,29 @@
 A program walks a sequence, or a part of one, of one head backwards.
 """
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, empty_as, launch
-from fla.backends.triton._lib import (
-    DEAD_LOG_DECAY,
-    INTERPRETED,
-    LOG2E,
-    MIN_LOG_DECAY,
-    load_rows,
-    sequence,
-    store_rows,
-)
-from fla.backends.triton.decay._decay import (
+from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launcher_of
+from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, LOG2E, MIN_LOG_DECAY, load_rows, store_rows
+from fla.backends.triton._sequence import (
     CHUNK,
-    SHORT,
-    SHORT_CHUNK,
     TILE,
-    UNIT,
-    VECTOR,
     going_on,
     head_base,
     is_behind,
-    is_far,
     of_one_sequence,
     padded,
     passing,
     segment,
+    sequence,
     starts_of,
 )
+from fla.backends.triton.decay._decay import SHORT, SHORT_CHUNK, UNIT, VECTOR, is_far
 from fla.backends.triton.decay.prepare import Prepared
 
 LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
@@ -211,30 +202,41 @@ def finish_vector_kernel(
             _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, KIND)
 
 
-def finish_vector(problem: Problem, prepared: Prepared, rows: torch.Tensor, NV: int, L: int, needs_gate: bool):
+def finish_vector(problem: Problem, prepared: Prepared, rows: Tensor, NV: int, L: int, needs_gate: bool):
     """dq, dk, dg or None of a vector problem, from the buffer `rows` of `chunk_backward_kernel`."""
-    N, H, K, _ = problem.state_shape
+    N, H, K, _ = prepared.state_shape
     T = problem.q.shape[1]
     q, k, g = problem.q, problem.k, problem.gk
     dq, dk = empty_as(q), empty_as(k)
     dg = empty_as(g) if needs_gate else None
     grid = N * H * ceil_div(T, L) * ceil_div(K, TILE.value)
-    arguments = (prepared.q, prepared.k, g, prepared.gate, rows, dq, dk, dg, problem.pack, T, H, L)
-    launch(finish_vector_kernel, grid, arguments, {"K": K, "NV": NV, "KINDS": prepared.kinds})
+    arguments = (prepared.q, prepared.k, g, prepared.gate, rows, dq, dk, dg, prepared.pack, T, H, L)
+    _vector_plan(K, NV, prepared.kinds)(grid, arguments)
     return dq, dk, dg
 
 
+@functools.lru_cache(maxsize=4096)
+def _vector_plan(K: int, NV: int, kinds: int) -> Launcher:
+    return launcher_of(finish_vector_kernel, {"K": K, "NV": NV, "KINDS": kinds})
+
+
 def close_gate_gradient(
-    problem: Problem, rows: torch.Tensor, has_change: bool, terms: int, changes: int, L: int
-) -> torch.Tensor:
+    problem: Problem, prepared: Prepared, rows: Tensor, has_change: bool, terms: int, changes: int, L: int
+) -> Tensor:
     """dg `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
-    N, H, K, _ = problem.state_shape
+    N, H, K, _ = prepared.state_shape
     T, cu_seqlens = problem.q.shape[1], problem.cu_seqlens
     dg = empty_as(problem.g)
-    if problem.begins is not None:  # each sequence has its own sum, and <S, dS> is 0
+    if prepared.begins is not None:  # each sequence has its own sum, and <S, dS> is 0
         rows, changes = rows[changes * N * H * ceil_div(T, L) * K :], 0
         N = cu_seqlens.shape[0] - 1
-    constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
     parts = min(ceil_div(T, LONG.value), PARTS.value) if cu_seqlens is None else 1
-    launch(scalar_gate_gradient_kernel, N * H * parts, (problem.g, rows, dg, cu_seqlens, T, H, L), constants)
+    launch = _scalar_plan(K, terms, changes, has_change)
+    launch(N * H * parts, (problem.g, rows, dg, cu_seqlens, T, H, L))
     return dg
+
+
+@functools.lru_cache(maxsize=4096)
+def _scalar_plan(K: int, terms: int, changes: int, has_change: bool) -> Launcher:
+    constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
+    return launcher_of(scalar_gate_gradient_kernel, constants)

@@ -19,15 +19,20 @@ fp16 operands are kept as float32: fp16's digits (tf32 in the dots), but a range
 A program takes one chunk (of 64 tokens) of some heads.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fla.backends.decay import Problem, is_mild
-from fla.backends.triton._launch import ceil_div, empty_as, launch
-from fla.backends.triton._lib import LOG2E, MIN_LOG_DECAY, log2_decay, operand, sequence
+from fla.backends._recurrence import Saved
+from fla.backends.decay import Problem
+from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launch, launcher_of
+from fla.backends.triton._lib import LOG2E, MIN_LOG_DECAY, log2_decay, operand
+from fla.backends.triton._packs import join
+from fla.backends.triton._sequence import CHUNK, chunk_slot, chunk_slots, find_chunk, head_base, padded
 from fla.backends.triton.decay._decay import (
-    CHUNK,
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
@@ -40,35 +45,17 @@ from fla.backends.triton.decay._decay import (
     SHORT_CHUNK,
     UNIT,
     VECTOR,
-    chunk_slot,
-    chunk_slots,
     first_slot,
-    head_base,
     is_near,
     marks_size,
-    padded,
 )
 
+# dtypes in which packs with decays per channel are joined: fp16's operands are float32, which leaves no registers for
+# masks
+JOINED_VECTORS: tuple[torch.dtype, ...] = (torch.bfloat16,)
 HEADS = tl.constexpr(16)  # of a program of the scalar kind
 CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
 RANGE = tl.constexpr(80.0)  # nats a chunk: e^-80 is a normal number, and so are e^+-40 and numbers near it
-
-
-@triton.jit
-def find_chunk(cu_seqlens, slot, N, T):
-    """The sequence to which the chunk numbered `slot` belongs, its first token (64 bits), its length, and the chunk's
-    first token in it."""
-    if cu_seqlens is None:
-        i_n = slot // tl.cdiv(T, CHUNK)
-    else:
-        i_n, last = slot * 0, slot * 0 + N - 1
-        while i_n < last:
-            middle = (i_n + last + 1) // 2
-            inside = chunk_slot(cu_seqlens, tl.load(cu_seqlens + middle), middle, T) <= slot
-            i_n = tl.where(inside, middle, i_n)
-            last = tl.where(inside, last, middle - 1)
-    start, length = sequence(cu_seqlens, i_n, T)
-    return i_n, start, length, (slot - chunk_slot(cu_seqlens, start, i_n, T)).to(tl.int32) * CHUNK
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
@@ -172,12 +159,24 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
 
 
 class Prepared:
-    """A chunked problem as the kernels take it: its decay kinds, the tensors for `q`, `k` and the gate.
+    """A chunked problem as the kernels take it: whether its pack is joined, its decay kinds, and the tensors that stand
+    for q, k and the gate. It is never changed after it is made.
 
-    A forward that a backward follows leaves them in the problem: Qn and Kn instead of q and k, which no gradient needs
-    (`finish_vector`), unless they take more memory (fp16)."""
+    `begins`: of a joined pack (`_packs.py`). `gate`: what a forward kept of `Prepared.gate`, with Qn and Kn in the
+    problem, if it did.
+    """
 
-    def __init__(self, problem: Problem):
+    __slots__ = ("begins", "gate", "k", "kinds", "lengths", "near_kinds", "pack", "q", "state_shape")
+
+    def __init__(self, problem: Problem, begins: Tensor | None, gate: Tensor | None = None):
+        bounds = problem.cu_seqlens
+        B, _, H, K = problem.q.shape
+        # `lengths`: `cu_seqlens` of sequences that are computed one by one, None where rows are, all of one length
+        self.begins, self.lengths, self.pack = begins, bounds, bounds
+        if begins is not None:
+            self.lengths, self.pack = None, begins
+        N = B if self.lengths is None else self.lengths.shape[0] - 1
+        self.state_shape = N, H, K, problem.v.shape[3]
         self.q, self.k, self.gate = problem.q, problem.k, problem.g_gamma
         near, far = NONE.value, 0
         if problem.gk is not None:
@@ -185,46 +184,74 @@ class Prepared:
         elif problem.g is not None:
             near, far = SCALAR.value, FAR_SCALAR.value
         elif problem.g_gamma is not None:
-            near, far = CONSTANT.value, 0 if is_mild(problem.g_gamma) else FAR_CONSTANT.value
-        joined = 0 if problem.begins is None else JOINED
+            near, far = CONSTANT.value, 0 if problem.mild else FAR_CONSTANT.value
+        joined = 0 if begins is None else JOINED
         self.near_kinds, self.kinds = near + joined, near + PAIR * far + joined
-        if problem.prepared is not None:
-            self.gate = problem.prepared
+        if gate is not None:
+            self.gate = gate
         elif near == VECTOR.value:
             self._centre(problem)
         elif near == SCALAR.value:
             self._sum(problem)
 
+    def saved(self, problem: Problem, local: Tensor | None) -> Saved:
+        """What a forward keeps: the segments' states, the prepared gate, and `begins`, each if there is one.
+
+        Qn and Kn take the places of q and k, which no gradient needs (`finish_vector`), unless they take more memory
+        (fp16): then the backward prepares the problem again.
+        """
+        x, gate = problem, None
+        if x.gk is not None:
+            if self.q.dtype == x.q.dtype:
+                gate = self.gate
+                rest = (x.gv, x.initial_state, x.g_gamma, x.cu_seqlens, x.scale, x.form, x.wide, x.mild)
+                x = Problem(self.q, self.k, x.v, x.g, x.gk, *rest)
+        elif x.g is not None:
+            gate = self.gate
+        if gate is None and local is None and self.begins is None:
+            return Saved(x)
+        return Saved(x, (local, gate, self.begins))
+
     def _sum(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
-        slots = self._slots(problem, CHUNK.value)
+        slots = self._slots(T, CHUNK.value)
         self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
-        arguments = (problem.g, problem.q, self.gate, problem.lengths, T, H, problem.num_states)
+        arguments = (problem.g, problem.q, self.gate, self.lengths, T, H, self.state_shape[0])
         launch(running_sums_kernel, slots * ceil_div(H, HEADS.value), arguments, {})
-        if problem.keeps:
-            problem.prepared = self.gate
 
     def _centre(self, problem: Problem) -> None:
         q, k = problem.q, problem.k
-        N, H, K, _ = problem.state_shape
+        N, H, K, _ = self.state_shape
+        T = q.shape[1]
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.q, self.k = empty_as(q, dtype), empty_as(k, dtype)
-        slots = self._slots(problem, CHUNK.value)
-        size = _even(slots * H) + self._slots(problem, SHORT_CHUNK.value) * H * 2 * K
+        slots = self._slots(T, CHUNK.value)
+        size = _even(slots * H) + self._slots(T, SHORT_CHUNK.value) * H * 2 * K
         self.gate = q.new_empty(size, dtype=torch.float32)
-        arguments = (q, k, problem.gk, self.q, self.k, self.gate, problem.lengths, q.shape[1], H, N)
-        BK = padded(K)
-        for kind in (VECTOR.value, SHORT.value):
-            constants = {"K": K, "BK": BK, "KIND": kind}
-            launch(centre_kernel, slots * ceil_div(H, CHANNELS.value // BK), arguments, constants)
-        if problem.keeps and dtype == q.dtype:
-            problem.q, problem.k, problem.prepared = self.q, self.k, self.gate
+        arguments = (q, k, problem.gk, self.q, self.k, self.gate, self.lengths, T, H, N)
+        heads, launches = _plan(K)
+        for launch_kind in launches:
+            launch_kind(slots * ceil_div(H, heads), arguments)
 
-    @staticmethod
-    def _slots(problem: Problem, C: int) -> int:
+    def _slots(self, T: int, C: int) -> int:
         """Numbers for chunks of C tokens, at least one for each: as `chunk_slots` has it."""
-        N, T = problem.num_states, problem.q.shape[1]
-        return N * ceil_div(T, C) if problem.lengths is None else T // C + N
+        return self.state_shape[0] * ceil_div(T, C) if self.lengths is None else T // C + self.state_shape[0]
+
+
+def prepare(problem: Problem, has_states: bool) -> Prepared:
+    """`problem` as the kernels take it. `has_states`: whether final states, or gradients of them, are in play."""
+    begins = None
+    if problem.gk is None or problem.q.dtype in JOINED_VECTORS:
+        begins = join(problem.cu_seqlens, problem.q.shape[1], has_states or problem.initial_state is not None)
+    return Prepared(problem, begins)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(K: int) -> tuple[int, tuple[Launcher, Launcher]]:
+    """Heads of a program, and the launches for both kinds."""
+    BK = padded(K)
+    near, short = (launcher_of(centre_kernel, {"K": K, "BK": BK, "KIND": kind}) for kind in (VECTOR.value, SHORT.value))
+    return CHANNELS.value // BK, (near, short)
 
 
 def _even(count: int) -> int:

@@ -14,36 +14,30 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fla.backends.decay import Problem
-from fla.backends.triton._launch import ceil_div, has_tensor_descriptors, launch
+from fla.backends.triton._launch import Launcher, ceil_div, has_tensor_descriptors, launcher_of
 from fla.backends.triton._lib import POINTERS, TILES, load_tile, tiles_of
+from fla.backends.triton._sequence import CHUNK, TILE, head_base, is_behind, segment
 from fla.backends.triton.decay._decay import (
-    CHUNK,
     NONE,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
-    TILE,
     UNIT,
     VECTOR,
     factor_on,
     factor_to,
     first_slot,
-    head_base,
-    is_behind,
     is_far,
     marks_size,
     scalar_decay,
-    segment,
 )
 from fla.backends.triton.decay.prepare import Prepared
 
 BK = tl.constexpr(128)
 AT_ONCE = tl.constexpr(1024)  # tokens whose sequences are looked at at once
-SHORTEST = 16  # chunks a segment has at least
-ENOUGH = 128  # programs that need no segments, which cost a second read of half the inputs
-FULL = 200  # programs to come to with segments
 
 
 @triton.jit
@@ -175,45 +169,31 @@ def segment_states_kernel(
             _walk(x, y, g, local, cu_seqlens, begins, at, T, H, K, V, WAY, KIND, REVERSE)
 
 
-@functools.lru_cache(maxsize=4096)
-def segment_length(T: int, programs: int) -> int:
-    """Tokens a segment, for so many programs of a forward without segments (heads times tiles of V). At least T: no
-    segments."""
-    pieces = 1
-    if programs < ENOUGH:
-        while programs * pieces < FULL and 2 * pieces * SHORTEST * CHUNK.value <= T:
-            pieces *= 2
-    return ceil_div(ceil_div(T, pieces), CHUNK.value) * CHUNK.value
-
-
-def segment_states(problem: Problem, prepared: Prepared, L: int, do: torch.Tensor | None = None) -> torch.Tensor | None:
-    """What every segment adds to the states and, where `do` is given, behind that what it adds to their gradients.
-    None where there is one segment. A forward that keeps it for its backward leaves room for the gradients."""
-    T = problem.q.shape[1]
-    S = ceil_div(T, L)
-    if S == 1:
-        return None
-    N, H, K, V = problem.state_shape
-    size = N * H * S * (K * V + K)
-    local = problem.kept
-    if local is None:
-        room = 1 if do is None and not problem.keeps else 2
-        local = problem.q.new_empty(room * size, dtype=torch.float32)
-        _launch(problem, prepared, L, prepared.k, problem.v, local, REVERSE=False)
-        if problem.keeps:
-            problem.kept = local
-    if do is not None:
-        _launch(problem, prepared, L, prepared.q, do, local[size:], REVERSE=True)
+def segment_states(problem: Problem, prepared: Prepared, L: int, with_room: bool) -> Tensor:
+    """What every segment adds to the states; `with_room`, the gradients of states find room behind that."""
+    N, H, K, V = prepared.state_shape
+    size = N * H * ceil_div(problem.q.shape[1], L) * (K * V + K)
+    local = problem.q.new_empty(2 * size if with_room else size, dtype=torch.float32)
+    _launch(problem, prepared, L, prepared.k, problem.v, local, False)
     return local
 
 
-def _launch(problem: Problem, prepared: Prepared, L: int, x, y, local, REVERSE: bool) -> None:
-    N, H, K, V = problem.state_shape
+def add_state_gradients(problem: Problem, prepared: Prepared, L: int, local: Tensor, do: Tensor) -> None:
+    """Writes what every segment adds to the gradients of states into the room of `local`, its second half."""
+    _launch(problem, prepared, L, prepared.q, do, local[local.shape[0] // 2 :], True)
+
+
+def _launch(problem: Problem, prepared: Prepared, L: int, x: Tensor, y: Tensor, local: Tensor, reverse: bool) -> None:
+    N, H, K, V = prepared.state_shape
     T = problem.q.shape[1]
     grid = N * H * ceil_div(T, L) * ceil_div(K, BK.value) * ceil_div(V, TILE.value)
-    arguments = (x, y, prepared.gate, local, problem.pack, T, H, L)
-    way = TILES if problem.pack is None and has_tensor_descriptors(x, y) else POINTERS
+    way = TILES if prepared.pack is None and has_tensor_descriptors(x, y) else POINTERS
     # one decay for all channels: near and far heads are computed alike
     kinds = prepared.kinds if problem.gk is not None else prepared.near_kinds
-    constants = {"K": K, "V": V, "WAY": way.value, "KINDS": kinds, "REVERSE": REVERSE}
-    launch(segment_states_kernel, grid, arguments, constants, 4, 3)
+    _plan(K, V, way.value, kinds, reverse)(grid, (x, y, prepared.gate, local, prepared.pack, T, H, L))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(K: int, V: int, way: int, kinds: int, reverse: bool) -> Launcher:
+    constants = {"K": K, "V": V, "WAY": way, "KINDS": kinds, "REVERSE": reverse}
+    return launcher_of(segment_states_kernel, constants, 4, 3)

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.backends.decay import Problem
-
 
 class Layout:
-    def __init__(self, problem: Problem, chunk_size: int):
-        self.batch, self.tokens, self.heads = problem.q.shape[:3]
-        self.device = problem.q.device
-        self.packed = problem.cu_seqlens is not None
-        bounds = [0, self.tokens] if problem.cu_seqlens is None else problem.cu_seqlens.tolist()
+    """Of tensors `[B, T, ...]` of this shape, packed by `cu_seqlens` or not."""
+
+    def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device, chunk_size: int):
+        self.batch, self.tokens = shape[:2]
+        self.device = device
+        self.packed = cu_seqlens is not None
+        bounds = [0, self.tokens] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = [b - a for a, b in pairwise(bounds)]
         self.size = min(chunk_size, 1 << max(max(lengths) - 1, 0).bit_length())
         if self.packed:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launcher_of
-from fla.backends.triton._lib import LOG2E, sequence
+from fla.backends.triton._lib import LOG2E
+from fla.backends.triton._sequence import sequence
 
 MAX_KEY_DIM = 512  # a program holds all of K
 FILLED = 264  # programs that keep an H200 (132 processors) busy
@@ -120,7 +121,7 @@ def recurrent_forward_kernel(
         tl.store(ht + i_state * K * V + o_S, b_S, mask=m_S)
 
 
-def run_forward(
+def run(
     problem: Problem,
     o: Tensor,
     ht: Tensor | None,
@@ -136,6 +137,14 @@ def run_forward(
     arguments = (q, problem.k, v, problem.g, problem.gk, problem.gv, problem.g_gamma, states, o, ht)
     arguments += (problem.cu_seqlens, state_indices, problem.scale, q.shape[1], H)
     launch(grid, (*arguments, 1 if states is None else states.shape[0]))
+
+
+def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    """`o` in the problem's output dtype, and the final state float32 or None, of a problem that passed `check`."""
+    o = empty_as(problem.v, problem.output_dtype)
+    ht = problem.q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
+    run(problem, o, ht)
+    return o, ht
 
 
 @functools.lru_cache(maxsize=4096)
@@ -169,7 +178,7 @@ def step(
     ht = None
     if output_final_state and not in_place:
         ht = q.new_empty((N, H, V, K) if v_first else (N, H, K, V), dtype=torch.float32)
-    run_forward(problem, o, ht, state_indices, in_place=in_place, v_first=v_first)
+    run(problem, o, ht, state_indices, in_place=in_place, v_first=v_first)
     return o, ht
 
 

@@ -15,14 +15,12 @@ within a sequence, a NaN or an infinity reaches all tokens of its chunk, here th
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fla.backends.decay import Problem
 from fla.backends.triton._launch import ceil_div, launch
 
 BLOCK = tl.constexpr(1024)
 SHORT_AVERAGE = 4096  # tokens a sequence on average, up to which a pack is joined
-# with decays per channel; fp16's operands are float32, which leaves no registers for masks
-VECTOR_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16,)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -39,17 +37,16 @@ def begins_kernel(cu_seqlens, begins, T, N):
     tl.store(begins + o_t, tl.load(cu_seqlens + b_n).to(tl.int32), mask=o_t < T)
 
 
-def join(problem: Problem, has_states: bool) -> None:
-    """Has the problem computed as one row, if it is a pack of short sequences. Decided from shapes alone.
+def join(cu_seqlens: Tensor | None, T: int, has_states: bool) -> Tensor | None:
+    """`begins` `[T]` if the T tokens are a pack of short sequences, which is to be computed as one row, else None.
 
-    `has_states`: whether final states, or gradients of them, are in play."""
-    if problem.cu_seqlens is None or problem.initial_state is not None or has_states or problem.begins is not None:
-        return
-    if problem.gk is not None and problem.q.dtype not in VECTOR_DTYPES:
-        return
-    T, N = problem.q.shape[1], problem.num_states
+    This is decided from shapes alone. `has_states`: whether initial or final states, or gradients of them, are in play.
+    """
+    if cu_seqlens is None or has_states:
+        return None
+    N = cu_seqlens.shape[0] - 1
     if N == 0 or T > N * SHORT_AVERAGE:
-        return
-    begins = problem.cu_seqlens.new_empty(T, dtype=torch.int32)
-    launch(begins_kernel, ceil_div(T, BLOCK.value), (problem.cu_seqlens, begins, T, N), {})
-    problem.begins = begins
+        return None
+    begins = cu_seqlens.new_empty(T, dtype=torch.int32)
+    launch(begins_kernel, ceil_div(T, BLOCK.value), (cu_seqlens, begins, T, N), {})
+    return begins

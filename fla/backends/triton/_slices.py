@@ -7,9 +7,6 @@ import triton.language as tl
 from fla.backends.triton._launch import ceil_div, launch
 
 BLOCK = tl.constexpr(2048)
-WIDEST = 256  # key channels that one program of the forward holds
-# channels of V (dq, dk) or of K (dv) that one program of the backward holds, where its roles are not alone in a launch
-WIDEST_BACKWARD = 128
 
 
 @triton.jit(do_not_specialize=["count"])

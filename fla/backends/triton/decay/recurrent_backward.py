@@ -1,6 +1,6 @@
-"""The `decay` family token by token, forward and backward, for every head size, dtype and combination of decays.
+"""The backward of the `decay` family token by token, for every head size, dtype and combination of decays.
 
-The forward is the kernel of `step.py`. The backward keeps no states. Each of its roles walks a sequence with a tile
+It keeps no states. Each of its roles walks a sequence with a tile
 of the state in registers and makes one vector a token; the vectors of the next token are loaded meanwhile:
 
     forward in time     S <- decay S + a b^T        out = scale S x        dq: a, b, x = k, v, do    (rows are keys)
@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.backends.decay import Gradients, Problem, combine
+from fla.backends.decay import Problem, combine
 from fla.backends.triton._launch import ceil_div, empty_as, launch
-from fla.backends.triton._lib import DEAD_LOG_DECAY, sequence
-from fla.backends.triton.decay.step import factor, run_forward, while_positive
+from fla.backends.triton._lib import DEAD_LOG_DECAY
+from fla.backends.triton._sequence import sequence
+from fla.backends.triton.decay.recurrent_forward import factor, while_positive
 
 TILE = tl.constexpr(32)  # rows of a backward tile
 SLICE = tl.constexpr(128)  # columns of a backward tile, at most
@@ -211,17 +212,7 @@ def gate_kernel(
         tl.store(dg + o_g, b_dg.to(dg.dtype.element_ty), mask=m_g)
 
 
-def forward(
-    problem: Problem, output_final_state: bool, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`o` in `dtype` (by default what the problem asks for), and the final state float32 or None."""
-    o = empty_as(problem.v, dtype or problem.output_dtype)
-    ht = problem.q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
-    run_forward(problem, o, ht)
-    return o, ht
-
-
-def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> Gradients:
+def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> dict[str, Tensor]:
     """All gradients, those of gates like the gates (a constant decay has none: it comes as `g` where it needs one)."""
     q, k, v, gk, gv = problem.q, problem.k, problem.v, problem.gk, problem.gv
     N, H, K, V = problem.state_shape
@@ -244,22 +235,22 @@ def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool
     arguments += (problem.cu_seqlens, problem.scale, q.shape[1], H)
     warps = 4 if wide == torch.float64 else 2
     launch(recurrent_backward_kernel, N * H * roles, arguments, {"K": K, "V": V, "WITH_O": with_o}, warps, 1)
-    dg = dgk = dgv = None
+    found = {
+        "q": _sum(ahead[..., :at], value_slices, q.dtype),
+        "k": _sum(back[..., :at], value_slices, k.dtype),
+        "v": _sum(back[..., at:], key_slices, v.dtype),
+    }
+    if dh0 is not None:
+        found["initial_state"] = dh0
     if needs_gates:
-        key = (problem, ahead, back, change, 0, value_slices)
-        dg = None if problem.g is None else _gate_gradient(problem.g, q, k, *key)
-        dgk = None if gk is None else _gate_gradient(gk, q, k, *key)
-        dgv = None if gv is None else _gate_gradient(gv, do, v, problem, ahead, back, change, at, key_slices)
-    return Gradients(
-        _sum(ahead[..., :at], value_slices, q.dtype),
-        _sum(back[..., :at], value_slices, k.dtype),
-        _sum(back[..., at:], key_slices, v.dtype),
-        dg,
-        dgk,
-        dgv,
-        dh0,
-        final=True,
-    )
+        partial = (problem, ahead, back, change)
+        if problem.g is not None:
+            found["g"] = _gate_gradient(problem.g, q, k, *partial, 0, value_slices)
+        if gk is not None:
+            found["gk"] = _gate_gradient(gk, q, k, *partial, 0, value_slices)
+        if gv is not None:
+            found["gv"] = _gate_gradient(gv, do, v, *partial, at, key_slices)
+    return found
 
 
 def _sum(partial: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
