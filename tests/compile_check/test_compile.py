@@ -32,7 +32,7 @@ def marked(case: tuple[str, str, str]):
     return pytest.param(*case, CASES[case], marks=marks, id="-".join(case))
 
 
-@pytest.mark.parametrize("target, dtype, name, variant", map(marked, CASES))
+@pytest.mark.parametrize("target, dtype, name, variant", [marked(case) for case in CASES])
 def test_kernel_compiles_within_its_budget(target, dtype, name, variant):
     report = compile_kernel(variant.kernel, variant.types, variant.constants, target, variant.warps, variant.stages)
     assert report.shared <= MAX_SHARED[target], report
