@@ -116,6 +116,8 @@ def _keep_one(axis: int) -> Callable[[Tensor], Tensor]:
 
 
 def _bad_state(case: Case, packed: Case) -> Iterator[BadCall]:
+    first = state_names(case.spec, case.variant)[0]
+
     def bad(
         what: str, change: Callable[[Tensor], Any], *says: str, of: Case = case, error: Any = ValueError
     ) -> BadCall:
@@ -124,12 +126,12 @@ def _bad_state(case: Case, packed: Case) -> Iterator[BadCall]:
             wrong = (change(state[0]), *state[1:]) if isinstance(state, tuple) else change(state)
             return good | {"initial_state": wrong}
 
-        return BadCall(f"initial_state-{what}", of, changed, ("initial_state", *says), error)
+        return BadCall(f"initial_state-{what}", of, changed, (f"initial_state|{first}", *says), error)
 
     yield bad("one_axis_less", lambda s: s[0], r"\d")
     yield bad("wrong_N", lambda s: s[:1], r"\b1\b")
     yield bad("wrong_N_packed", lambda s: s[:1], r"\b1\b", of=packed)
-    axes = case.spec.shapes[state_names(case.spec, case.variant)[0]].split()
+    axes = case.spec.shapes[first].split()
     dims = case.dims | {"N": case.batch}
     sizes = [int(axis) if axis.isdigit() else dims[axis] for axis in axes]
     for i in [i for i in range(1, len(axes)) if sizes[i] > 1]:
