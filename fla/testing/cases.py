@@ -12,6 +12,7 @@ from fla.testing.contract import Case, accepts
 from fla.testing.inputs import sizes_of
 
 PACKED = ((65, 0, 1, 62), (0, 1, 130), (1, 1, 1, 1, 1))
+STATES = ("both", "in", "out", "none")
 Tokens = int | tuple[int, ...]
 
 
@@ -75,8 +76,9 @@ INTERPRETER = Suite(  # `tl.dot` of bfloat16 is wrong in the interpreter of Trit
     backend="triton",
     device="cpu",
     dtypes=(torch.float32, torch.float16),
-    tokens=(1, (65, 0, 1, 30), 66),
-    steps=(1, (3, 0, 1, 2), 5),
+    tokens=(1, (65, 0, 1), 66),
+    steps=(1, (2, 0, 1), 4),
+    packed=(65, 0, 1),
     sizes=heads((2, 16, 16), (1, 33, 20), (1, 20, 65)),
     batch=1,
 )
@@ -160,7 +162,9 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
         "gate_dtype": (None, torch.float32) if gated else (None,),
         "reverse": (False, True) if suite.exhaustive else (False, True, False),  # forms without it share nothing then
         "state_v_first": (False, True),
-        "state": ("both", "in", "out", "none"),
+        "state": STATES if suite.exhaustive else (None,),  # None: as the next two say
+        "takes_state": (True, False),
+        "returns_state": (True, False),
         "scale": (None, 0.3) if any(_has_scale(spec, form) for form in spec.forms) else (None,),
         "index_dtype": (torch.int32, torch.int64),
         "state_dtype": (None, torch.bfloat16),
@@ -168,6 +172,8 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     cases = []
     for seed, row in enumerate(pairwise(factors)):
         chosen, called = row.pop("variant"), [name for name in ("reverse", "state_v_first") if row.pop(name)]
+        state = STATES[2 * (not row.pop("takes_state")) + (not row.pop("returns_state"))]
+        row["state"] = row["state"] or state
         pairs = [chosen] if suite.exhaustive else [(form, chosen) for form in forms_of(spec, chosen, suite)]
         made = [_value_case(spec, suite, form, variant, called, row, seed) for form, variant in pairs]
         cases += distinct(made, suite, seed)

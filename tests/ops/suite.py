@@ -128,8 +128,8 @@ def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
     for i, way in enumerate(("pieces", "rows", STRIDES[len(spec.name) % 3], "again", "state_alone", "index_dtypes")):
         dtype = suite.dtypes[i % len(suite.dtypes)]
         tokens = suite.packed if way == "index_dtypes" else suite.long
-        if suite.steps is not None and way in ("again", "state_alone"):  # not about chunks, and each costs its time
-            tokens = suite.steps[-1]
+        if suite.steps is not None and way in ("again", "state_alone", "index_dtypes"):  # not about chunks
+            tokens = suite.tokens_of("recurrent", tokens)
         cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=2)
         for form in dict.fromkeys(case.form for case in cases):
             own = [case for case in cases if case.form == form and is_possible(way, case)]
@@ -197,7 +197,8 @@ def contract(suite: Suite) -> type:
     def over(make: Callable[[OpSpec, Suite], list]) -> list:
         return every_op(lambda spec: make(spec, suite), suite)
 
-    short = over(lambda spec, suite: plain_cases(spec, suite, tokens=5, dtype=suite.dtypes[0]))
+    few = 5 if suite.steps is None else 2
+    short = over(lambda spec, suite: plain_cases(spec, suite, tokens=few, dtype=suite.dtypes[0]))
     short = short if suite.every_way else richest(short)
     all_forms = over(lambda spec, suite: plain_cases(spec, replace(suite, same=True)))
     wrong = over(lambda spec, suite: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0])))
