@@ -1,4 +1,4 @@
-"""Toys as DESIGN.md asks for them: an op, a family with an op, a layer, models. Tests add each to a copy of the tree."""
+"""Toys as DESIGN.md asks for them: an op, a family with an op, a layer, models. Each is added to a copy of the tree."""
 
 from tests.toys.family import SCAN_FAMILY, SCAN_LINE, SCAN_OP, SCAN_TORCH
 from tests.toys.layer import LAYER, LAYER_LINE
