@@ -73,11 +73,16 @@ def test_no_host_sync_on_the_packed_path(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def _parts(value) -> list[torch.Tensor]:
+    """The tensors of an argument: itself, or the parts of a state."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [x for x in values if isinstance(x, torch.Tensor)]
+
+
 @pytest.mark.parametrize("case", plain(tokens=130), ids=str)
 def test_cuda_graph_capture(case):
     """A captured forward replays on new values: nothing in it was decided on the host."""
     keywords = good_call(case)
-    tensors = {name: x for name, x in keywords.items() if isinstance(x, torch.Tensor)}
     stream = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(stream):
         for _ in range(3):
@@ -87,8 +92,9 @@ def test_cuda_graph_capture(case):
     with torch.no_grad(), torch.cuda.graph(graph):
         captured, _ = case.function(**keywords)
     other = good_call(replace(case, seed=case.seed + 100))
-    for name, x in tensors.items():
-        x.copy_(other[name])
+    for name, x in keywords.items():
+        for part, new in zip(_parts(x), _parts(other[name]), strict=True):
+            part.copy_(new)
     graph.replay()
     with torch.no_grad():
         expected, _ = case.function(**other)
