@@ -188,6 +188,7 @@ SPEC = register(
         shapes=SHAPES,
         reference=_reference,
         forms={"chunk": chunk_gla, "fused_chunk": fused_chunk_gla, "fused_recurrent": fused_recurrent_gla},
+        same={"fused_chunk": "chunk"},
         inputs=lambda x: x | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "gk", "gv") if name in x},
         gates=("g", "gk", "gv"),
         variants=(

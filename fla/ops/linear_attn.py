@@ -295,11 +295,13 @@ SPEC = register(
             "fused_chunk": fused_chunk_linear_attn,
             "fused_recurrent": fused_recurrent_linear_attn,
         },
-        # positive features, so that the normaliser stays away from zero
-        inputs=lambda x: x | {"q": x["q"].abs(), "k": x["k"].abs()},
+        same={"fused_chunk": "chunk"},
+        # positive features, so that the normaliser, a running sum of them, stays away from zero
+        inputs=lambda x: x | {name: x[name].abs() for name in ("q", "k", "z") if name in x},
         variants=(
             Variant("default", settings={"normalize": False}, without=("z",)),
-            Variant("normalized", settings={"normalize": True}, without=("z",)),
+            Variant("normalized", settings={"normalize": True}, without=("z",), steps=False),
+            Variant("resumed", settings={"normalize": True}),
         ),
         paper="https://arxiv.org/abs/2006.16236",
     )

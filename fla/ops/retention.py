@@ -197,6 +197,7 @@ SPEC = register(
             "fused_recurrent": fused_recurrent_retention,
             "parallel": parallel_retention,
         },
+        same={"fused_chunk": "chunk", "parallel": "chunk"},
         paper="https://arxiv.org/abs/2307.08621",
     )
 )

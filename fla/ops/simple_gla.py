@@ -274,6 +274,7 @@ SPEC = register(
             "fused_recurrent": fused_recurrent_simple_gla,
             "parallel": parallel_simple_gla,
         },
+        same={"fused_chunk": "chunk", "parallel": "chunk"},
         inputs=lambda x: x | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "g_gamma") if name in x},
         gates=("g", "g_gamma"),
         variants=(

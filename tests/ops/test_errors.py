@@ -19,7 +19,7 @@ def inputs():
     return {name: x[name] for name in ("q", "k", "v")}
 
 
-@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, TORCH, tokens=5)), ids=str)
+@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, TORCH, tokens=5), TORCH), ids=str)
 def test_triton_refuses_cpu_tensors(case):
     """A named backend that cannot run raises; nothing falls back."""
     assert not interpreting()
