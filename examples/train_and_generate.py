@@ -55,6 +55,15 @@ DEFAULTS = {
     "device": None, "threads": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None,
     "new_bytes": 400,
 }  # fmt: skip
+SIZES = {
+    "steps": "optimizer steps",
+    "hidden-size": "width of the model",
+    "layers": "layers of the model",
+    "heads": "heads of a layer",
+    "seq-len": "bytes of a training sequence",
+    "batch-size": "sequences of a step",
+    "new-bytes": "bytes to generate",
+}
 # what may change when a run is resumed; all other arguments decide the loss curve
 FREE_ON_RESUME = {"device", "threads", "backend", "out", "resume", "prompt", "new_bytes"}
 
@@ -316,7 +325,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
             raise ValueError
         return value
 
-    option("model", "which model", choices=CONFIGS)
+    option("model", "type of the model", choices=CONFIGS)
     option(
         "text",
         "files or folders with text to train on (default: Python's standard library)",
@@ -325,8 +334,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
         metavar="PATH",
     )
     option("threads", "threads on a CPU (default: as many as make steps quicker)", type=positive, metavar="N")
-    for name in ("steps", "hidden-size", "layers", "heads", "seq-len", "batch-size", "new-bytes"):
-        option(name, name.replace("-", " "), type=positive, metavar="N")
+    for name, text in SIZES.items():
+        option(name, text, type=positive, metavar="N")
     option("lr", "highest learning rate", type=float)
     option("dtype", "dtype of the weights; the optimizer's copies are float32", choices=DTYPES)
     option("device", "cpu or cuda (default: cuda if there is a GPU)")
