@@ -351,7 +351,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def _check_device(name: str, y: Tensor, x: Tensor) -> None:
     if y.device != x.device:
-        hint = ": it holds no values, being offloaded or not loaded yet" if y.is_meta else ""
+        hint = ": its values are not there (offloaded, or not loaded yet)" if y.is_meta else ""
         raise ValueError(f"{name} must be on {x.device} like the tensor it is applied to, got {y.device}{hint}")
 
 
