@@ -101,11 +101,8 @@ class StateLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> "StateLayer":
         """A copy to return to. It clones tensors, since PyTorch cannot deep-copy tensors that are part of a graph."""
         copy = StateLayer(self.seen_tokens)
-        copy.slots, copy.is_initialized, copy._device_before = (
-            dict(self.slots),
-            self.is_initialized,
-            self._device_before,
-        )
+        copy.slots, copy.is_initialized = dict(self.slots), self.is_initialized
+        copy._device_before = self._device_before
         copy.map_(torch.clone)
         return copy
 
