@@ -250,7 +250,7 @@ class ShortConvolution(nn.Conv1d):
         if cu_seqlens is None:
             y, _ = causal_conv1d_update(x, cache, residual, weight, self.bias, self.activation, backend=self.backend)
         else:
-            # N tokens in N sequences may be unevenly spread, as in lengths (0, 2, 1); to read them waits for the GPU
+            # N tokens in N sequences may be unevenly spread, as in lengths (0, 2, 1); reading them would wait
             y, state = causal_conv1d(
                 x, weight, self.bias, residual, cache, True, self.activation, self.backend, cu_seqlens
             )

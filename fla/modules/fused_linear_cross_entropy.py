@@ -82,9 +82,8 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        fused.CrossEntropy(
-            ignore_index, label_smoothing, logit_scale, 0.0, logit_softcapping
-        )  # raises for bad settings
+        # raises for bad settings
+        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, 0.0, logit_softcapping)
         fused.check_count("num_chunks", num_chunks)
         self.ignore_index, self.label_smoothing, self.logit_scale = ignore_index, label_smoothing, logit_scale
         self.logit_softcapping, self.num_chunks, self.reduction = logit_softcapping, num_chunks, reduction
