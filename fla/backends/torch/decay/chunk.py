@@ -19,7 +19,8 @@ Backward, with `dQ_P` and `dK_P` the gradients that reach Q and K through P:
     dV = scale P^T dO + (e^{G_C - G} K) dS'
     dg_t = sum over s >= t in the chunk of (q dq - k dk)_s + rowsum(S' * dS')
 
-All chunks are computed at once; only the states pass from chunk to chunk in a loop.
+With one decay per head, dg is summed over the key channels. All chunks are computed at once; only the states pass from
+chunk to chunk in a loop.
 """
 
 from dataclasses import dataclass
