@@ -1,7 +1,7 @@
 """Efficient linear-attention models: ops, modules, layers and Hugging Face models.
 
-`import fla` is light: it imports neither Triton nor transformers and touches no GPU. It teaches transformers' Auto
-classes our model types lazily (`fla/_auto.py`).
+`import fla` is light: it imports neither Triton nor transformers and touches no GPU. transformers' Auto classes learn
+our model types when transformers is imported (`fla/_auto.py`).
 """
 
 from fla._auto import register_lazily
