@@ -86,7 +86,7 @@ def main(words: list[str]) -> int:
     prepare.JOINED_VECTORS = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
     for case in test_chunks.JOINED:
         run_both(case)
-    _sequence.SHORTEST = 1
+    _sequence.MIN_SEGMENT_CHUNKS = 1
     test_chunks.forget_plans()
     for case in test_chunks.JOINED_SEGMENTS:
         run_both(case)

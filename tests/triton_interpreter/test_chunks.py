@@ -32,7 +32,7 @@ def forget_plans() -> None:
 def short_segments(monkeypatch):
     """Segments of a chunk or two, so that a short sequence has several."""
     forget_plans()
-    monkeypatch.setattr(_sequence, "SHORTEST", 1)
+    monkeypatch.setattr(_sequence, "MIN_SEGMENT_CHUNKS", 1)
     yield
     forget_plans()
 
@@ -138,8 +138,8 @@ def test_joined_packs_in_segments(case, short_segments, vectors_in_float16, kern
 @pytest.mark.parametrize("case", [case for case in SEGMENTED if case.spec.name == "simple_gla"], ids=str)
 def test_gate_gradients_in_parts(case, parts, monkeypatch):
     """Each part of a sequence, of one block or several, adds up what lies behind it."""
-    monkeypatch.setattr(gate_gradient, "LONG", tl.constexpr(64))
-    monkeypatch.setattr(gate_gradient, "PARTS", tl.constexpr(parts))
+    monkeypatch.setattr(gate_gradient, "BLOCK", tl.constexpr(64))
+    monkeypatch.setattr(gate_gradient, "MAX_PARTS", tl.constexpr(parts))
     check_chunks(case)
 
 

@@ -1,4 +1,4 @@
-"""Heads larger than a program can hold: slices whose float32 partial results are added in a fixed order."""
+"""Heads wider than a program can hold are computed in slices. Their float32 partial results are added in a fixed order."""
 
 import torch
 import triton
@@ -11,8 +11,9 @@ BLOCK = tl.constexpr(2048)
 
 @triton.jit(do_not_specialize=["count"])
 def sum_slices_kernel(parts, out, count, SLICES: tl.constexpr, EVEN: tl.constexpr):
+    """`out` `[count]` = the sum of `parts` `[SLICES, count]`. EVEN: `count` arrives divided by 16."""
     i_block = tl.program_id(0).to(tl.int64)
-    if EVEN:  # `count` came divided by 16: said this way, the compiler knows that loads may be wide
+    if EVEN:  # the product tells the compiler that `count` is a multiple of 16, so that loads may be wide
         count = (i_block * 0 + count) * 16
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o < count
@@ -23,7 +24,7 @@ def sum_slices_kernel(parts, out, count, SLICES: tl.constexpr, EVEN: tl.constexp
 
 
 def sum_slices(parts: torch.Tensor, out: torch.Tensor) -> None:
-    """`out` = the sum of `parts` over their first axis, rounded once to `out`'s dtype."""
+    """Writes the sum of `parts` over their first axis to `out`, rounded once to its dtype."""
     count = out.numel()
     even = count % 16 == 0
     arguments = (parts, out, count // 16 if even else count)

@@ -23,18 +23,18 @@ from fla.backends.decay import Problem
 from fla.backends.triton._ahead import with_rehearsal
 from fla.backends.triton._sequence import CHUNK
 from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent_backward, recurrent_forward
-from fla.backends.triton.decay.recurrent_forward import check, step
+from fla.backends.triton.decay.recurrent_forward import check_supported, step
 
 __all__ = ["backward", "forward", "step"]
 
-SMALL = 64  # heads of all sequences, up to which 64 tokens one by one take no longer than a launch (an H200: 40 us)
+FEW_HEADS = 64  # heads of all sequences, up to which 64 tokens one by one take no longer than a launch (an H200: 40 us)
 
 
 def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, Saved | None]:
     """Outputs in v's dtype, the final state in float32 or None, and if `keep` what the backward takes.
 
     ValueError for what the kernels do not cover."""
-    check(problem)
+    check_supported(problem)
     return with_rehearsal(_forward, backward, problem, output_final_state, keep)
 
 
@@ -49,7 +49,7 @@ def _is_small(problem: Problem) -> bool:
     """Whether a token by token forward in one launch beats the launches that gates need (from shapes alone)."""
     if problem.g is None and problem.gk is None:
         return False
-    return problem.q.shape[1] <= CHUNK.value and problem.num_states * problem.q.shape[2] <= SMALL
+    return problem.q.shape[1] <= CHUNK.value and problem.num_states * problem.q.shape[2] <= FEW_HEADS
 
 
 def backward(

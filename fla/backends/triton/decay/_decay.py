@@ -17,17 +17,19 @@ import triton
 import triton.language as tl
 
 from fla.backends.triton._lib import load_state, log2_decay
-from fla.backends.triton._sequence import CHUNK, chunk_slot, chunk_slots, state_gradient_after
+from fla.backends.triton._sequence import CHUNK, first_chunk_slot, num_chunk_slots, state_gradient_after
 
 SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
-MARKS = tl.constexpr(256)  # marks that a program reads at once
+MARKS_AT_ONCE = tl.constexpr(256)  # marks that a program reads at once
 WIDEST = 256  # key channels that one program of the forward holds
 # channels of V (dq, dk) or of K (dv) that one program of the backward holds, where its roles are not alone in a launch
 WIDEST_BACKWARD = 128
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
-UNIT = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
-PAIR = 8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
-JOINED = PAIR * PAIR  # added to KINDS where a pack is one row
+MIDDLE = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
+FAR_UNIT = (
+    8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
+)
+JOINED = FAR_UNIT * FAR_UNIT  # added to KINDS where a pack is one row
 # log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
 NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # the same in fp16, where small numbers lose digits early
@@ -40,7 +42,7 @@ def is_near(total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def is_far(g, cu_seqlens, i_state, states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
+def is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
     """1 if a head decays too fast for the near one of a pair of kinds, else 0. `prepare.py` marks the chunks that do in
     front of what it stores."""
     i_n, i_h = i_state // H, i_state % H
@@ -49,11 +51,11 @@ def is_far(g, cu_seqlens, i_state, states, start, length, T, H, DTYPE: tl.conste
     elif (KIND == CONSTANT) or (KIND == FAR_CONSTANT):
         return 1 - is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE).to(tl.int32)
     else:
-        return (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) > 0).to(tl.int32)
+        return (largest_mark(g, cu_seqlens, i_n, i_h, num_states // H, start, length, T) > 0).to(tl.int32)
 
 
 @triton.jit
-def first_slot(cu_seqlens, start, i_n, T):
+def first_factor_slot(cu_seqlens, start, i_n, T):
     """Where the factors of a sequence's chunks begin, in a numbering that needs no sums over sequences. It is that of
     short chunks, of which there are most: factors of one kind never lie where another head's of the other kind do."""
     if cu_seqlens is None:
@@ -63,7 +65,7 @@ def first_slot(cu_seqlens, start, i_n, T):
 
 
 @triton.jit
-def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
+def running_decay(g, o_head, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
     """`G` `[C]` and its last value for the chunk at `t` of a kind with a decay per head. Behind the end `G` repeats its
     last value. Where there is no chunk, both are 0."""
     o_c = tl.arange(0, CHUNK)
@@ -72,8 +74,8 @@ def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
         b_G = step * tl.minimum(o_c + 1, t_end - t).to(tl.float32)
         total = step * tl.minimum(CHUNK, t_end - t).to(tl.float32)
     elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        b_G = tl.load(g + base + tl.minimum(t + o_c, t_end - 1), mask=tl.where(is_chunk, o_c >= 0, False), other=0.0)
-        total = tl.load(g + base + tl.minimum(t + CHUNK, t_end) - 1, mask=is_chunk, other=0.0)
+        b_G = tl.load(g + o_head + tl.minimum(t + o_c, t_end - 1), mask=tl.where(is_chunk, o_c >= 0, False), other=0.0)
+        total = tl.load(g + o_head + tl.minimum(t + CHUNK, t_end) - 1, mask=is_chunk, other=0.0)
     else:
         b_G = tl.zeros([CHUNK], tl.float32)
         total = 0.0
@@ -81,67 +83,71 @@ def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def near_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
+def centred_decay(g, o_head, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
     """`G - m` `[C]` of a chunk and the factor of a state from one end of it to its middle, `exp2(G_C / 2)`."""
-    b_G, total = scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND)
+    b_G, total = running_decay(g, o_head, i_h, t, t_end, is_chunk, KIND)
     return b_G - 0.5 * total, tl.exp2(0.5 * total)
 
 
 @triton.jit
-def marks_size(cu_seqlens, T, H, states):
+def marks_length(cu_seqlens, T, H, num_states):
     """Floats in front of what `prepare.py` stores: the marks `[H, slots]`, rounded up to 16 bytes."""
-    return tl.cdiv(chunk_slots(cu_seqlens, T, states // H) * H, 4) * 4
+    return tl.cdiv(num_chunk_slots(cu_seqlens, T, num_states // H) * H, 4) * 4
 
 
 @triton.jit
-def strongest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
+def largest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
     """The largest mark of a sequence's chunks in one head."""
-    g += i_h * chunk_slots(cu_seqlens, T, N) + chunk_slot(cu_seqlens, start, i_n, T)
-    o_i = tl.arange(0, MARKS)
-    b_mark = tl.zeros([MARKS], tl.float32)
-    for i in range(0, tl.cdiv(length, CHUNK), MARKS):
+    g += i_h * num_chunk_slots(cu_seqlens, T, N) + first_chunk_slot(cu_seqlens, start, i_n, T)
+    o_i = tl.arange(0, MARKS_AT_ONCE)
+    b_mark = tl.zeros([MARKS_AT_ONCE], tl.float32)
+    for i in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
         b_mark = tl.maximum(b_mark, tl.load(g + i + o_i, mask=i + o_i < tl.cdiv(length, CHUNK), other=0.0))
     return tl.max(b_mark, 0)
 
 
 @triton.jit
-def factor_to(p, o_k, is_chunk, K: tl.constexpr):
+def decay_to_middle(p, o_k, is_chunk, K: tl.constexpr):
     """Of the chunk at `p`, SHORT's factor of the state to its middle. 1 where there is no chunk."""
     return tl.load(p + o_k, mask=tl.where(is_chunk, o_k < K, False), other=1.0)
 
 
 @triton.jit
-def factor_on(p, o_k, is_chunk, K: tl.constexpr):
+def decay_to_end(p, o_k, is_chunk, K: tl.constexpr):
     """Of the chunk at `p`, the factor of the state to its end: from its middle (SHORT), from its start (VECTOR)."""
-    return factor_to(p + K, o_k, is_chunk, K)
+    return decay_to_middle(p + K, o_k, is_chunk, K)
 
 
 @triton.jit
-def scale_rows(x, b_u, KIND: tl.constexpr):
+def scale_rows(x, b_Gm, KIND: tl.constexpr):
     """`x` times `exp2(b_u)`, a factor a row, where the kind scales rows on the way."""
     if (KIND == CONSTANT) or (KIND == SCALAR):
-        return x * tl.exp2(b_u)[:, None]
+        return x * tl.exp2(b_Gm)[:, None]
     else:
         return x
 
 
 @triton.jit
-def pair_decay(b_G, m_pair):
+def pair_decay(b_G, m_causal):
     """`exp2(G_i - G_j)` where `m_pair`, else 0."""
-    return tl.where(m_pair, tl.exp2(tl.where(m_pair, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
+    return tl.where(m_causal, tl.exp2(tl.where(m_causal, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
 
 
 @triton.jit
-def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
+def store_end_term(
+    end_term, b_S, dht, segment_sums, place, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr
+):
     """`<S, dS>` of every channel of K, for the state at the end of a segment (`at`: which one). It takes the S of a
     role's rounded operands: with any other the gate gradient's terms do not cancel."""
-    t_end, length, states, i_state, i_s, S, count = at
+    t_end, length, num_states, i_state, i_s, S, num_segments = place
     if (KIND == VECTOR) or (KIND == SHORT):
-        b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
+        b_dS = state_gradient_after(
+            dht, segment_sums, num_states, i_state, i_s, S, num_segments, scale, o_k[None, :], o_v[:, None], K, V
+        )
         if KIND == VECTOR:
-            b_S *= 1.0 / UNIT
-        tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
+            b_S *= 1.0 / MIDDLE
+        tl.store(end_term + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
     elif dht is not None:
         if t_end == length:
             b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
-            tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
+            tl.store(end_term + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)

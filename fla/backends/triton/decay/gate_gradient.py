@@ -17,59 +17,59 @@ from fla.backends.triton._lib import DEAD_LOG_DECAY, INTERPRETED, LOG2E, MIN_LOG
 from fla.backends.triton._sequence import (
     CHUNK,
     TILE,
-    going_on,
-    head_base,
-    is_behind,
-    of_one_sequence,
+    head_offset,
+    is_past_end,
+    keep_if_spanning,
+    keep_last_sequence,
     padded,
-    passing,
-    segment,
-    sequence,
-    starts_of,
+    same_sequence_pairs,
+    segment_bounds,
+    sequence_bounds,
+    sequence_starts,
 )
-from fla.backends.triton.decay._decay import SHORT, SHORT_CHUNK, UNIT, VECTOR, is_far
+from fla.backends.triton.decay._decay import MIDDLE, SHORT, SHORT_CHUNK, VECTOR, is_far
 from fla.backends.triton.decay.prepare import Prepared
 
-LONG = tl.constexpr(1024)  # tokens at once where a head has one number a token
-LONGER = tl.constexpr(4096)  # the same where they are only added up
-PARTS = tl.constexpr(16)  # of a sequence at most: what all of them add up grows with their square
+BLOCK = tl.constexpr(1024)  # tokens at once where a head has one number a token
+SUM_BLOCK = tl.constexpr(4096)  # the same where they are only added up
+MAX_PARTS = tl.constexpr(16)  # of a sequence at most: what all of them add up grows with their square
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def scalar_gate_gradient_kernel(
-    g, rows, dg, cu_seqlens, T, H, L, K: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr, CHANGES: tl.constexpr,
-    HAS_CHANGE: tl.constexpr,
+    g, rows, dg, cu_seqlens, T, H, L, K: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr, END_TERMS: tl.constexpr,
+    HAS_END_TERM: tl.constexpr,
 ):  # fmt: skip
     """Per head: `rows` as `chunk_backward_kernel` leaves them, TERMS of them (the latter half to be subtracted).
     Without packing a program has a part of them, and adds up the rows behind itself; of a pack it walks a sequence."""
-    parts = tl.minimum(tl.cdiv(T, LONG), PARTS) if cu_seqlens is None else 1
-    i_state, states = tl.program_id(0).to(tl.int64) // parts, tl.num_programs(0) // parts
+    parts = tl.minimum(tl.cdiv(T, BLOCK), MAX_PARTS) if cu_seqlens is None else 1
+    i_state, num_states = tl.program_id(0).to(tl.int64) // parts, tl.num_programs(0) // parts
     i_n, i_h = i_state // H, i_state % H
-    start, length = sequence(cu_seqlens, i_n, T)
-    base = head_base(cu_seqlens, start, i_h, T, H)
-    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
+    start, length = sequence_bounds(cu_seqlens, i_n, T)
+    o_head = head_offset(cu_seqlens, start, i_h, T, H)
+    tokens = start * 0 + (T if cu_seqlens is not None else num_states // H * T)  # 64 bits, like start
     S = tl.cdiv(T, L)
     b_sum = tl.zeros([1], tl.float64)
-    if HAS_CHANGE:
+    if HAS_END_TERM:
         o_k = tl.arange(0, BK)
         i_last = tl.maximum(tl.cdiv(length, L) - 1, 0)
-        for i in tl.static_range(CHANGES):
-            p_change = rows + ((i * states + i_state) * S + i_last) * K + o_k
-            b_change = tl.load(p_change, mask=tl.where(length > 0, o_k < K, False), other=0.0).to(tl.float64)
-            b_sum += tl.sum(b_change, 0)
-    rows += (CHANGES * S * K) * states + base
-    first, last = 0, tl.cdiv(length, LONG)
+        for i in tl.static_range(END_TERMS):
+            p_end_term = rows + ((i * num_states + i_state) * S + i_last) * K + o_k
+            b_end_term = tl.load(p_end_term, mask=tl.where(length > 0, o_k < K, False), other=0.0).to(tl.float64)
+            b_sum += tl.sum(b_end_term, 0)
+    rows += (END_TERMS * S * K) * num_states + o_head
+    first, last = 0, tl.cdiv(length, BLOCK)
     if cu_seqlens is None:
         blocks = tl.cdiv(last, parts)
         first = tl.program_id(0) % parts * blocks
         last = tl.minimum(last, first + blocks)
-        for i in range(0, first * LONG, LONGER):
-            o_i = i + tl.arange(0, LONGER)
-            b_r = _rows_of(rows, length - 1 - o_i, o_i < first * LONG, tokens * H, TERMS)
+        for i in range(0, first * BLOCK, SUM_BLOCK):
+            o_i = i + tl.arange(0, SUM_BLOCK)
+            b_r = _sum_terms(rows, length - 1 - o_i, o_i < first * BLOCK, tokens * H, TERMS)
             b_sum += tl.sum(b_r.to(tl.float64), 0)
     for i_t in range(first, last):
-        o_t = length - 1 - i_t * LONG - tl.arange(0, LONG)
-        b_r = _rows_of(rows, o_t, o_t >= 0, tokens * H, TERMS)
+        o_t = length - 1 - i_t * BLOCK - tl.arange(0, BLOCK)
+        b_r = _sum_terms(rows, o_t, o_t >= 0, tokens * H, TERMS)
         b_g = tl.load(g + (start + o_t) * H + i_h, mask=o_t >= 0, other=0.0).to(tl.float32)
         b_dg = (b_sum + tl.cumsum(b_r.to(tl.float64), 0)).to(tl.float32)
         b_dg = tl.where(b_g < DEAD_LOG_DECAY, 0.0, b_dg)
@@ -78,7 +78,7 @@ def scalar_gate_gradient_kernel(
 
 
 @triton.jit
-def _rows_of(rows, o_t, mask, size, TERMS: tl.constexpr):
+def _sum_terms(rows, o_t, mask, size, TERMS: tl.constexpr):
     b_r = o_t.to(tl.float32) * 0.0
     for i in tl.static_range(TERMS):
         b_term = tl.load(rows + i * size + o_t, mask=mask, other=0.0)
@@ -87,16 +87,16 @@ def _rows_of(rows, o_t, mask, size, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _suffix_sums(b_r, b_carry, begins, b_first, last, C: tl.constexpr):
+def _suffix_sums(b_r, b_carry, begins, b_starts, last_start, C: tl.constexpr):
     """Sums of the rows `b_r` `[C, D]` from each to the last of its sequence, in that of the chunk's end with `b_carry`
     (its rows are equal) behind it, and the carry for the chunk before: as products with matrices of ones, of high and
     low halves (a running sum along the tokens is several times slower). `b_first`, `last`: of `starts_of`."""
     o_c = tl.arange(0, C)
-    b_U = of_one_sequence(o_c[:, None] <= o_c[None, :], begins, b_first, True).to(tl.float32)
+    b_U = same_sequence_pairs(o_c[:, None] <= o_c[None, :], begins, b_starts, True).to(tl.float32)
     b_ones = tl.full([C, C], 1.0, tl.float32)
     if begins is not None:
-        b_ones = tl.where((b_first < 0)[None, :], b_ones, 0.0)
-    b_own, b_next = going_on(b_carry, begins, last), passing(b_carry, begins, last)
+        b_ones = tl.where((b_starts < 0)[None, :], b_ones, 0.0)
+    b_own, b_next = keep_last_sequence(b_carry, begins, last_start), keep_if_spanning(b_carry, begins, last_start)
     if INTERPRETED:
         return tl.dot(b_U, b_r) + b_own, tl.dot(b_ones, b_r) + b_next
     else:
@@ -108,7 +108,7 @@ def _suffix_sums(b_r, b_carry, begins, b_first, last, C: tl.constexpr):
 
 
 @triton.jit
-def centred(b_g, KIND: tl.constexpr, PARTS: tl.constexpr):
+def centred_sum(b_g, KIND: tl.constexpr, SPLITS: tl.constexpr):
     """`G` (SHORT: `G - m`) `[C, BK]` of a gate tile, log2, as `prepare.py` has it.
 
     The running sum is a product with a matrix of 0 and +-1: exact for 16-bit gates, float32 ones enter as PARTS numbers
@@ -127,7 +127,7 @@ def centred(b_g, KIND: tl.constexpr, PARTS: tl.constexpr):
         b_part = b_w.to(tl.bfloat16)
         b_Gm = tl.dot(b_A.to(tl.bfloat16), b_part)
         if b_g.dtype != tl.bfloat16:
-            for _ in tl.static_range(PARTS - 1):
+            for _ in tl.static_range(SPLITS - 1):
                 b_w -= b_part.to(tl.float32)
                 b_part = b_w.to(tl.bfloat16)
                 b_Gm = tl.dot(b_A.to(tl.bfloat16), b_part, acc=b_Gm)
@@ -136,36 +136,36 @@ def centred(b_g, KIND: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _finish_segment(
-    qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
+    qn, kn, g, rows, dq, dk, dg, begins, place, tokens, H, i_k, K: tl.constexpr, NV: tl.constexpr, KIND: tl.constexpr
 ):
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    UP: tl.constexpr = 1.0 / UNIT if KIND == VECTOR else 1.0
-    DOWN: tl.constexpr = UNIT if KIND == VECTOR else 1.0
-    start, t_begin, t_end, i_state, states, i_s, S = at
+    DQ_FACTOR: tl.constexpr = 1.0 / MIDDLE if KIND == VECTOR else 1.0
+    DK_FACTOR: tl.constexpr = MIDDLE if KIND == VECTOR else 1.0
+    start, t_begin, t_end, i_state, num_states, i_s, S = place
     i_h = i_state % H
     o_c, o_k = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE)
     b_sum = tl.zeros([C, TILE], tl.float32)
     if dg is not None:
         for i in tl.static_range(NV):
-            p_change = rows + ((i * states + i_state) * S + i_s) * K + o_k
-            b_sum += tl.load(p_change, mask=o_k < K, other=0.0)[None, :]
-    rows += NV * states * S * K
+            p_end_term = rows + ((i * num_states + i_state) * S + i_s) * K + o_k
+            b_sum += tl.load(p_end_term, mask=o_k < K, other=0.0)[None, :]
+    rows += NV * num_states * S * K
     for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=2):
         t = t_begin + (tl.cdiv(t_end - t_begin, C) - 1 - i) * C
         m_c = t + o_c < t_end
         row = ((start + t) * H + i_h) * K
         b_g = load_rows(g + row, o_c, m_c, H, o_k, K)
-        b_Gm = centred(b_g, KIND, 3 if qn.dtype.element_ty == tl.float32 else 2)
+        b_Gm = centred_sum(b_g, KIND, 3 if qn.dtype.element_ty == tl.float32 else 2)
         b_dq, b_dk = tl.zeros([C, TILE], tl.float32), tl.zeros([C, TILE], tl.float32)
         for i_v in tl.static_range(NV):
             b_dq += load_rows(rows + i_v * tokens * H * K + row, o_c, m_c, H, o_k, K)
             b_dk += load_rows(rows + (NV + i_v) * tokens * H * K + row, o_c, m_c, H, o_k, K)
-        store_rows(dq + row, o_c, m_c, H, o_k, K, b_dq * (tl.exp2(b_Gm) * UP))
-        store_rows(dk + row, o_c, m_c, H, o_k, K, b_dk * (tl.exp2(-b_Gm) * DOWN))
+        store_rows(dq + row, o_c, m_c, H, o_k, K, b_dq * (tl.exp2(b_Gm) * DQ_FACTOR))
+        store_rows(dk + row, o_c, m_c, H, o_k, K, b_dk * (tl.exp2(-b_Gm) * DK_FACTOR))
         if dg is not None:
             b_r = load_rows(qn + row, o_c, m_c, H, o_k, K) * b_dq - load_rows(kn + row, o_c, m_c, H, o_k, K) * b_dk
-            b_first, last = starts_of(begins, t, t_end, C)
-            b_dg, b_sum = _suffix_sums(b_r, b_sum, begins, b_first, last, C)
+            b_starts, last_start = sequence_starts(begins, t, t_end, C)
+            b_dg, b_sum = _suffix_sums(b_r, b_sum, begins, b_starts, last_start, C)
             store_rows(dg + row, o_c, m_c, H, o_k, K, tl.where(b_g.to(tl.float32) < DEAD_LOG_DECAY, 0.0, b_dg))
 
 
@@ -187,19 +187,19 @@ def finish_vector_kernel(
     TK: tl.constexpr = (K + TILE - 1) // TILE
     S = tl.cdiv(T, L)
     i_k, i_s = tl.program_id(0) % TK, tl.program_id(0) // TK % S
-    i_state, states = tl.program_id(0).to(tl.int64) // (TK * S), tl.num_programs(0) // (TK * S)
-    start, length, t_begin, t_end = segment(cu_seqlens, i_state // H, i_s, T, L)
-    if is_behind(i_s, t_begin, length):
+    i_state, num_states = tl.program_id(0).to(tl.int64) // (TK * S), tl.num_programs(0) // (TK * S)
+    start, length, t_begin, t_end = segment_bounds(cu_seqlens, i_state // H, i_s, T, L)
+    if is_past_end(i_s, t_begin, length):
         return
-    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)
-    at = (start, t_begin, t_end, i_state, states, i_s, S)
+    tokens = start * 0 + (T if cu_seqlens is not None else num_states // H * T)
+    place = (start, t_begin, t_end, i_state, num_states, i_s, S)
     if FAR == 0:
-        _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, KIND)
+        _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, place, tokens, H, i_k, K, NV, KIND)
     else:
-        if is_far(factors, cu_seqlens, i_state, states, start, length, T, H, qn.dtype.element_ty, KIND):
-            _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, FAR)
+        if is_far(factors, cu_seqlens, i_state, num_states, start, length, T, H, qn.dtype.element_ty, KIND):
+            _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, place, tokens, H, i_k, K, NV, FAR)
         else:
-            _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, at, tokens, H, i_k, K, NV, KIND)
+            _finish_segment(qn, kn, g, rows, dq, dk, dg, begins, place, tokens, H, i_k, K, NV, KIND)
 
 
 def finish_vector(problem: Problem, prepared: Prepared, rows: Tensor, NV: int, L: int, needs_gate: bool):
@@ -220,8 +220,8 @@ def _vector_plan(K: int, NV: int, kinds: int) -> Launcher:
     return launcher_of(finish_vector_kernel, {"K": K, "NV": NV, "KINDS": kinds})
 
 
-def close_gate_gradient(
-    problem: Problem, prepared: Prepared, rows: Tensor, has_change: bool, terms: int, changes: int, L: int
+def finish_scalar(
+    problem: Problem, prepared: Prepared, rows: Tensor, has_end_term: bool, terms: int, changes: int, L: int
 ) -> Tensor:
     """dg `[B, T, H]`, of the buffer `rows` of `chunk_backward_kernel`."""
     N, H, K, _ = prepared.state_shape
@@ -230,13 +230,13 @@ def close_gate_gradient(
     if prepared.begins is not None:  # each sequence has its own sum, and <S, dS> is 0
         rows, changes = rows[changes * N * H * ceil_div(T, L) * K :], 0
         N = cu_seqlens.shape[0] - 1
-    parts = min(ceil_div(T, LONG.value), PARTS.value) if cu_seqlens is None else 1
-    launch = _scalar_plan(K, terms, changes, has_change)
+    parts = min(ceil_div(T, BLOCK.value), MAX_PARTS.value) if cu_seqlens is None else 1
+    launch = _scalar_plan(K, terms, changes, has_end_term)
     launch(N * H * parts, (problem.g, rows, dg, cu_seqlens, T, H, L))
     return dg
 
 
 @functools.lru_cache(maxsize=4096)
-def _scalar_plan(K: int, terms: int, changes: int, has_change: bool) -> Launcher:
-    constants = {"K": K, "BK": padded(K), "TERMS": terms, "CHANGES": changes, "HAS_CHANGE": has_change}
+def _scalar_plan(K: int, terms: int, changes: int, has_end_term: bool) -> Launcher:
+    constants = {"K": K, "BK": padded(K), "TERMS": terms, "END_TERMS": changes, "HAS_END_TERM": has_end_term}
     return launcher_of(scalar_gate_gradient_kernel, constants)

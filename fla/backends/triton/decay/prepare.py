@@ -31,39 +31,39 @@ from fla.backends.decay import Problem
 from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launch, launcher_of
 from fla.backends.triton._lib import LOG2E, MIN_LOG_DECAY, log2_decay, operand
 from fla.backends.triton._packs import join
-from fla.backends.triton._sequence import CHUNK, chunk_slot, chunk_slots, find_chunk, head_base, padded
+from fla.backends.triton._sequence import CHUNK, find_chunk, first_chunk_slot, head_offset, num_chunk_slots, padded
 from fla.backends.triton.decay._decay import (
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
+    FAR_UNIT,
     JOINED,
-    MARKS,
+    MARKS_AT_ONCE,
+    MIDDLE,
     NONE,
-    PAIR,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
-    UNIT,
     VECTOR,
-    first_slot,
+    first_factor_slot,
     is_near,
-    marks_size,
+    marks_length,
 )
 
 # dtypes in which packs with decays per channel are joined: fp16's operands are float32, which leaves no registers for
 # masks
 JOINED_VECTORS: tuple[torch.dtype, ...] = (torch.bfloat16,)
-HEADS = tl.constexpr(16)  # of a program of the scalar kind
-CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
+SCALAR_HEADS = tl.constexpr(16)  # of a program of the scalar kind
+VECTOR_CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
 RANGE = tl.constexpr(80.0)  # nats a chunk: e^-80 is a normal number, and so are e^+-40 and numbers near it
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
 def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
     """`sums`: the marks, then `G`. Of `q` the dtype counts."""
-    slots = chunk_slots(cu_seqlens, T, N)
-    groups = tl.cdiv(H, HEADS)
-    slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
+    slots = num_chunk_slots(cu_seqlens, T, N)
+    groups = tl.cdiv(H, SCALAR_HEADS)
+    slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * SCALAR_HEADS + tl.arange(0, SCALAR_HEADS)
     i_n, start, length, t = find_chunk(cu_seqlens, slot, N, T)
     if t >= length:
         return
@@ -72,8 +72,8 @@ def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
     b_w = log2_decay(tl.load(g + start * H + o_t[:, None] * H + i_h[None, :], mask=mask, other=0.0))
     b_mark = (is_near(tl.sum(b_w, 0), q.dtype.element_ty) == 0).to(tl.float32)
     tl.store(sums + i_h * slots + slot, b_mark, mask=i_h < H)
-    sums += marks_size(cu_seqlens, T, H, N * H)
-    p_sums = sums + head_base(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
+    sums += marks_length(cu_seqlens, T, H, N * H)
+    p_sums = sums + head_offset(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
     tl.store(p_sums, tl.cumsum(b_w, 0), mask=mask)
 
 
@@ -92,15 +92,15 @@ def load_token(q, k, g, o, mask, C: tl.constexpr):
 
 
 @triton.jit
-def store_token(token, qn, kn, o, mask, b_u, KIND: tl.constexpr):
+def store_token(token, qn, kn, o, mask, b_Gm, KIND: tl.constexpr):
     """Stores a token's Qn and Kn; `G` (SHORT: `G - m`) at it, given that at the token before."""
-    UP: tl.constexpr = 1.0 / UNIT if KIND == VECTOR else 1.0  # not as a part of the exponent: these are exact
-    DOWN: tl.constexpr = UNIT if KIND == VECTOR else 1.0
+    QN_FACTOR: tl.constexpr = 1.0 / MIDDLE if KIND == VECTOR else 1.0  # not as a part of the exponent: these are exact
+    KN_FACTOR: tl.constexpr = MIDDLE if KIND == VECTOR else 1.0
     b_q, b_k, b_w = token
-    b_u += b_w
-    tl.store(qn + o, operand(b_q * (tl.exp2(b_u) * UP), qn.dtype.element_ty), mask=mask)
-    tl.store(kn + o, operand(b_k * (tl.exp2(-b_u) * DOWN), kn.dtype.element_ty), mask=mask)
-    return b_u
+    b_Gm += b_w
+    tl.store(qn + o, operand(b_q * (tl.exp2(b_Gm) * QN_FACTOR), qn.dtype.element_ty), mask=mask)
+    tl.store(kn + o, operand(b_k * (tl.exp2(-b_Gm) * KN_FACTOR), kn.dtype.element_ty), mask=mask)
+    return b_Gm
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
@@ -108,8 +108,8 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
     """`factors`: the marks, then of every chunk the factor to its middle (SHORT alone has it) and that to its end,
     `[slots, H, 2, K]`. A thread walks the tokens of its channels: nothing is exchanged between threads."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    HEADS: tl.constexpr = CHANNELS // BK
-    slots = chunk_slots(cu_seqlens, T, N)
+    HEADS: tl.constexpr = VECTOR_CHANNELS // BK
+    slots = num_chunk_slots(cu_seqlens, T, N)
     groups = tl.cdiv(H, HEADS)  # neighbours in memory are neighbours in time
     slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     i_n, start, length, t_slot = find_chunk(cu_seqlens, slot, N, T)
@@ -118,10 +118,10 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
     o_k = tl.arange(0, BK)
     mask = (i_h < H)[:, None] & (o_k < K)[None, :]
     if KIND == SHORT:
-        b_marks = tl.zeros([HEADS, MARKS], tl.float32)
-        first = chunk_slot(cu_seqlens, start, i_n, T)
-        for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS):
-            o_i = i_mark + tl.arange(0, MARKS)
+        b_marks = tl.zeros([HEADS, MARKS_AT_ONCE], tl.float32)
+        first = first_chunk_slot(cu_seqlens, start, i_n, T)
+        for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
+            o_i = i_mark + tl.arange(0, MARKS_AT_ONCE)
             m_i = (i_h < H)[:, None] & (o_i < tl.cdiv(length, CHUNK))[None, :]
             p_marks = factors + i_h[:, None] * slots + first + o_i[None, :]
             b_marks = tl.maximum(b_marks, tl.load(p_marks, mask=m_i, other=0.0))
@@ -129,18 +129,18 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
         if tl.max(far, 0) == 0:
             return
         mask = mask & (far > 0)[:, None]
-    p_factors = factors + marks_size(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
+    p_factors = factors + marks_length(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
     columns = i_h[:, None] * K + o_k[None, :]
     for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
         row = (start + t_chunk) * H * K
         count = length - t_chunk
         # (`where`, because a comparison of two numbers is no mask in the interpreter of Triton 3.9)
-        b_u = tl.zeros([HEADS, BK], tl.float32)
-        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
+        b_Gm = tl.zeros([HEADS, BK], tl.float32)
+        p = p_factors + (first_factor_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
         if KIND == SHORT:
             for t in tl.static_range(C // 2):
-                b_u -= log2_step(g + row + t * (H * K) + columns, tl.where(t < count, mask, False), C)
-            tl.store(p, tl.exp2(-b_u), mask=mask)
+                b_Gm -= log2_step(g + row + t * (H * K) + columns, tl.where(t < count, mask, False), C)
+            tl.store(p, tl.exp2(-b_Gm), mask=mask)
         for t in range(0, C, 4):
             # four tokens' loads are under way at once: behind a store each would wait for its turn
             o, m_t = row + t * (H * K) + columns, count - t
@@ -148,14 +148,14 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
             token1 = load_token(q, k, g, o + H * K, tl.where(m_t > 1, mask, False), C)
             token2 = load_token(q, k, g, o + 2 * H * K, tl.where(m_t > 2, mask, False), C)
             token3 = load_token(q, k, g, o + 3 * H * K, tl.where(m_t > 3, mask, False), C)
-            b_u = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_u, KIND)
-            b_u = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_u, KIND)
-            b_u = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_u, KIND)
-            b_u = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_u, KIND)
-        tl.store(p + K, tl.exp2(b_u), mask=mask)
+            b_Gm = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_Gm, KIND)
+            b_Gm = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_Gm, KIND)
+            b_Gm = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_Gm, KIND)
+            b_Gm = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_Gm, KIND)
+        tl.store(p + K, tl.exp2(b_Gm), mask=mask)
         if KIND == VECTOR:
-            is_strong = tl.max(tl.abs(b_u), 1) > RANGE * LOG2E
-            tl.store(factors + i_h * slots + slot, is_strong.to(tl.float32), mask=i_h < H)
+            is_too_strong = tl.max(tl.abs(b_Gm), 1) > RANGE * LOG2E
+            tl.store(factors + i_h * slots + slot, is_too_strong.to(tl.float32), mask=i_h < H)
 
 
 class Prepared:
@@ -186,15 +186,15 @@ class Prepared:
         elif problem.g_gamma is not None:
             near, far = CONSTANT.value, 0 if problem.mild else FAR_CONSTANT.value
         joined = 0 if begins is None else JOINED
-        self.near_kinds, self.kinds = near + joined, near + PAIR * far + joined
+        self.near_kinds, self.kinds = near + joined, near + FAR_UNIT * far + joined
         if gate is not None:
             self.gate = gate
         elif near == VECTOR.value:
-            self._centre(problem)
+            self._scale_q_and_k(problem)
         elif near == SCALAR.value:
-            self._sum(problem)
+            self._sum_gates(problem)
 
-    def saved(self, problem: Problem, local: Tensor | None) -> Saved:
+    def saved(self, problem: Problem, segment_sums: Tensor | None) -> Saved:
         """What a forward keeps: the segments' states, the prepared gate, and `begins`, each if there is one.
 
         Qn and Kn take the places of q and k, which no gradient needs (`finish_vector`), unless they take more memory
@@ -208,25 +208,25 @@ class Prepared:
                 x = Problem(self.q, self.k, x.v, x.g, x.gk, *rest)
         elif x.g is not None:
             gate = self.gate
-        if gate is None and local is None and self.begins is None:
+        if gate is None and segment_sums is None and self.begins is None:
             return Saved(x)
-        return Saved(x, (local, gate, self.begins))
+        return Saved(x, (segment_sums, gate, self.begins))
 
-    def _sum(self, problem: Problem) -> None:
+    def _sum_gates(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
         slots = self._slots(T, CHUNK.value)
-        self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
+        self.gate = problem.q.new_empty(_aligned(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
         arguments = (problem.g, problem.q, self.gate, self.lengths, T, H, self.state_shape[0])
-        launch(running_sums_kernel, slots * ceil_div(H, HEADS.value), arguments, {})
+        launch(running_sums_kernel, slots * ceil_div(H, SCALAR_HEADS.value), arguments, {})
 
-    def _centre(self, problem: Problem) -> None:
+    def _scale_q_and_k(self, problem: Problem) -> None:
         q, k = problem.q, problem.k
         N, H, K, _ = self.state_shape
         T = q.shape[1]
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.q, self.k = empty_as(q, dtype), empty_as(k, dtype)
         slots = self._slots(T, CHUNK.value)
-        size = _even(slots * H) + self._slots(T, SHORT_CHUNK.value) * H * 2 * K
+        size = _aligned(slots * H) + self._slots(T, SHORT_CHUNK.value) * H * 2 * K
         self.gate = q.new_empty(size, dtype=torch.float32)
         arguments = (q, k, problem.gk, self.q, self.k, self.gate, self.lengths, T, H, N)
         heads, launches = _plan(K)
@@ -251,9 +251,9 @@ def _plan(K: int) -> tuple[int, tuple[Launcher, Launcher]]:
     """Heads of a program, and the launches for both kinds."""
     BK = padded(K)
     near, short = (launcher_of(centre_kernel, {"K": K, "BK": BK, "KIND": kind}) for kind in (VECTOR.value, SHORT.value))
-    return CHANNELS.value // BK, (near, short)
+    return VECTOR_CHANNELS.value // BK, (near, short)
 
 
-def _even(count: int) -> int:
+def _aligned(count: int) -> int:
     """Floats up to the next 16 bytes: as `marks_size` has it."""
     return ceil_div(count, 4) * 4
