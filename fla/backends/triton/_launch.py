@@ -240,14 +240,14 @@ class Launcher:
             if not (x is None or isinstance(x, (Tensor, float)) or (type(x) is int and parameter.do_not_specialize)):
                 return None  # Triton compiled for this very value, or `__call__` cannot tell this kind of argument
         rest = self._kernel.params[len(args) :]
-        constant_values = tuple(self._constants.get(parameter.name, parameter.default) for parameter in rest)
+        values = tuple(self._constants.get(parameter.name, parameter.default) for parameter in rest)
         active = driver.active
         current_device = active.get_current_device
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # does not check that CUDA is initialised: it is
         scratch = getattr(made.metadata, "global_scratch_size", 0)
         return Compiled(
-            run, function, metadata, current_device, active.get_current_stream, constant_values, scratch, made
+            run, function, metadata, current_device, active.get_current_stream, values, scratch, made
         )
 
 

@@ -132,7 +132,7 @@ def operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot_split(a, b, dtype: tl.constexpr):
-    """`a @ b` for a float32 `b`, which enters as a high and a low half in `dtype`: together they carry twice the digits."""
+    """`a @ b` for a float32 `b`, which enters as a high and a low half in `dtype`, and so with twice the digits."""
     if dtype == tl.float32 and INTERPRETED:
         out = tl.dot(a, b)
     else:

@@ -173,7 +173,7 @@ def keep_if_spanning(x, begins, last_start):
 
 
 @triton.jit
-def state_before(h0, segment_sums, i_state, i_s, S, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+def state_before(h0, sums, i_state, i_s, S, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
     """A tile of the state at the start of segment `i_s`, laid out as in `load_state`.
 
     It is the initial state and what the earlier segments added, each decayed by the segments in between.
@@ -181,15 +181,15 @@ def state_before(h0, segment_sums, i_state, i_s, S, o_k, o_v, K: tl.constexpr, V
     b_S = (o_k + o_v).to(tl.float32) * 0.0
     if h0 is not None:
         b_S += load_state(h0, i_state, o_k, o_v, K, V)
-    if segment_sums is not None:
+    if sums is not None:
         for s in range(0, i_s):
-            b_S = apply_segment(b_S, segment_sums + (i_state * S + s) * (K * V + K), o_k, o_v, K, V)
+            b_S = apply_segment(b_S, sums + (i_state * S + s) * (K * V + K), o_k, o_v, K, V)
     return b_S
 
 
 @triton.jit
 def state_gradient_after(
-    dht, segment_sums, num_states, i_state, i_s, S, num_segments, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr
+    dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr
 ):
     """A tile of the gradient of the state at the end of segment `i_s` of `num_segments`, divided by `scale`.
 
@@ -198,9 +198,9 @@ def state_gradient_after(
     b_dS = (o_k + o_v).to(tl.float32) * 0.0
     if dht is not None:
         b_dS += load_state(dht, i_state, o_k, o_v, K, V) / scale
-    if segment_sums is not None:
+    if sums is not None:
         for s in range(0, num_segments - 1 - i_s):
-            slot = segment_sums + ((num_states + i_state) * S + num_segments - 1 - s) * (K * V + K)
+            slot = sums + ((num_states + i_state) * S + num_segments - 1 - s) * (K * V + K)
             b_dS = apply_segment(b_dS, slot, o_k, o_v, K, V)
     return b_dS
 

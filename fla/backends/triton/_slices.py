@@ -1,10 +1,13 @@
-"""Heads wider than a program can hold are computed in slices. Their float32 partial results are added in a fixed order."""
+"""Heads wider than a program can hold are computed in slices.
+
+The partial results of the slices are float32, and are added in a fixed order.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from fla.backends.triton._launch import ceil_div, launch
+from fla.backends.triton._launch import ceil_div, empty_as, launch
 
 BLOCK = tl.constexpr(2048)
 
@@ -29,3 +32,12 @@ def sum_slices(parts: torch.Tensor, out: torch.Tensor) -> None:
     even = count % 16 == 0
     arguments = (parts, out, count // 16 if even else count)
     launch(sum_slices_kernel, ceil_div(count, BLOCK.value), arguments, {"SLICES": len(parts), "EVEN": even})
+
+
+def summed_slices(parts: torch.Tensor, slices: int, like: torch.Tensor) -> torch.Tensor:
+    """The sum of partial results, one for each slice, in the dtype and shape of `like`."""
+    if slices == 1 and parts.dtype == like.dtype:
+        return parts.view(like.shape)
+    out = empty_as(like)
+    sum_slices(parts.view(slices, *like.shape), out)
+    return out

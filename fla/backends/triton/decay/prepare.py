@@ -59,7 +59,7 @@ RANGE = tl.constexpr(80.0)  # nats a chunk: e^-80 is a normal number, and so are
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
+def running_sums_kernel(g, q, gate, cu_seqlens, T, H, N):
     """`sums`: the marks, then `G`. Of `q` the dtype counts."""
     slots = num_chunk_slots(cu_seqlens, T, N)
     groups = tl.cdiv(H, SCALAR_HEADS)
@@ -71,10 +71,10 @@ def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
     mask = (o_t < length)[:, None] & (i_h < H)[None, :]
     b_w = log2_decay(tl.load(g + start * H + o_t[:, None] * H + i_h[None, :], mask=mask, other=0.0))
     b_mark = (is_near(tl.sum(b_w, 0), q.dtype.element_ty) == 0).to(tl.float32)
-    tl.store(sums + i_h * slots + slot, b_mark, mask=i_h < H)
-    sums += marks_length(cu_seqlens, T, H, N * H)
-    p_sums = sums + head_offset(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
-    tl.store(p_sums, tl.cumsum(b_w, 0), mask=mask)
+    tl.store(gate + i_h * slots + slot, b_mark, mask=i_h < H)
+    gate += marks_length(cu_seqlens, T, H, N * H)
+    p_gate = gate + head_offset(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
+    tl.store(p_gate, tl.cumsum(b_w, 0), mask=mask)
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def store_token(token, qn, kn, o, mask, b_Gm, KIND: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
+def centre_kernel(q, k, g, qn, kn, gate, cu_seqlens, T, H, N, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
     """`factors`: the marks, then of every chunk the factor to its middle (SHORT alone has it) and that to its end,
     `[slots, H, 2, K]`. A thread walks the tokens of its channels: nothing is exchanged between threads."""
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
@@ -123,13 +123,13 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
         for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
             o_i = i_mark + tl.arange(0, MARKS_AT_ONCE)
             m_i = (i_h < H)[:, None] & (o_i < tl.cdiv(length, CHUNK))[None, :]
-            p_marks = factors + i_h[:, None] * slots + first + o_i[None, :]
+            p_marks = gate + i_h[:, None] * slots + first + o_i[None, :]
             b_marks = tl.maximum(b_marks, tl.load(p_marks, mask=m_i, other=0.0))
         far = tl.max(b_marks, 1)
         if tl.max(far, 0) == 0:
             return
         mask = mask & (far > 0)[:, None]
-    p_factors = factors + marks_length(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
+    p_factors = gate + marks_length(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
     columns = i_h[:, None] * K + o_k[None, :]
     for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
         row = (start + t_chunk) * H * K
@@ -155,7 +155,7 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
         tl.store(p + K, tl.exp2(b_Gm), mask=mask)
         if KIND == VECTOR:
             is_too_strong = tl.max(tl.abs(b_Gm), 1) > RANGE * LOG2E
-            tl.store(factors + i_h * slots + slot, is_too_strong.to(tl.float32), mask=i_h < H)
+            tl.store(gate + i_h * slots + slot, is_too_strong.to(tl.float32), mask=i_h < H)
 
 
 class Prepared:
@@ -194,7 +194,7 @@ class Prepared:
         elif near == SCALAR.value:
             self._sum_gates(problem)
 
-    def saved(self, problem: Problem, segment_sums: Tensor | None) -> Saved:
+    def saved(self, problem: Problem, sums: Tensor | None) -> Saved:
         """What a forward keeps: the segments' states, the prepared gate, and `begins`, each if there is one.
 
         Qn and Kn take the places of q and k, which no gradient needs (`finish_vector`), unless they take more memory
@@ -208,9 +208,9 @@ class Prepared:
                 x = Problem(self.q, self.k, x.v, x.g, x.gk, *rest)
         elif x.g is not None:
             gate = self.gate
-        if gate is None and segment_sums is None and self.begins is None:
+        if gate is None and sums is None and self.begins is None:
             return Saved(x)
-        return Saved(x, (segment_sums, gate, self.begins))
+        return Saved(x, (sums, gate, self.begins))
 
     def _sum_gates(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
