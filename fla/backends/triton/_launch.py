@@ -246,9 +246,7 @@ class Launcher:
         if current_device is torch.cuda.current_device:
             current_device = torch._C._cuda_getDevice  # does not check that CUDA is initialised: it is
         scratch = getattr(made.metadata, "global_scratch_size", 0)
-        return Compiled(
-            run, function, metadata, current_device, active.get_current_stream, values, scratch, made
-        )
+        return Compiled(run, function, metadata, current_device, active.get_current_stream, values, scratch, made)
 
 
 def _signature(args: tuple, device: int) -> tuple:

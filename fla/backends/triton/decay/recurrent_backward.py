@@ -1,17 +1,30 @@
 """The backward of the `decay` family token by token, for every head size, dtype and combination of decays.
 
-It keeps no states. Each of its roles walks a sequence with a tile
-of the state in registers and makes one vector a token; the vectors of the next token are loaded meanwhile:
+No state is stored. A program has one of four roles. It walks a sequence with a tile of the state in registers, and
+makes one vector for each token, while the vectors of the next token are loaded. The roles forward in time compute
 
-    forward in time     S <- decay S + a b^T        out = scale S x        dq: a, b, x = k, v, do    (rows are keys)
-                                                                           o:  a, b, x = v, k, q     (rows are values)
-    backward in time    dS <- dS + scale a b^T      out = dS x             dk: a, b, x = q, do, v    (rows are keys)
-                        dS <- decay dS afterwards                          dv: a, b, x = do, q, k    (rows are values)
+    S   <- decay S + a b^T
+    out  = scale S x
 
-so every sum runs along a row. A tile has at most SLICE columns: a longer row is cut, and its partial sums are added up
-afterwards in a fixed order. Gate gradients are suffix sums (float64) of row products, `q dq - k dk` per key channel and
-`o do - v dv` per value channel. Those are differences of large sums: float32 inputs are computed in float64 where a
-gate needs its gradient, so that its budget holds at any length.
+and the roles in reverse
+
+    dS  <- dS + scale a b^T
+    out  = dS x
+    dS  <- decay dS
+
+    role    direction    a     b     x     rows of the state
+    dq      forward      k     v     do    keys
+    o       forward      v     k     q     values
+    dk      reverse      q     do    v     keys
+    dv      reverse      do    q     k     values
+
+so that every sum runs along a row. A tile has at most SLICE columns: longer rows are cut, and their partial sums are
+added up afterwards in a fixed order.
+
+Gate gradients are suffix sums of products: `q dq - k dk` by key channel (`gate_gradient.py` derives this) and, in the
+same way, `o do - v dv` by value channel. These are differences of large sums, which need more digits than the rest. So
+the sums are float64, and float32 inputs are computed in float64 where a gate needs its gradient: the error budget then
+holds at any length.
 """
 
 import torch
@@ -25,9 +38,9 @@ from fla.backends.triton._lib import DEAD_LOG_DECAY
 from fla.backends.triton._sequence import sequence_bounds
 from fla.backends.triton.decay.recurrent_forward import decay_factor, mask_if_positive
 
-TILE = tl.constexpr(32)  # rows of a backward tile
-SLICE = tl.constexpr(128)  # columns of a backward tile, at most
-BT, BD = tl.constexpr(32), tl.constexpr(32)  # tokens and channels of a block of the gate gradient
+TILE = tl.constexpr(32)  # rows of a tile of the state
+SLICE = tl.constexpr(128)  # columns of a tile of the state, at most
+BT, BD = tl.constexpr(32), tl.constexpr(32)  # tokens and channels of a block of `gate_kernel`
 
 
 @triton.jit
@@ -35,8 +48,12 @@ def _walk_sequence(
     a, b, x, g, ga, gb, s0, out, end_term, s_end, row, stride, length, scale, o_r, o_c,
     A: tl.constexpr, B: tl.constexpr, W: tl.constexpr, ROLE: tl.constexpr,
 ):  # fmt: skip
-    """One role: `a` and the gate `ga` are `[tokens, A]`, `b`, `x` and `gb` `[tokens, B]`, `out` `[tokens, W]` (at the
-    role's first column). `change`: `<S, dS>` of the final state per row, where `s_end` is its gradient."""
+    """One role. `a` and the gate `ga` are `[tokens, A]`; `b`, `x` and `gb` are `[tokens, B]`; `out` is `[tokens, W]`.
+
+    `out` points at the role's first column. `s0` is the state where the walk begins. In reverse, the state where it
+    ends is written to `s_end`. Forward in time, `s_end` is the gradient dS of the final state, and <S, dS> is written
+    to `end_term` `[A]`, a number for each row. Names with n_ hold what was loaded for the next token.
+    """
     REVERSE: tl.constexpr = ROLE == "dk" or ROLE == "dv"
     PRECISE: tl.constexpr = a.dtype.element_ty == tl.float32
     ACC: tl.constexpr = out.dtype.element_ty
@@ -93,8 +110,12 @@ def recurrent_backward_kernel(
     q, k, v, g, gk, gv, do, h0, dht, dh0, forward_rows, reverse_rows, end_term, cu_seqlens, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, WITH_O: tl.constexpr,
 ):  # fmt: skip
-    """`ahead` `[B, T, H, W]` holds the partial dq, slice by slice of V, and WITH_O those of o, slice by slice of K;
-    `back` those of dk and dv; `change` `[N, H, W]` like `ahead`."""
+    """Fills the partial sums of dq, dk, dv, and WITH_O of o.
+
+    `forward_rows` `[B, T, H, FORWARD_WIDTH]`: partial dq, for one slice of V after the other; WITH_O, then partial o,
+    for one slice of K after the other. `reverse_rows`: partial dk and dv likewise. `end_term` `[N, H, FORWARD_WIDTH]`:
+    the end terms of the gate gradients, in the columns of `forward_rows`.
+    """
     NRK: tl.constexpr = (K + TILE - 1) // TILE
     NRV: tl.constexpr = (V + TILE - 1) // TILE
     NSK: tl.constexpr = (K + SLICE - 1) // SLICE
@@ -103,7 +124,7 @@ def recurrent_backward_kernel(
     CV: tl.constexpr = 16 if V <= 16 else 32 if V <= 32 else 64 if V <= 64 else SLICE
     REVERSE_WIDTH: tl.constexpr = NSV * K + NSK * V
     FORWARD_WIDTH: tl.constexpr = REVERSE_WIDTH if WITH_O else NSV * K
-    KEYS: tl.constexpr = NRK * NSV  # programs whose rows are key channels; VALUES: value channels
+    KEYS: tl.constexpr = NRK * NSV  # programs of a role whose rows are key channels; VALUES: value channels
     VALUES: tl.constexpr = NRV * NSK
     ROLES: tl.constexpr = (2 if WITH_O else 1) * (KEYS + VALUES) + (0 if WITH_O else KEYS)
     i_role = tl.program_id(0) % ROLES
@@ -171,8 +192,12 @@ def gate_kernel(
     x, forward_rows, y, reverse_rows, end_term, gate, dg, cu_seqlens, T, H, COLUMN: tl.constexpr, D: tl.constexpr,
     FORWARD_WIDTH: tl.constexpr, REVERSE_WIDTH: tl.constexpr, SLICES: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
-    """`dg_t = sum_{s >= t} (x ahead - y back)_s + change` of a block of channels, or SCALAR, of all of them; 0 where
-    the gate is below -16. The partial results begin at COLUMN."""
+    """dg of a block of channels, or for SCALAR of all channels together:
+
+        dg_t = sum_{s >= t} (x forward_rows - y reverse_rows)_s + end_term
+
+    dg_t is 0 where the gate is below -16 nats. The partial results begin at column COLUMN.
+    """
     NB: tl.constexpr = (D + BD - 1) // BD
     i_nh = tl.program_id(0) // (1 if SCALAR else NB)
     i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H
@@ -189,10 +214,10 @@ def gate_kernel(
             else:
                 b_sum += b_c
     for i_t in range(0, tl.cdiv(length, BT)):
-        o_t = length - 1 - i_t * BT - tl.arange(0, BT)  # backwards, so that a plain running sum is the suffix sum
+        o_t = length - 1 - i_t * BT - tl.arange(0, BT)  # backwards, so that the running sum is the suffix sum
         m_t, row = o_t >= 0, (start + o_t) * H + i_h
         if SCALAR:
-            b_r = tl.zeros([BT], tl.float64)  # not [BT, 1]: the running sum of one column does not compile
+            b_r = tl.zeros([BT], tl.float64)  # not [BT, 1]: a running sum of one column does not compile
         else:
             b_r = tl.zeros([BT, BD], tl.float64)
         for j in tl.static_range(NB if SCALAR else 1):
@@ -221,7 +246,9 @@ def gate_kernel(
 
 
 def backward(problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool) -> dict[str, Tensor]:
-    """All gradients, those of gates like the gates (a constant decay has none: it comes as `g` where it needs one)."""
+    """All gradients, those of gates like the gates. A constant decay has no gradient of its own: if it needs one, it
+    comes as `g`.
+    """
     q, k, v, gk, gv = problem.q, problem.k, problem.v, problem.gk, problem.gv
     N, H, K, V = problem.state_shape
     g, g_gamma = combine(problem.g, problem.g_gamma)

@@ -50,8 +50,8 @@ TOKENS_AT_ONCE = tl.constexpr(1024)  # entries of `begins` that a program reads 
 def _contributing_tokens(begins, t_begin, t_end, REVERSE: tl.constexpr):
     """The tokens `first` to `past_last` of a segment that contribute to the state at its end (REVERSE: at its start).
 
-    In a joined pack these are the tokens of the one sequence that reaches that place. Also returns whether that
-    sequence spans the whole segment and goes on beyond its other end.
+    In a joined pack these are the tokens of the one sequence that reaches that place. Also returns whether one sequence
+    spans the whole segment and the token before it.
     """
     if begins is None:
         return t_begin, t_end, True
