@@ -115,7 +115,7 @@ def find_chunk(cu_seqlens, slot, N, T):
 
 @triton.jit
 def sequence_starts(begins, t, t_end, C: tl.constexpr):
-    """Where the sequences of the chunk at `t` start: that of each token `[C]`, and that of the last token.
+    """Where the sequences of the chunk at `t` start: `b_starts` `[C]` for each token, and `last` for the last token.
 
     Starts are counted from `t`, so they are negative for a sequence that started before the chunk. Where nothing is
     joined, nobody reads them.
@@ -153,22 +153,22 @@ def keep_started_before(x, begins, b_starts):
 
 
 @triton.jit
-def keep_last_sequence(x, begins, last_start):
+def keep_last_sequence(x, begins, last):
     """`x` `[C, D]` with zeros in all rows but those of the chunk's last sequence, which may go on after the chunk."""
     if begins is None:
         return x
     else:
-        return tl.where((tl.arange(0, x.shape[0]) >= last_start)[:, None], x, 0.0).to(x.dtype)
+        return tl.where((tl.arange(0, x.shape[0]) >= last)[:, None], x, 0.0).to(x.dtype)
 
 
 @triton.jit
-def keep_if_spanning(x, begins, last_start):
+def keep_if_spanning(x, begins, last):
     """`x` if one sequence spans the whole chunk and the token before it, else zeros."""
     if begins is None:
         return x
     else:
         # masks the bits: for Blackwell, Triton 3.6 fails on a `where` between an accumulator and its next dot
-        bits = x.to(tl.int32, bitcast=True) & tl.where(last_start < 0, -1, 0)
+        bits = x.to(tl.int32, bitcast=True) & tl.where(last < 0, -1, 0)
         return bits.to(tl.float32, bitcast=True)
 
 

@@ -313,7 +313,7 @@ def _run_role(
     cu_seqlens = None if JOINED_BIT & KINDS else pack
     begins = pack if JOINED_BIT & KINDS else None
     LOAD: tl.constexpr = ROLES // LOAD_UNIT
-    SLICE: tl.constexpr = 256 if WIDE_SLICES & ROLES else 128
+    SLICE: tl.constexpr = 256 if WIDE_SLICES & ROLES else 128  # WIDEST, WIDEST_BACKWARD
     BK: tl.constexpr = 64 if K <= 64 else 128 if K <= 128 else SLICE
     BV: tl.constexpr = 64 if V <= 64 else 128 if V <= 128 else SLICE
     TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles of K and of V, and slices of V
@@ -380,7 +380,7 @@ def chunk_backward_kernel(
     FAR: tl.constexpr = (FAR_BITS & KINDS) >> FAR_SHIFT
     JOINED: tl.constexpr = JOINED_BIT & KINDS
     cu_seqlens = None if JOINED else pack
-    SLICE: tl.constexpr = 256 if WIDE_SLICES & ROLES else 128
+    SLICE: tl.constexpr = 256 if WIDE_SLICES & ROLES else 128  # WIDEST, WIDEST_BACKWARD
     KEYS: tl.constexpr = ((K + TILE - 1) // TILE) * ((V + SLICE - 1) // SLICE)  # programs of dq, and of dk
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0

@@ -62,8 +62,8 @@ def _contributing_tokens(begins, t_begin, t_end, REVERSE: tl.constexpr):
             o_t = tl.arange(0, TOKENS_AT_ONCE)
             b_count = tl.zeros([TOKENS_AT_ONCE], tl.int32)
             for t in range(t_begin, t_end, TOKENS_AT_ONCE):
-                b_first = tl.load(begins + t + o_t, mask=t + o_t < t_end, other=t_end)
-                b_count += (b_first < t_begin).to(tl.int32)
+                b_begins = tl.load(begins + t + o_t, mask=t + o_t < t_end, other=t_end)
+                b_count += (b_begins < t_begin).to(tl.int32)
             count = tl.sum(b_count, 0)
             one = tl.maximum(count, 1)  # at least one token: a program walks at least one chunk
             return t_begin + one - count, t_begin + one, is_spanning
