@@ -305,7 +305,7 @@ def _dv_role(
 
 @triton.jit
 def _run_role(
-    q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H,
+    q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, role_place, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
     """One role, for a tile of a segment. `i_role` counts the tiles of dq (once per slice of V), of dk, then of dv."""
@@ -324,7 +324,7 @@ def _run_role(
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == SHORT) or ((KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR))
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role = place
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role = role_place
     i_n, i_h = i_state // H, i_state % H
     tokens = start * 0 + (T if cu_seqlens is not None else num_states // H * T)  # 64 bits wide, like `start`
     size_k, size_v = tokens * H * K, tokens * H * V

@@ -186,8 +186,8 @@ def far_role(
                 m_rows = tl.where(is_dv, False, m_c)
                 b_x = load_rows(tl.where(is_dq, q, k) + row * K, o_c, m_rows, H, o_e, K)
                 b_scaled = (b_x * tl.exp2(b_from_state)[:, None]).to(DTYPE)
-                b_row_sum = tl.sum(b_x * b_X + b_scaled * b_state_part, 1) * scale
-                tl.store(row_sums + o_head + t + o_c, b_row_sum, mask=m_rows)
+                p_row_sum = row_sums + o_head + t + o_c
+                tl.store(p_row_sum, tl.sum(b_x * b_X + b_scaled * b_state_part, 1) * scale, mask=m_rows)
             b_state_part *= tl.exp2(b_from_state)[:, None]
             b_c = (b_c * tl.exp2(b_to_state)[:, None]).to(DTYPE)
             b_Z *= tl.exp2(total)
