@@ -14,7 +14,7 @@ import torch
 from fla.backends.decay import Problem
 from fla.backends.triton import decay
 from fla.backends.triton.decay import chunk_backward, recurrent_forward
-from fla.backends.triton.decay._decay import JOINED, PAIR
+from fla.backends.triton.decay._decay import FAR_UNIT, JOINED
 from tests.compile_check import recording
 from tests.compile_check.recording import DTYPES, Kernels, descriptors, record
 
@@ -80,19 +80,19 @@ class Variant(recording.Variant):
         if number is None:
             return None
         number %= JOINED
-        near, far = KINDS[number % PAIR], KINDS[number // PAIR]
-        return f"{near}-or-{far}" if self.is_pair else near if number < PAIR else f"only-{near}"
+        near, far = KINDS[number % FAR_UNIT], KINDS[number // FAR_UNIT]
+        return f"{near}-or-{far}" if self.is_pair else near if number < FAR_UNIT else f"only-{near}"
 
     @property
     def is_pair(self) -> bool:
         """A launch of two kinds."""
         kinds = self.constants.get("KINDS", 0) % JOINED
-        return kinds // PAIR not in (0, kinds % PAIR)
+        return kinds // FAR_UNIT not in (0, kinds % FAR_UNIT)
 
     @property
     def is_launched(self) -> bool:
         """As it is, not a part of a launch."""
-        return self.constants.get("KINDS", 0) % JOINED >= PAIR or self.kind == "none"
+        return self.constants.get("KINDS", 0) % JOINED >= FAR_UNIT or self.kind == "none"
 
     @property
     def is_matrix(self) -> bool:
@@ -106,7 +106,7 @@ class Variant(recording.Variant):
     @property
     def is_wide(self) -> bool:
         """A backward launch of one role for wide heads."""
-        return bool(self.constants.get("ROLES", 0) & chunk_backward.WIDE.value)
+        return bool(self.constants.get("ROLES", 0) & chunk_backward.WIDE_SLICES.value)
 
     @property
     def operands(self) -> str:
@@ -179,7 +179,7 @@ def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:
     for kernel, types, constants, settings in seen:
         whole = Variant(kernel, types, constants, settings["num_warps"], settings["num_stages"], (K, V), posed)
         kinds, joined = constants.get("KINDS", 0) % JOINED, constants.get("KINDS", 0) // JOINED * JOINED
-        for kind in (kinds % PAIR, kinds // PAIR) if whole.is_pair else ():
+        for kind in (kinds % FAR_UNIT, kinds // FAR_UNIT) if whole.is_pair else ():
             yield from by_roles(replace(whole, constants=constants | {"KINDS": kind + joined}))
         if not whole.is_pair:
             yield from by_roles(whole)

@@ -43,7 +43,7 @@ def forget_plans() -> None:
 def short_segments(monkeypatch):
     """Segments of a chunk or two, so that a short sequence has several."""
     forget_plans()
-    monkeypatch.setattr(_sequence, "SHORTEST", 1)
+    monkeypatch.setattr(_sequence, "MIN_SEGMENT_CHUNKS", 1)
     yield
     forget_plans()
 
@@ -94,7 +94,7 @@ def guarded_cases():
     """What `guarded.py` runs."""
     prepare.JOINED_VECTORS = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
     yield from (case for cases in JOINED for case in cases)
-    _sequence.SHORTEST = 1
+    _sequence.MIN_SEGMENT_CHUNKS = 1
     forget_plans()
     yield from (case for cases in JOINED_SEGMENTS for case in cases)
 
@@ -161,8 +161,8 @@ IN_PARTS = [[(case, parts) for case in cases for parts in (2, 16)] for cases in 
 @pytest.mark.parametrize("case, parts", in_turn(*IN_PARTS), ids=str)
 def test_gate_gradients_in_parts(case, parts, monkeypatch):
     """Each part of a sequence, of one block or several, adds up what lies behind it."""
-    monkeypatch.setattr(gate_gradient, "LONG", tl.constexpr(64))
-    monkeypatch.setattr(gate_gradient, "PARTS", tl.constexpr(parts))
+    monkeypatch.setattr(gate_gradient, "BLOCK", tl.constexpr(64))
+    monkeypatch.setattr(gate_gradient, "MAX_PARTS", tl.constexpr(parts))
     check_chunks(case)
 
 
