@@ -1,8 +1,8 @@
 """Efficient linear-attention models: ops, modules, layers and Hugging Face models.
 
-`import fla` is light: it imports neither Triton nor transformers and touches no GPU. It teaches transformers' Auto
-classes our model types lazily (`fla/_auto.py`). Layers and models are here too, `fla.GLAForCausalLM`; the first use of
-one imports its package.
+`import fla` is light: it imports neither Triton nor transformers and touches no GPU. transformers' Auto classes learn
+our model types when transformers is imported (`fla/_auto.py`). Layers and models are names of this package too, such as
+`fla.GLAForCausalLM`: the first use of one imports the package that it is in.
 """
 
 import importlib

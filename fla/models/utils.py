@@ -1,4 +1,4 @@
-"""What other programs import from here: `fla.models.utils.Cache`."""
+"""`fla.models.utils.Cache`, the name under which other programs import the cache."""
 
 from fla.models.cache import Cache
 

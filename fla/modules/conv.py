@@ -1,23 +1,23 @@
-"""`fla.modules.convolution` under the names that other programs import: `fla.modules.conv.causal_conv1d` and so on.
+"""`fla.modules.convolution` under the module names that other programs import, such as `fla.modules.conv.short_conv`.
 
-They expect a package. Its modules are made here from one table, so that no file stands for a name.
+These programs expect `fla.modules.conv` to be a package. Its submodules are made here, from one table.
 """
 
 from fla._names import make_module
 from fla.backends import family
 from fla.modules.convolution import ShortConvolution, causal_conv1d, causal_conv1d_update
 
-CausalConv1dFunction = family("fused", "torch").DepthwiseConv  # by which trainers recognise it in a graph of gradients
+CausalConv1dFunction = family("fused", "torch").DepthwiseConv  # trainers look for its name in the autograd graph
 
 __all__ = ["CausalConv1dFunction", "ShortConvolution", "causal_conv1d", "causal_conv1d_update"]
 
-_MODULES: dict[str, tuple[str, ...]] = {
+_SUBMODULES: dict[str, tuple[str, ...]] = {  # submodule -> the names in it
     "causal_conv1d": ("causal_conv1d", "causal_conv1d_update"),
     "short_conv": ("ShortConvolution",),
     "triton": (),
     "triton.ops": ("CausalConv1dFunction",),
 }
 
-for _place, _names in _MODULES.items():
+for _submodule, _names in _SUBMODULES.items():
     _doc = f"Names of `fla.modules.convolution`: {', '.join(_names)}."
-    make_module(f"{__name__}.{_place}", _doc, {name: globals()[name] for name in _names})
+    make_module(f"{__name__}.{_submodule}", _doc, {name: globals()[name] for name in _names})

@@ -1,4 +1,4 @@
-"""Token-mixing ops: one line per op, which is all the registration it needs."""
+"""Token-mixing ops. One line per op; importing an op registers it."""
 
 from fla.ops import utils as utils
 from fla.ops.gla import chunk_gla, fused_chunk_gla, fused_recurrent_gla

@@ -17,22 +17,33 @@ Op = TypeVar("Op", bound=Callable)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to call an op: keyword settings, and the gates or tensors left out or put in."""
+    """One way to call an op: keyword settings, and the gates or tensors left out or put in.
+
+    `forms`: those that have it, by default all. `steps`: whether it is also a way to decode on states that the caller
+    owns (where a form has `state_indices`); not so where a part of the state is left out.
+    """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
-    forms: tuple[str, ...] | None = None  # None: every form of the op
+    forms: tuple[str, ...] | None = None
+    steps: bool = True
 
 
 @dataclass(frozen=True)
 class OpSpec:
     """An op, described so that tests, benchmarks and docs need nothing else.
 
-    `shapes`: every tensor argument. `reference(**tensors, scale, initial_state, output_final_state)`: the naive
-    recurrence, returns `(o, state)`.
-    `forms`: form name -> public function. `inputs`: from noise of those shapes to legal inputs.
-    `gates`: the arguments that are log decays. `stateless`: forms without states. `gaps`: what does not work, in words.
+    `shapes`: every tensor argument; the parts of the state are those whose first axis is `N`.
+    `reference(**tensors, scale, initial_state, output_final_state)`: the naive recurrence, returns `(o, state)`.
+    `forms`: form name -> public function. `same`: forms that only call another one -> that one.
+    `inputs`: from noise of those shapes to legal inputs.
+    `gates`: the arguments that are log decays. `wide`: tensors that are float32 whatever the others are.
+    `required`, `same_dtype`: the tensors that may not be None, and that share a dtype (as `check_shapes` has them).
+    `axes`: sizes of axes in tests, a product of numbers and other axes ("2 H") or a few of these or of numbers to take
+    in turn; the usual axes (`fla.testing.inputs.USUAL_AXES`) need none. `limits`: the largest size an axis may have.
+    `default_scale`: what `scale=None` means, by default K ** -0.5. An op without the parameter has no scale.
+    `stateless`: forms without states. `gaps`: what does not work, in words.
     """
 
     name: str
@@ -40,10 +51,17 @@ class OpSpec:
     shapes: dict[str, str]
     reference: Callable[..., tuple[Tensor, Any]]
     forms: dict[str, Callable[..., tuple[Tensor, Any]]]
+    same: dict[str, str] = field(default_factory=dict)
     inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda x: x
     gates: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    required: tuple[str, ...] = ("q", "k", "v")
+    same_dtype: tuple[str, ...] = ("q", "k", "v")
+    axes: dict[str, str | tuple[str | int, ...]] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    default_scale: float | None = None
     variants: tuple[Variant, ...] = (Variant("default"),)
-    stateless: tuple[str, ...] = ("parallel",)  # forms without initial and final state
+    stateless: tuple[str, ...] = ("parallel",)
     gaps: dict[str, str] = field(default_factory=dict)
     paper: str = ""
 
