@@ -255,8 +255,13 @@ def contract(suite: Suite) -> type:
     return OpContract
 
 
+def diagonal(*lists: list) -> list:
+    """The i-th item of the i-th list, and so on around."""
+    return [item for n, items in enumerate(lists) for i, item in enumerate(items) if i % len(lists) == n]
+
+
 def in_turn(*lists: list) -> list:
-    """Of all items, the i-th of the i-th list (and so on around) for every suite, the others for the exhaustive one."""
+    """All items: those of the `diagonal` for every suite, the others for the exhaustive one."""
     return [
         pytest.param(
             *(item if isinstance(item, tuple) else (item,)),
