@@ -5,14 +5,25 @@ PYTHON ?= python3
 TRITON ?=
 VENV := .venv$(if $(TRITON),-triton-$(TRITON))
 RUN := $(VENV)/bin/python
-# Further arguments: make demo ARGS="--model retnet", make test-gpu ARGS="-k gla", make bench ARGS="--op gla"
+# Further arguments: make demo ARGS="--model retnet", make test ARGS="-k packed", make bench ARGS="--op gla"
 ARGS ?=
+# Only what touches these ops, their layers and their models: make test OPS=gla,retention
+OPS ?=
+# Processes of the test suite; by default one a core, at most 8
+JOBS ?=
 
-INSTALL = $(PYTHON) tools/install.py --venv $(VENV) $(if $(TRITON),--triton $(TRITON))
+ASKED := $(filter-out file,$(origin PYTHON))
+INSTALL = $(PYTHON) tools/install.py --venv $(VENV) $(if $(TRITON),--triton $(TRITON)) $(if $(ASKED),--this-python)
 REQUIREMENTS := pyproject.toml constraints.txt tools/install.py
 PYTHON_FILES := fla tests benchmarks examples tools
-# Two processes of one thread each: what two cores can do
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+SUITE = tools/suite.py $(if $(OPS),--ops "$(OPS)") $(if $(JOBS),--jobs $(JOBS))
+
+# A PYTHON that is given makes the environment anew if another one made it; one that is not given keeps what is there
+ifneq ($(and $(ASKED),$(wildcard $(VENV)/bin/python)),)
+ifeq ($(shell $(PYTHON) tools/install.py --venv $(VENV) --made-by),another)
+REQUIREMENTS += another-python
+endif
+endif
 
 # What Triton does anyway; 3.9 warns where it is not said
 export TRITON_DEFAULT_FP_FUSION := 1
@@ -21,16 +32,19 @@ export TRITON_DEFAULT_FP_FUSION := 1
 PEER ?=
 PEER_CACHE := benchmarks/peer/h200-flash-linear-attention-0.6.0.tgz
 
-.PHONY: help demo test check test-gpu sanitize bench records clean
+.PHONY: help demo test test-all check test-gpu sanitize bench records clean another-python
 
 help:
 	@echo 'make demo      install, train a small language model on real text, save it, reload it, let it write'
-	@echo 'make test      the whole CPU suite'
+	@echo 'make test      the CPU suite; with OPS=gla what touches that op'
+	@echo 'make test-all  the same with every exhaustive test: before a kernel lands'
 	@echo 'make check     format, lint, types, spelling'
 	@echo 'make test-gpu  the GPU suite, in the current Python'
 	@echo 'make sanitize  races and stray accesses of the kernels, with compute-sanitizer'
 	@echo 'make bench     time the ops'
 	@echo 'make records   time the ops for docs/benchmarks.md, on a quiet machine with a GPU, in the current Python'
+
+another-python:
 
 $(VENV)/.installed-demo: $(REQUIREMENTS)
 	@$(INSTALL) demo
@@ -43,10 +57,11 @@ $(VENV)/.installed: $(REQUIREMENTS)
 demo: $(VENV)/.installed-demo
 	$(RUN) examples/train_and_generate.py $(ARGS)
 
-# Triton decides at import whether it compiles or interprets, so each has a process of its own.
 test: $(VENV)/.installed
-	env -u TRITON_INTERPRET $(PYTEST) -m 'not gpu' --ignore=tests/triton_interpreter tests
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter
+	@$(RUN) $(SUITE) $(ARGS)
+
+test-all: $(VENV)/.installed
+	@$(RUN) $(SUITE) --all $(ARGS)
 
 check: $(VENV)/.installed
 	$(RUN) -m ruff format --check $(PYTHON_FILES)
@@ -55,7 +70,7 @@ check: $(VENV)/.installed
 	$(RUN) -m codespell_lib $(PYTHON_FILES) docs .ci Makefile $(wildcard *.md)
 
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests $(ARGS)
+	@$(PYTHON) $(SUITE) --gpu $(ARGS)
 
 # The first run compiles: the checkers would slow that down
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1

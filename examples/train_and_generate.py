@@ -28,6 +28,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from _text import UserError, baselines, read_files, split
+from _threads import Threads
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
@@ -50,9 +51,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {
     "model": "gla", "text": [], "steps": 1000, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 2, "seq_len": 256,
     "batch_size": 4, "lr": 3e-3, "dtype": "float32",
-    "device": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None, "new_bytes": 400,
+    "device": None, "threads": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None,
+    "new_bytes": 400,
 }  # fmt: skip
-FREE_ON_RESUME = {"device", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve
+FREE_ON_RESUME = {"device", "threads", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -193,6 +195,7 @@ def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace
     every = max(1, args.steps // 10)
     glance = held_out[: max(1, len(held_out) // 16 // args.seq_len) * args.seq_len + 1]  # the curve needs no more
     shape = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
+    threads = choose_threads(args)
     bar = tqdm(total=args.steps, initial=run.step, bar_format=shape, dynamic_ncols=True)
     with interruptible() as caught, bar:
         while run.step < args.steps and not caught:
@@ -202,11 +205,19 @@ def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace
                 raise RuntimeError(f"the loss is {loss} at step {run.step}: try a smaller --lr")
             run.losses.append(loss)
             run.seconds.append(time.perf_counter() - start)
+            threads.seen(run.seconds[-1])
             if run.step % every == 0 or run.step == args.steps:
                 run.validation.append((run.step, bits_per_byte(run.model, glance, args)))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second(run, args):,.0f} tokens/s", refresh=False)
             bar.update()
     return run.step == args.steps
+
+
+def choose_threads(args: argparse.Namespace) -> Threads:
+    """Threads as they are told, by `--threads` or OMP_NUM_THREADS; else, on a CPU, as many as make steps quicker."""
+    most = args.threads or torch.get_num_threads()
+    told = args.threads or "OMP_NUM_THREADS" in os.environ or not args.device.startswith("cpu")
+    return Threads(most, least=most if told else 1)
 
 
 def tokens_per_second(run: Run, args: argparse.Namespace) -> float:
@@ -302,6 +313,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
         action="extend",
         metavar="PATH",
     )
+    option("threads", "threads on a CPU (default: as many as make steps quicker)", type=positive, metavar="N")
     for name in ("steps", "hidden-size", "layers", "heads", "seq-len", "batch-size", "new-bytes"):
         option(name, name.replace("-", " "), type=positive, metavar="N")
     option("lr", "peak learning rate", type=float)

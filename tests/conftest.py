@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from fla.testing import poisoned_allocation
+from tests import times
+from tests.times import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the suite runs as one process per core
+    times.pytest_configure(config)
 
 
 @pytest.fixture(autouse=True)

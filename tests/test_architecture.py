@@ -260,6 +260,34 @@ def test_an_op_is_one_file_and_one_line(scratch):
     assert wrong.returncode == 1 and "over the budget" in wrong.stdout
 
 
+def failed(done: subprocess.CompletedProcess) -> set[str]:
+    """The tests that a suite refused, without their files."""
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    return {line.split("::")[1].split(" ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")}
+
+
+def change(path: Path, old: str, new: str) -> None:
+    """Replace what stands in a file once."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path.name}"
+    path.write_text(text.replace(old, new))
+
+
+QUICK = ("-m", "not exhaustive")
+
+
+@pytest.mark.slow
+def test_a_layer_is_one_file_and_one_line(scratch):
+    """A mixer without heads and with one convolution passes; one that forgets its past does not."""
+    file = scratch / "fla/layers/toy.py"
+    add(file, toys.LAYER, toys.LAYER_LINE)
+    only = ("tests/layers/test_contract.py", "tests/layers/test_layers.py", "-k", "toy or Toy")
+    assert passed(suite(scratch, *only, *QUICK)) > 40
+    change(file, 'call.state.get("recurrent_state")', "None")
+    refused = failed(suite(scratch, *only[:2], "-k", "toy and (row_alone or token_by_token)"))
+    assert refused == {"test_token_by_token[toy]", "test_token_by_token[toy-wide]"}
+
+
 @pytest.mark.slow
 def test_a_family_without_heads_is_one_file_and_one_of_each_backend(scratch):
     """Its op, one file and one line, passes all that an op must; suites of a backend that lacks it say so."""
@@ -278,9 +306,41 @@ def test_a_family_without_heads_is_one_file_and_one_of_each_backend(scratch):
 
 @pytest.mark.slow
 def test_a_model_is_one_file_and_one_line(scratch):
+    """A model that hands its layers values and a carry passes, with both kinds of gradient checkpointing."""
     assert toys.MODEL.count("\n") < 80
+    add(scratch / "fla/layers/toy.py", toys.LAYER, toys.LAYER_LINE)
     add(scratch / "fla/models/toy.py", toys.MODEL, toys.MODEL_LINE)
-    assert passed(suite(scratch, "tests/models/test_contract.py", "tests/models/test_registration.py", "-k", "toy")) > 5
+    files = ("contract", "generation", "config", "loading")
+    assert passed(suite(scratch, *(f"tests/models/test_{name}.py" for name in files), "-k", "toy", *QUICK)) > 50
+
+
+@pytest.mark.slow
+def test_a_model_whose_layers_get_the_wrong_tensors_is_refused(scratch):
+    """Values of other layers, tensors that re-entrant checkpointing cannot see, and a block that loses its carry."""
+    add(scratch / "fla/layers/toy.py", toys.LAYER, toys.LAYER_LINE)
+    add(scratch / "fla/models/toy.py", toys.MODEL, toys.MODEL_LINE)
+    losing = toys.MODEL.replace('"toy"', '"losing"').replace("Toy", "Losing").replace("LosingMixer", "ToyMixer")
+    block = "    mixer_cls, mlp_cls = ToyMixer, LosingMLP\n"
+    loss = "\n    def forward(self, *args, **kwargs):\n        return super().forward(*args, **kwargs)[:3]\n"
+    line = toys.MODEL_LINE.replace(".toy", ".losing").replace("Toy", "Losing")
+    add(scratch / "fla/models/losing.py", losing.replace(block, block + loss), line)
+    decoder = scratch / "fla/models/_decoder.py"
+    change(decoder, "zip(self.layers, self.layer_inputs(), strict=True)", "zip(self.layers, self.layer_inputs()[::-1])")
+    change(
+        decoder, "False, *carry, *extra, **packing", "False, *carry, **packing, **block.attn.named_inputs(None, extra)"
+    )
+    tests = "what_reaches or checkpointing or forward_and_backward"
+    refused = failed(
+        suite(scratch, "tests/models/test_contract.py", "-k", f"({tests}) and (toy or losing) and not hybrid")
+    )
+    assert refused == {
+        "test_what_reaches_every_layer[toy]",
+        "test_what_reaches_every_layer[losing]",
+        "test_gradient_checkpointing_keeps_the_gradients[True-toy]",
+        "test_gradient_checkpointing_keeps_the_gradients[True-losing]",
+        "test_gradient_checkpointing_keeps_the_gradients[False-losing]",
+        "test_forward_and_backward[losing]",
+    }
 
 
 if __name__ == "__main__":

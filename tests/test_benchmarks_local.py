@@ -38,7 +38,6 @@ def test_host_writes_a_row_per_op_and_mode(tmp_path, monkeypatch, capsys, words,
     assert list(found) == [(f"chunk_{op}", mode) for op in OPS for mode in modes]
     assert all(r["ms"] > 0 and r["commit"] == "abc" and r["shape"] == "B1 T8 H1 D4" for r in found.values())
     assert all(f"{backend} backend" in r["note"] and "in a loop" in r["note"] for r in found.values())
-    assert found["chunk_gla", "host_fwdbwd"]["ms"] > found["chunk_gla", "host_fwd"]["ms"]
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  chunk_gla"))
     assert [float(cell) for cell in line.split()[1:]] == pytest.approx(
         [found["chunk_gla", mode]["ms"] * 1e3 for mode in modes], rel=0.02
@@ -124,7 +123,7 @@ def test_decode_writes_both_rows(tmp_path, capsys):
     found = rows(tmp_path)
     assert list(found) == [(f"fused_recurrent_{op}", mode) for op in OPS for mode in ("decode", "decode_loop")]
     wide = found["fused_recurrent_gla", "decode"]
-    assert wide["shape"] == "B2 T1 H4 D16" and wide["floor_x"] > 1
+    assert wide["shape"] == "B2 T1 H4 D16" and wide["floor_x"] > 0
     assert f"{1 / wide['floor_x']:.0%} of copy bandwidth" in wide["note"]
     assert found["fused_recurrent_gla", "decode_loop"]["floor_x"] is None
     page, _ = _report.build(list(found.values()))

@@ -26,15 +26,15 @@ def text(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["gla", "retnet", "linear_attn", "transformer"])
-def test_training_throughput(name, tmp_path, capsys):
-    words = ["--name", name, *TINY, "--batch_size", "2", "--seq-len", "24", "--steps", "3", "--warmup_steps", "1"]
+@pytest.mark.parametrize("model", ["gla", "retnet", "linear_attn", "transformer"])
+def test_training_throughput(model, tmp_path, capsys):
+    words = ["--name", model, *TINY, "--batch_size", "2", "--seq-len", "24", "--steps", "3", "--warmup_steps", "1"]
     assert training.main([*words, "--out", str(tmp_path), "--commit", "abc"]) == 0
     said = capsys.readouterr().out
     for part in ("48 (2 rows)", "initial memory", "max memory", "1 warm-up steps", "tokens/s", "32, 2 layers, 2 heads"):
         assert part in said
     (row,) = _records.read(tmp_path / "cpu.jsonl")
-    assert (row["op"], row["shape"], row["mode"], row["commit"]) == (name, "B2 T24", "train", "abc")
+    assert (row["op"], row["shape"], row["mode"], row["commit"]) == (model, "B2 T24", "train", "abc")
     assert row["ms"] > 0 and "AdamW" in row["note"] and "M parameters" in row["note"]
 
 

@@ -1,6 +1,9 @@
 """The demo's story at a size of seconds: train, save, reload, generate, draw; interrupt and resume; bad input."""
 
+import argparse
+import contextlib
 import importlib
+import io
 import json
 import math
 import os
@@ -28,17 +31,6 @@ def arguments(text: Path, out: Path, *flags: str) -> list[str]:
     return ["--text", str(text), "--out", str(out), *SIZE, "--steps", str(STEPS), *flags]
 
 
-def command(text: Path, out: Path, *flags: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *arguments(text, out, *flags)]
-
-
-def call(arguments: list[str], **keywords) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        arguments, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False, **keywords
-    )
-
-
 @pytest.fixture(scope="module")
 def program():
     """The script as a module, for what needs no process of its own."""
@@ -47,6 +39,21 @@ def program():
         yield importlib.import_module(SCRIPT.stem)
     finally:
         sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def threads_of(program):
+    """What `_threads.py` does in so many steps, where a step of n threads takes `seconds(step, n)`: n at every step."""
+
+    def counts(most: int, steps: int, seconds, **options) -> list[int]:
+        used: list[int] = []
+        threads = program.Threads(most, use=lambda count: None, **options)
+        for step in range(steps):
+            used.append(threads.count)
+            threads.seen(seconds(step, threads.count))
+        return used
+
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +68,19 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
+def run_here(program, arguments: list[str]) -> str:
+    """The whole program in this process; what it printed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert program.main(arguments) == 0
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
-def whole(text, tmp_path_factory) -> tuple[Path, str]:
+def whole(program, text, tmp_path_factory) -> tuple[Path, str]:
     """The results folder and the output of a run from beginning to end."""
     out = tmp_path_factory.mktemp("whole")
-    result = call(command(text, out, "--prompt", "def ", "--new-bytes", "20"))
-    assert result.returncode == 0, result.stderr
-    return out, result.stdout + result.stderr
+    return out, run_here(program, arguments(text, out, "--prompt", "def ", "--new-bytes", "20"))
 
 
 def losses(out: Path) -> list[float]:
@@ -115,7 +128,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_continues_the_same_curve(program, 
     environment["TQDM_MININTERVAL"] = "0"  # show every step: a bar ten times a second passes over those wanted here
     flags = ["--prompt", "def ", "--new-bytes", "20"]
     process = subprocess.Popen(
-        command(text, tmp_path, *flags),
+        [sys.executable, str(SCRIPT), *arguments(text, tmp_path, *flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -135,8 +148,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_continues_the_same_curve(program, 
     assert f"--resume --out {tmp_path}" in output
     assert not (tmp_path / "metrics.json").exists()
 
-    resumed = call([sys.executable, str(SCRIPT), "--resume", "--out", str(tmp_path), *flags])
-    assert resumed.returncode == 0, resumed.stderr
+    run_here(program, ["--resume", "--out", str(tmp_path), *flags])
     assert losses(tmp_path) == losses(whole[0])  # bit for bit
     assert (tmp_path / "report.txt").read_text().split("\n", 1)[1] == (whole[0] / "report.txt").read_text().split(
         "\n", 1
@@ -193,16 +205,6 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(program, flags, says, tmp_
     assert len(message) == 1 or message[0].startswith("usage:")
 
 
-def test_an_unreadable_text_ends_the_command_with_exit_code_2(tmp_path):
-    result = call([sys.executable, str(SCRIPT), "--text", str(tmp_path / "missing"), "--out", str(tmp_path / "out")])
-    assert result.returncode == 2
-    assert (
-        result.stderr
-        == f"train_and_generate.py: cannot read --text {tmp_path / 'missing'}: No such file or directory\n"
-    )
-    assert not (tmp_path / "out").exists()
-
-
 def test_resuming_on_another_text_is_refused(program, whole, text, tmp_path, capsys):
     shutil.copytree(whole[0] / "checkpoint", tmp_path / "checkpoint")
     state = torch.load(tmp_path / "checkpoint" / "trainer.pt", weights_only=True)
@@ -227,3 +229,55 @@ def test_without_text_the_standard_library_is_read(program):
     texts = program.read_files([])
     assert len(texts) > 200
     assert any(b"class JSONDecoder" in text for text in texts)
+
+
+def idle(step: int, count: int) -> float:
+    return 1 / count
+
+
+def busy(step: int, count: int) -> float:
+    """Every thread but one waits for its turn."""
+    return 1.5 if count == 1 else 30.0 * count
+
+
+def test_on_idle_cores_all_threads_are_used(threads_of):
+    for most in (1, 2, 3, 8):
+        used = threads_of(most, 100, idle)
+        assert used[20:] == [most] * 80 and used[0] == 1
+
+
+def test_more_threads_than_help_are_not_used(threads_of):
+    """As on a machine of many cores, for a small model."""
+    used = threads_of(64, 400, lambda step, count: 1 / min(count, 8) + 0.01 * count)
+    assert used.count(8) > 360 and max(used) == 16
+
+
+def test_on_busy_cores_one_thread_is_used(threads_of):
+    used = threads_of(8, 1000, busy)
+    assert used.count(1) > 990 and max(used) == 2
+    assert sum(busy(0, count) for count in used) < 1.25 * 1000 * busy(0, 1)
+
+
+def test_threads_follow_what_happens_to_the_cores(threads_of):
+    """Idle, busy, idle: fewer threads at once, more after a while; one slow step is no reason."""
+
+    def seconds(step: int, count: int) -> float:
+        return (busy if 200 <= step < 400 else idle)(step, count) * (50 if step in (100, 150) else 1)
+
+    used = threads_of(2, 1000, seconds)
+    assert used[20:200] == [2] * 180
+    assert used[205:400].count(2) < 8
+    assert used[800:] == [2] * 200
+
+
+def test_a_number_of_threads_that_is_given_stays(threads_of, program, monkeypatch):
+    assert threads_of(6, 200, busy, least=6) == [6] * 200
+    used = []
+    monkeypatch.setattr(program, "Threads", lambda most, least: used.append((most, least)))
+    monkeypatch.setattr(program.torch, "get_num_threads", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for given, device in ((None, "cpu"), (3, "cpu"), (None, "cuda")):
+        program.choose_threads(argparse.Namespace(threads=given, device=device))
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    program.choose_threads(argparse.Namespace(threads=None, device="cpu"))
+    assert used == [(4, 1), (3, 3), (4, 4), (4, 4)]

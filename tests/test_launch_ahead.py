@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -25,19 +26,42 @@ DECAYS = {
 }
 
 
+class Compiled(list):
+    """(kernel, thread) of everything compiled."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(2, thread_name_prefix="fla-compile")
+        self.begun: list = []
+
+    def submit(self, *call):
+        self.begun.append(self.threads.submit(*call))
+        return self.begun[-1]
+
+    def settle(self) -> None:
+        """Wait for what was begun: a call waits for its own kernels alone, and a thread's turn may come late."""
+        for future in self.begun:
+            future.result()
+
+    def forget(self) -> None:
+        self.settle()
+        self.clear()
+
+
 @pytest.fixture
 def compiled(machine, monkeypatch):  # noqa: F811
-    """Kernel and thread of everything compiled. Nothing really is."""
-    found: list[tuple[str, str]] = []
+    """What was compiled, in the call or ahead of it. Nothing really is."""
+    found = Compiled()
 
     def see(kernel):
         found.append((kernel.fn.__name__, threading.current_thread().name))
 
+    monkeypatch.setattr(_launch, "compilers", lambda: found)
     monkeypatch.setattr(JITFunction, "_do_compile", instead_of_compiling(machine, see))
     monkeypatch.setattr(_launch, "_get_device", lambda x: -1 if x.is_meta else machine.tensors_on)
     monkeypatch.setattr(_launch, "_has_descriptors", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return found
+    yield found
+    found.threads.shutdown()
 
 
 def problem(op: str, form: str = "chunk", T: int = 2112) -> Problem:
@@ -57,6 +81,7 @@ def train(given: Problem) -> None:
 def test_the_first_launch_of_a_call_has_all_of_it_compiled_in_threads(machine, compiled, op, form):  # noqa: F811
     """Forward with its segments, and backward: each kernel once, and none again when it is launched."""
     train(problem(op, form=form))
+    compiled.settle()
     kernels = Counter(name for name, _ in compiled)
     assert all(thread.startswith("fla-compile") for _, thread in compiled)
     assert sum(kernels.values()) <= len(machine.launches)
@@ -64,29 +89,33 @@ def test_the_first_launch_of_a_call_has_all_of_it_compiled_in_threads(machine, c
         assert kernels["chunk_forward_kernel"] == kernels["chunk_backward_kernel"] == 1
         assert kernels["segment_states_kernel"] == 2  # forward and reverse
     assert _ahead.under_way.call is None, "the call's tensors are kept alive"
-    compiled.clear()
+    compiled.forget()
     decay.forward(problem(op, form=form), False, True)
+    compiled.settle()
     assert not compiled
 
 
 def test_wide_heads_have_their_roles_compiled_side_by_side(machine, compiled):  # noqa: F811
     q = torch.zeros(1, 128, 2, 256, dtype=torch.bfloat16)
     train(Problem(q, q, q, None, None, None, None, None, None, 0.5, "chunk"))
+    compiled.settle()
     assert Counter(name for name, _ in compiled) == {"chunk_forward_kernel": 1, "chunk_backward_kernel": 3}
     assert all(thread.startswith("fla-compile") for _, thread in compiled)
 
 
 def test_a_forward_that_no_backward_follows_compiles_no_backward(machine, compiled):  # noqa: F811
     decay.forward(problem("gla"), False, False)
+    compiled.settle()
     assert {name for name, _ in compiled} == {"centre_kernel", "segment_states_kernel", "chunk_forward_kernel"}
 
 
 def test_what_a_rehearsal_does_not_foresee_is_compiled_when_it_is_launched(machine, compiled):  # noqa: F811
     given = problem("retention", T=128)
     _, _, saved = decay.forward(given, True, True)
-    compiled.clear()
+    compiled.forget()
     dht = torch.zeros(given.state_shape)
     decay.backward(saved.problem, saved.tensors, given.q, dht, ("q", "k", "v"))
+    compiled.settle()
     assert compiled == [("chunk_backward_kernel", threading.current_thread().name)]
 
 

@@ -1,8 +1,11 @@
 """The installer's decisions that can be checked without installing, and what CI runs."""
 
 import importlib.util
+import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,19 +38,71 @@ def test_constraints_name_the_versions_and_another_triton_on_request(installer):
 def test_which_pytorch_is_installed(installer, monkeypatch, cpu_build, gpu, calls):
     made = []
 
-    def run(command, **keywords):
-        made.append("pinned" if "--constraint" in command else "free")
-        assert "--editable" in command and command[-1].endswith("[demo]")
+    def pip_install(python, *arguments):
+        if arguments[-1].startswith("torch==") and arguments[-1].endswith("+cpu"):
+            made.append("torch")
+            if not cpu_build:
+                raise subprocess.CalledProcessError(1, "pip")
+            return
+        made.append("pinned" if "--constraint" in arguments else "free")
+        assert "--editable" in arguments and arguments[-1].endswith("[demo]")
 
-    def succeeds(*command):
-        assert command[-1].startswith("torch==") and command[-1].endswith("+cpu")
-        made.append("torch")
-        return cpu_build
-
-    monkeypatch.setattr(installer.subprocess, "run", run)
-    monkeypatch.setattr(installer, "succeeds", succeeds)
+    monkeypatch.setattr(installer, "pip_install", pip_install)
     installer.install("python", "demo", gpu, None)
     assert made == calls
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("Downloading https://x.org/torch-2.9.0%2Bcpu-cp311-cp311-manylinux_2_28_x86_64.whl (184.1 MB)",
+         "  torch-2.9.0+cpu (184.1 MB)"),
+        ("Using cached tqdm-4.67.1-py3-none-any.whl (78 kB)\n", "  tqdm-4.67.1 (78 kB), which is here already"),
+        ("Installing collected packages: mpmath, tqdm, torch", "  unpacking 3 packages"),
+        ("  Downloading https://x.org/torch-2.9.0-cp311-cp311-linux_x86_64.whl.metadata (29 kB)", None),
+        ("Collecting torch==2.9.0+cpu", None),
+        ("Looking in indexes: https://x.org/simple", None),
+    ],
+    ids=lambda value: "" if value is None else value.strip()[:20],
+)  # fmt: skip
+def test_what_is_told_of_pip_s_output(installer, line, told):
+    assert installer.news(line) == told
+
+
+def fake_pip(folder: Path, code: str) -> str:
+    """A Python that runs `code` in place of pip."""
+    file = folder / "python"
+    file.write_text(f"#!{sys.executable}\n{code}")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_an_installation_tells_of_every_package_and_of_its_silence(installer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(installer, "QUIET", 0.01)
+    code = (
+        "import pathlib, time\n"
+        "print('Downloading a-1-py3-none-any.whl (1 kB)', flush=True)\n"
+        "while not pathlib.Path('told').exists(): time.sleep(0.01)\n"
+        "print('Successfully installed a')"
+    )
+    said = []
+
+    def tell(text, **_):
+        said.append(text)
+        if "still at it" in text:
+            (tmp_path / "told").touch()
+
+    monkeypatch.setattr(installer, "ROOT", tmp_path)
+    monkeypatch.setattr("builtins.print", tell)
+    assert installer.pip_install(fake_pip(tmp_path, code))[-2] == "Successfully installed a\n"
+    assert "  a-1 (1 kB)" in said and any("still at it after 0 s" in line for line in said)
+
+
+def test_a_failure_of_pip_is_shown_whole(installer, tmp_path):
+    python = fake_pip(tmp_path, "print('ERROR: no space left')\nraise SystemExit(3)")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        installer.pip_install(python)
+    assert failed.value.returncode == 3 and "no space left" in failed.value.output
 
 
 def test_an_environment_is_made_once(installer, tmp_path):
@@ -59,7 +114,19 @@ def test_an_environment_is_made_once(installer, tmp_path):
     assert (tmp_path / "venv" / "kept").exists()
 
 
-def test_a_shared_environment_sees_the_packages_of_this_python(installer, tmp_path):
+@pytest.fixture
+def without_pip(installer, monkeypatch):
+    """Environments are made without pip, which takes most of the time, and pass for whole."""
+    run, succeeds = subprocess.run, installer.succeeds
+    quick = SimpleNamespace(**vars(subprocess))
+    quick.run = lambda command, **keywords: run(
+        [*command, "--without-pip"] if "venv" in command else command, **keywords
+    )
+    monkeypatch.setattr(installer, "subprocess", quick)
+    monkeypatch.setattr(installer, "succeeds", lambda *command: command[1:3] == ("-m", "pip") or succeeds(*command))
+
+
+def test_a_shared_environment_sees_the_packages_of_this_python(installer, without_pip, tmp_path):
     python = installer.make_environment(tmp_path / "venv", share=True)
     finds = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
     assert installer.succeeds(python, "-c", finds)
@@ -71,8 +138,47 @@ def test_ci_runs_the_two_commands_and_nothing_else():
     assert lines[1] == "set -euo pipefail"
 
 
-def test_make_test_runs_both_processes():
-    listed = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    commands = [line for line in listed.splitlines() if "pytest" in line]
-    assert any("TRITON_INTERPRET=1" in c and "tests/triton_interpreter" in c for c in commands)
-    assert any("-u TRITON_INTERPRET" in c and "--ignore=tests/triton_interpreter" in c for c in commands)
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """What make needs of the project, and an environment that this Python made and filled."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("bin/python", ".installed", ".installed-demo"):
+        (tmp_path / ".venv" / name).touch()
+    return tmp_path
+
+
+def makes_environment(project: Path, *words: str) -> bool:
+    """Whether `make test` begins with the installation."""
+    done = subprocess.run(["make", "-n", "test", *words], cwd=project, capture_output=True, text=True, check=True)
+    return "tools/install.py" in done.stdout
+
+
+def test_another_python_makes_the_environment_anew(installer, project):
+    """One that is named; without a name, what is there is taken as it is."""
+    this = f"PYTHON={sys.executable}"
+    assert not makes_environment(project)
+    assert makes_environment(project, this)  # nobody knows which one made it
+    installer.maker(project / ".venv").write_text(installer.this_python())
+    assert not makes_environment(project, this)
+    assert not makes_environment(project)
+    other = project / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(other)], check=True)
+    assert makes_environment(project, f"PYTHON={other / 'bin' / 'python'}")
+    shutil.rmtree(project / ".venv")
+    assert makes_environment(project) and makes_environment(project, this)
+
+
+def test_an_environment_of_another_python_is_cleared(installer, without_pip, tmp_path):
+    folder = tmp_path / "venv"
+    installer.make_environment(folder, share=False)
+    assert installer.made_by(folder) == "this"
+    (folder / "kept").touch()
+    installer.make_environment(folder, share=False, by_this=True)
+    installer.maker(folder).write_text("another")
+    installer.make_environment(folder, share=False)
+    assert (folder / "kept").exists() and installer.made_by(folder) == "another"
+    installer.make_environment(folder, share=False, by_this=True)
+    assert not (folder / "kept").exists() and installer.made_by(folder) == "this"

@@ -219,4 +219,5 @@ def retention_decay(num_heads: int, device: torch.device) -> Tensor:
 def _retention_decay(num_heads: int, device: torch.device) -> Tensor:
     # kept: a copy from the host on every call costs more than a kernel and cannot be captured in a CUDA graph
     values = [math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)]
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
+        return torch.tensor(values, dtype=torch.float64, device=device)

@@ -15,6 +15,7 @@ Each function here checks its arguments, picks the backend and calls the functio
 what they belong to.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from fla.varlen import check_cu_seqlens
 FAMILY = "fused"
 ACTIVATIONS = ("swish", "silu", "sigmoid")
 CONV_ACTIVATIONS = (None, "swish", "silu")
+CONV_BACKENDS = (None, "triton", "torch", "cuda")  # "cuda", another library's kernel elsewhere: the best there is
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ class CrossEntropy:
     inplace_backward: bool = False  # the gradient may overwrite the logits
 
     def __post_init__(self) -> None:
+        for name in ("label_smoothing", "logit_scale", "lse_square_scale"):
+            check_number(name, getattr(self, name))
+        check_number("logit_softcapping", self.logit_softcapping, above=0, optional=True)
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
-        if self.logit_softcapping is not None and not self.logit_softcapping > 0:
-            raise ValueError(f"logit_softcapping must be None or positive, got {self.logit_softcapping}")
+        if type(self.ignore_index) is not int:
+            raise TypeError(f"ignore_index must be an int, got {type(self.ignore_index).__name__}")
 
 
 def norm(
@@ -102,7 +107,7 @@ def norm_linear(
     Arguments of `norm`; `linear_weight` [O, D]. Under autocast the product runs in the autocast dtype.
     """
     _check_norm(x, weight, bias, residual, gate, group_size, activation)
-    _check_linear(linear_weight, linear_bias, x.shape[-1])
+    _check_linear(linear_weight, linear_bias, x)
     y = _backend("norm_linear", x).norm_linear(
         x,
         weight,
@@ -138,7 +143,7 @@ def glu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, activa
     """`(activation(x) * y) @ weight.T + bias`, the product recomputed in the backward pass. `weight` [O, D]."""
     check_float("x", x)
     _check_like("y", y, x)
-    _check_linear(weight, bias, x.shape[-1])
+    _check_linear(weight, bias, x)
     _check_choice("activation", activation, ACTIVATIONS)
     return _backend("glu_linear", x).glu_linear(x, y, weight, bias, activation)
 
@@ -151,6 +156,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     check_float("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, T, H, D], got {list(x.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_float(name, table)
+        _check_device(name, table, x)
     if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in ((x.shape[1],), (x.shape[0], x.shape[1])):
         raise ValueError(
             f"cos and sin must have one row per token of x {list(x.shape)}, got {list(cos.shape)} and {list(sin.shape)}"
@@ -185,6 +193,7 @@ def conv(
             "initial_state": "N D W",
         },
         same_dtype=(),
+        required=("x", "weight"),
         cu_seqlens=cu_seqlens,
         x=x,
         weight=weight,
@@ -194,7 +203,7 @@ def conv(
     )
     _check_choice("activation", activation, CONV_ACTIVATIONS)
     check_packing_values(cu_seqlens, x.shape[1])
-    return _backend("causal_conv1d", x, backend).conv(
+    return _backend("causal_conv1d", x, _conv_backend(backend)).conv(
         x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens
     )
 
@@ -210,25 +219,29 @@ def conv_step(
 ) -> Tensor:
     """One token of `conv` for x [N, D]; `state` [N, D, W] is shifted and appended to IN PLACE."""
     shapes = {"x": "B D", "state": "B D W", "weight": "D W", "bias": "D", "residual": "B D"}
-    check_shapes(shapes, same_dtype=(), x=x, state=state, weight=weight, bias=bias, residual=residual)
+    required = ("x", "state", "weight")
+    check_shapes(
+        shapes, same_dtype=(), required=required, x=x, state=state, weight=weight, bias=bias, residual=residual
+    )
     _check_choice("activation", activation, CONV_ACTIVATIONS)
-    return _backend("causal_conv1d_update", x, backend).conv_step(x, state, weight, bias, residual, activation)
+    module = _backend("causal_conv1d_update", x, _conv_backend(backend))
+    return module.conv_step(x, state, weight, bias, residual, activation)
 
 
 def token_shift(x: Tensor, cu_seqlens: Tensor | None = None, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`x[t - 1] - x[t]` of every sequence of x [B, T, D], and its last x [N, D]; at first `cache` [N, D] or zeros."""
     shapes = {"x": "B T D", "cache": "N D"}
-    check_shapes(shapes, same_dtype=(), cu_seqlens=cu_seqlens, x=x, cache=cache)
+    check_shapes(shapes, same_dtype=(), required=("x",), cu_seqlens=cu_seqlens, x=x, cache=cache)
     check_packing_values(cu_seqlens, x.shape[1])
     return _backend("token_shift", x).token_shift(x, cu_seqlens, cache)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor]:
     """Loss of every row, and its z-loss part (no gradient): logits [N, V], integer target [N] -> two [N], float32."""
-    if logits.dim() != 2:
-        raise ValueError(f"logits must have shape [N, V], got {list(logits.shape)}")
     check_float("logits", logits)
-    _check_target(target, logits.shape[:1], logits.shape[1], options.ignore_index)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape [N, V] with V >= 1, got {list(logits.shape)}")
+    _check_target(target, logits, logits.shape[1], options.ignore_index)
     return _backend("cross_entropy", logits).cross_entropy(logits, target.long(), options)
 
 
@@ -252,10 +265,9 @@ def linear_cross_entropy(
     check_float("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, D], got {list(x.shape)}")
-    _check_linear(weight, bias, x.shape[1])
-    _check_target(target, x.shape[:1], weight.shape[0], options.ignore_index)
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks must be at least 1, got {num_chunks}")
+    _check_linear(weight, bias, x)
+    _check_target(target, x, weight.shape[0], options.ignore_index)
+    check_count("num_chunks", num_chunks)
     return _backend("linear_cross_entropy", x).linear_cross_entropy(
         x, target.long(), weight, bias, num_chunks, wide_weight_grad, mean, options
     )
@@ -263,6 +275,11 @@ def linear_cross_entropy(
 
 def _backend(op: str, x: Tensor, backend: str | None = None) -> Any:
     return family(FAMILY, resolve(FAMILY, x, backend), op)
+
+
+def _conv_backend(backend: str | None) -> str | None:
+    _check_choice("backend", backend, CONV_BACKENDS)
+    return None if backend == "cuda" else backend
 
 
 def _carried(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> Tensor:
@@ -280,6 +297,43 @@ def check_float(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
+def check_tensor(name: str, x: Any) -> None:
+    """TypeError unless `x` is a tensor or None."""
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def check_number(name: str, value: Any, above: float | None = None, optional: bool = False) -> None:
+    """TypeError or ValueError unless `value` is a finite number (greater than `above`), or None if `optional`."""
+    if optional and value is None:
+        return
+    kind = ("None or " if optional else "") + ("a finite number" if above is None else f"a finite number above {above}")
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value) or (above is not None and value <= above):
+        raise ValueError(f"{name} must be {kind}, got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """TypeError or ValueError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless `value` is True or False: a number here is another argument in the wrong place."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+
+
+def _check_device(name: str, y: Tensor, x: Tensor) -> None:
+    if y.device != x.device:
+        hint = ": its values are not there (offloaded, or not loaded yet)" if y.is_meta else ""
+        raise ValueError(f"{name} must be on {x.device} like what it is applied to, got {y.device}{hint}")
+
+
 def _check_like(name: str, y: Any, x: Tensor) -> None:
     check_float(name, y)
     if y.shape != x.shape or y.device != x.device:
@@ -295,11 +349,15 @@ def _check_choice(name: str, value: Any, choices: tuple) -> None:
 
 def _check_norm(x, weight, bias, residual, gate, group_size, activation) -> None:
     check_float("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have at least one axis, got a number")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one axis, the last not empty, got shape {list(x.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.dim() != 1 or p.shape[0] != x.shape[-1]):
-            raise ValueError(f"{name} must have shape [{x.shape[-1]}] like the last axis of x, got {list(p.shape)}")
+        if p is None:
+            continue
+        check_tensor(name, p)
+        if p.dim() != 1 or p.shape[0] != x.shape[-1]:
+            raise ValueError(f"x must have as many channels as {name} {list(p.shape)}, got {list(x.shape)}")
+        _check_device(name, p, x)
     if residual is not None:
         _check_like("residual", residual, x)
     if gate is not None:
@@ -309,19 +367,25 @@ def _check_norm(x, weight, bias, residual, gate, group_size, activation) -> None
     _check_choice("activation", activation, ACTIVATIONS)
 
 
-def _check_linear(weight: Any, bias: Tensor | None, width: int) -> None:
+def _check_linear(weight: Any, bias: Any, x: Tensor) -> None:
     check_float("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight must have shape [out, {width}], got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight must have shape [out, {x.shape[-1]}], got {list(weight.shape)}")
+    _check_device("weight", weight, x)
+    if bias is None:
+        return
+    check_float("bias", bias)
+    if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    _check_device("bias", bias, x)
 
 
-def _check_target(target: Any, shape: torch.Size, num_classes: int, ignore_index: int) -> None:
+def _check_target(target: Any, scores: Tensor, num_classes: int, ignore_index: int) -> None:
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f"target must be an integer tensor, got {getattr(target, 'dtype', type(target).__name__)}")
-    if target.shape != shape:
-        raise ValueError(f"target must have shape {list(shape)}, one class per row, got {list(target.shape)}")
+    if target.shape != scores.shape[:1]:
+        raise ValueError(f"target must have shape {list(scores.shape[:1])}, a class per row, got {list(target.shape)}")
+    _check_device("target", target, scores)
     if target.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU the check would wait for it
         wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
         if wrong.any():

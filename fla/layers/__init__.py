@@ -5,11 +5,3 @@ from fla.layers.gla import GatedLinearAttention
 from fla.layers.linear_attn import LinearAttention
 from fla.layers.multiscale_retention import MultiScaleRetention
 from fla.layers.simple_gla import SimpleGatedLinearAttention
-
-__all__ = [
-    "Attention",
-    "GatedLinearAttention",
-    "LinearAttention",
-    "MultiScaleRetention",
-    "SimpleGatedLinearAttention",
-]

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer, check_positive
+from fla.layers._heads import MultiHeadMixer
+from fla.layers._mixer import Call, check_positive
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.attention import attention
 
 
-class Attention(TokenMixer):
+class Attention(MultiHeadMixer):
     """Causal softmax attention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Args:

@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer, activation, check_positive
+from fla.layers._heads import MultiHeadMixer
+from fla.layers._mixer import Call, activation, check_positive
 from fla.ops import chunk_gla, fused_chunk_gla, fused_recurrent_gla
 
 
-class GatedLinearAttention(TokenMixer):
+class GatedLinearAttention(MultiHeadMixer):
     """Gated linear attention (GLA), `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Args:
@@ -66,7 +67,7 @@ class GatedLinearAttention(TokenMixer):
         self.clamp_min = clamp_min
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(use_output_gate)
-        self.add_short_convs(use_short_conv, conv_size, conv_bias)
+        self.add_qkv_convs(use_short_conv, conv_size, conv_bias)
         self.gk_proj = nn.Sequential(
             nn.Linear(hidden_size, gate_low_rank_dim, bias=False), nn.Linear(gate_low_rank_dim, self.key_dim_per_group)
         )

@@ -7,12 +7,13 @@ Op: `linear_attn`. Paper: https://arxiv.org/abs/2006.16236
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer
+from fla.layers._heads import MultiHeadMixer
+from fla.layers._mixer import Call
 from fla.modules import RMSNorm
 from fla.modules.feature_map import DPFPFeatureMap, HadamardFeatureMap, HedgehogFeatureMap, T2RFeatureMap
 from fla.ops import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
@@ -37,7 +38,7 @@ FEATURE_MAPS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-class LinearAttention(TokenMixer):
+class LinearAttention(MultiHeadMixer):
     """Linear attention with a feature map, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Args:
@@ -57,6 +58,7 @@ class LinearAttention(TokenMixer):
         "fused_chunk": fused_chunk_linear_attn,
         "fused_recurrent": fused_recurrent_linear_attn,
     }
+    config_names: ClassVar = {**MultiHeadMixer.config_names, "do_feature_map_norm": "norm_feature_map"}
 
     def __init__(
         self,
@@ -106,8 +108,8 @@ class LinearAttention(TokenMixer):
         v = self.split_heads(v, self.head_v_dim, grouped=True)
         return self.norm(self.recur(call, q, k, v, normalize=self.do_feature_map_norm))
 
-    def state_size(self, **kwargs: Any) -> int:
-        """Elements of state per sequence, which depend on how many features the map has."""
+    def recurrent_size(self) -> int:
+        """A matrix per head, whose height is how many features the map has, and the sum that a norm divides by."""
         weight = self.q_proj.weight
         features = self.feature_map_k(weight.new_zeros(1, self.head_k_dim)).shape[-1]
         return self.num_heads * features * (self.head_v_dim + self.do_feature_map_norm)

@@ -11,12 +11,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fla.layers._mixer import Call, TokenMixer, activation
+from fla.layers._heads import MultiHeadMixer
+from fla.layers._mixer import Call, activation
 from fla.modules import RotaryEmbedding
 from fla.ops import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention
 
 
-class MultiScaleRetention(TokenMixer):
+class MultiScaleRetention(MultiHeadMixer):
     """Multi-scale retention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Arguments as in `GatedLinearAttention`; `mode` may also be "parallel" (which takes the chunk form where a state is
@@ -55,7 +56,7 @@ class MultiScaleRetention(TokenMixer):
         self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(use_output_gate)
-        self.add_short_convs(use_short_conv, conv_size, conv_bias)
+        self.add_qkv_convs(use_short_conv, conv_size, conv_bias)
         self.add_output(gate_fn, fuse_norm, elementwise_affine, norm_eps)
         if self.head_k_dim % 2:
             raise ValueError(f"hidden_size * expand_k / num_heads must be even to rotate, got {self.head_k_dim}")

@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer, activation
+from fla.layers._heads import MultiHeadMixer
+from fla.layers._mixer import Call, activation
 from fla.ops import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla
 
 
-class SimpleGatedLinearAttention(TokenMixer):
+class SimpleGatedLinearAttention(MultiHeadMixer):
     """Scalar-gated linear attention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Arguments as in `GatedLinearAttention`; the output gate is always there, and `mode` may also be "parallel" (which
@@ -53,7 +54,7 @@ class SimpleGatedLinearAttention(TokenMixer):
         self.gate_logit_normalizer = gate_logit_normalizer
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(True)
-        self.add_short_convs(use_short_conv, conv_size, conv_bias)
+        self.add_qkv_convs(use_short_conv, conv_size, conv_bias)
         self.gk_proj = nn.Linear(hidden_size, num_heads)
         self.add_output(gate_fn, fuse_norm, elementwise_affine, norm_eps)
 

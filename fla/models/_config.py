@@ -30,6 +30,9 @@ class DecoderConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields that do nothing: any other value raises
+    # The smallest useful sizes, and further settings worth a test, by name: for all suites.
+    tiny: ClassVar[Mapping[str, Any]] = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     vocab_size: int = 32000
     hidden_size: int = 2048

@@ -3,9 +3,15 @@
     h <- x + mixer(norm(x));  x <- h + mlp(norm(h))
 
 A model file declares config fields and class names (`gla.py` shows how). What may differ: `mixer_cls` or `build_mixer`,
-`mlp_cls`, and `ModuleNames`, from which key prefixes and tied weights follow.
+`mlp_cls` (None: blocks without one), `build_norm`, and `ModuleNames`, from which key prefixes and tied weights follow.
+
+A model has two ways to hand tensors to its blocks. `layer_inputs()` computes one value a layer from parameters of the
+model, which `add_parameters()` makes. The carry is one tensor that goes from block to block: a mixer with a
+carry takes it and returns it, or one that it made. Blocks get both as positional arguments, since re-entrant
+gradient checkpointing loses the gradients of keywords and of tensors inside tuples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,14 +22,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from fla.layers._mixer import TokenMixer
+from fla.layers._mixer import TokenMixer, build_from_config
 from fla.layers.attn import Attention
 from fla.layers.utils import Padding, check_mask
 from fla.models._config import DecoderConfig
 from fla.models._generation import DecoderGenerationMixin
 from fla.models._loading import StrictLoading, register_causal_lm
 from fla.models.cache import Cache
-from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, RMSNorm
+from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, LayerNorm, RMSNorm
 from fla.modules.mlp import GatedMLP
 from fla.shapes import merge_cu_seqlens
 from fla.varlen import check_cu_seqlens
@@ -57,12 +63,6 @@ class ModuleNames:
     norm: str = "norm"
 
 
-def build_norm(config: DecoderConfig) -> nn.Module:
-    """The RMSNorm of blocks and model; with `fuse_norm=False` PyTorch's own, under the same key."""
-    norm_cls = RMSNorm if config.fuse_norm else nn.RMSNorm
-    return norm_cls(config.hidden_size, eps=config.norm_eps)
-
-
 def _shared_parameters(module: nn.Module) -> dict[str, str]:
     """Further name -> first name of every parameter that a module has under several names."""
     first: dict[int, str] = {}
@@ -71,32 +71,33 @@ def _shared_parameters(module: nn.Module) -> dict[str, str]:
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """One layer: token mixer and MLP, each behind a norm, each added to the stream."""
+    """One layer: token mixer and MLP, each behind a norm, each added to the stream.
+
+    An `mlp_cls` whose `uses_cache` is True is called with the cache, the mask and the packing, like a mixer.
+    """
 
     mixer_cls: ClassVar[type[TokenMixer]]
-    mlp_cls: ClassVar[type[GatedMLP]] = GatedMLP
+    mlp_cls: ClassVar[type[nn.Module] | None] = GatedMLP
     names: ClassVar[ModuleNames] = ModuleNames()
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
-        self.add_module(self.names.mixer_norm, build_norm(config))
+        self.add_module(self.names.mixer_norm, self.build_norm(config))
         mixer: Any = self.build_mixer(config, layer_idx)
         mixer._tied_weights_keys = _shared_parameters(mixer)  # saved once; transformers looks for this in every module
         self.add_module(self.names.mixer, mixer)
-        self.add_module(self.names.mlp_norm, build_norm(config))
-        self.add_module(
-            self.names.mlp,
-            self.mlp_cls(
-                hidden_size=config.hidden_size,
-                hidden_ratio=config.hidden_ratio,
-                intermediate_size=config.intermediate_size,
-                hidden_act=config.hidden_act,
-                fuse_swiglu=config.fuse_swiglu,
-            ),
-        )
+        if self.mlp_cls is not None:
+            self.add_module(self.names.mlp_norm, self.build_norm(config))
+            self.add_module(self.names.mlp, build_from_config(self.mlp_cls, config, layer_idx))
 
     @classmethod
-    def build_mixer(cls, config: DecoderConfig, layer_idx: int) -> nn.Module:
+    def build_norm(cls, config: DecoderConfig) -> nn.Module:
+        """The RMSNorm of blocks and model; with `fuse_norm=False` PyTorch's own, under the same key."""
+        norm_cls = RMSNorm if config.fuse_norm else nn.RMSNorm
+        return norm_cls(config.hidden_size, eps=config.norm_eps)
+
+    @classmethod
+    def build_mixer(cls, config: DecoderConfig, layer_idx: int) -> TokenMixer:
         """`mixer_cls`, or softmax attention where the config's `attn` says so."""
         spec = config.attention_spec(layer_idx)
         if spec is None:
@@ -116,24 +117,34 @@ class DecoderBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         output_attentions: bool | None = False,
+        carry: Tensor | None = None,
+        *extra: Tensor | None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None, Cache | None]:
-        """`[B, T, D]` -> (`[B, T, D]`, None, cache)."""
-        names = self.names
-        mixed, _, past_key_values = getattr(self, names.mixer)(
-            getattr(self, names.mixer_norm)(hidden_states),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        mlp_norm = getattr(self, names.mlp_norm)
-        if isinstance(mlp_norm, RMSNorm):
+    ) -> tuple[Any, ...]:
+        """`[B, T, D]` -> (`[B, T, D]`, None, cache), and the carry if the mixer has one.
+
+        `carry` and `extra`, the mixer's other `inputs` in their order, are positional for the sake of checkpointing;
+        the mixer's own keywords do the same.
+        """
+        call = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        mixer: Any = getattr(self, self.names.mixer)
+        normed = getattr(self, self.names.mixer_norm)(hidden_states)
+        mixed, _, past_key_values, *carried = mixer(normed, **call, **mixer.named_inputs(carry, extra))
+        if self.mlp_cls is None:
+            hidden_states = hidden_states + mixed
+        else:
+            hidden_states = self._add_mlp(hidden_states, mixed, call)
+        return hidden_states, None, past_key_values, *carried
+
+    def _add_mlp(self, hidden_states: Tensor, mixed: Tensor, call: dict[str, Any]) -> Tensor:
+        """The stream after `mixed` and the MLP's output were added to it."""
+        mlp_norm, mlp = getattr(self, self.names.mlp_norm), getattr(self, self.names.mlp)
+        if isinstance(mlp_norm, LayerNorm):  # ours, RMSNorm among them: adds and norms in one
             normed, stream = mlp_norm(mixed, residual=hidden_states, prenorm=True)
         else:
             stream = hidden_states + mixed
             normed = mlp_norm(stream)
-        return stream + getattr(self, names.mlp)(normed), None, past_key_values
+        return stream + (mlp(normed, **call) if getattr(self.mlp_cls, "uses_cache", False) else mlp(normed))
 
 
 class DecoderPreTrainedModel(StrictLoading):
@@ -185,9 +196,17 @@ class DecoderModel(DecoderPreTrainedModel):
         names = self.block_cls.names
         self.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id))
         self.layers = nn.ModuleList(self.block_cls(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.add_module(names.norm, build_norm(config))
+        self.add_module(names.norm, self.block_cls.build_norm(config))
+        self.add_parameters(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def add_parameters(self, config: DecoderConfig) -> None:
+        """Make parameters of the model itself, if it has any; `reset_parameters()` gives them their first values."""
+
+    def layer_inputs(self) -> Sequence[Tensor | tuple[Tensor | None, ...] | None]:
+        """One value a layer: what its mixer lists in `inputs` beside a carry, a tuple if that are several, or None."""
+        return [None] * len(self.layers)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -229,16 +248,15 @@ class DecoderModel(DecoderPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states: Any = ()
-        for block in self.layers:
+        carry: tuple[Tensor | None, ...] = (None,)
+        packing = {"cu_seqlens": cu_seqlens, "padding": padding}
+        for block, value in zip(self.layers, self.layer_inputs(), strict=True):
             hidden_states += (x,) if output_hidden_states else ()
-            x, _, past_key_values = block(
-                x,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                cu_seqlens=cu_seqlens,
-                padding=padding,
+            extra = value if isinstance(value, tuple) else () if value is None else (value,)
+            x, _, past_key_values, *carried = block(
+                x, attention_mask, past_key_values, use_cache, False, *carry, *extra, **packing
             )
+            carry = carried or carry
         x = getattr(self, self.block_cls.names.norm)(x)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,

@@ -1,9 +1,10 @@
 """The cache of every model: one layer class with named slots, on transformers' `Cache`.
 
-A layer stores what its mixer needs to go on: `recurrent_state` `[N, H, K, V]`, `conv_state` (a tuple of `[N, D, W]`),
-`attn_state` (keys and values, `[N, T, ...]`, a growing time axis) and `ffn_state`. Every tensor is batch-first, so
-beam search and batch selection are written once. Each layer counts the tokens that it has seen itself: nothing
-depends on the order of updates.
+A layer stores what its mixer and its MLP need to go on: `recurrent_state` `[N, H, K, V]`, `conv_state` (a tuple of
+`[N, D, W]`), `attn_state` (keys and values, `[N, T, ...]`, a growing time axis), `ffn_state`, and the last inputs
+`[N, D]` of the token shifts of either, `attn_shift` and `ffn_shift`. Every tensor is batch-first, so beam search and
+batch selection are written once. Each layer counts the tokens that it has seen itself: nothing depends on the order
+of updates.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
-SLOTS = ("recurrent_state", "conv_state", "attn_state", "ffn_state")
+SLOTS = ("recurrent_state", "conv_state", "attn_state", "ffn_state", "attn_shift", "ffn_shift")
 Slot = Tensor | tuple[Tensor, ...]
 
 _NO_CROP = (
@@ -170,6 +171,8 @@ class Cache(TransformersCache):
         layer_idx: int = 0,
         offset: int = 1,
         cache_kwargs: Mapping[str, Any] | None = None,
+        attn_shift: Slot | None = None,
+        ffn_shift: Slot | None = None,
     ) -> dict[str, Slot]:
         """Store what a layer computed from `offset` new tokens; slots that are None stay as they are.
 
@@ -186,6 +189,8 @@ class Cache(TransformersCache):
             attn_state=attn_state,
             conv_state=conv_state,
             ffn_state=ffn_state,
+            attn_shift=attn_shift,
+            ffn_shift=ffn_shift,
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

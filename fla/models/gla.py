@@ -19,6 +19,7 @@ class GLAConfig(DecoderConfig):
 
     model_type = "gla"
     fixed_fields: ClassVar[Mapping[str, Any]] = {"use_gk": True, "use_gv": False}
+    tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}
 
     expand_k: float = 0.5
     expand_v: float = 1

@@ -1,5 +1,8 @@
 """Linear attention without decay (https://arxiv.org/abs/2006.16236)."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from fla.layers.linear_attn import LinearAttention
 from fla.models._decoder import (
     DecoderBlock,
@@ -15,6 +18,7 @@ class LinearAttentionConfig(DecoderConfig):
     """Fields of `DecoderConfig`, and linear attention's own."""
 
     model_type = "linear_attn"
+    tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}
 
     attn_mode: str = "fused_chunk"
     expand_k: float = 1

@@ -1,5 +1,8 @@
 """RetNet, the retentive network (https://arxiv.org/abs/2307.08621)."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from fla.layers.multiscale_retention import MultiScaleRetention
 from fla.models._decoder import (
     DecoderBlock,
@@ -15,6 +18,7 @@ class RetNetConfig(DecoderConfig):
     """Fields of `DecoderConfig`, and RetNet's own."""
 
     model_type = "retnet"
+    tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}
 
     attn_mode: str = "chunk"
     expand_k: float = 1

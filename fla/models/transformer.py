@@ -25,6 +25,7 @@ class TransformerConfig(DecoderConfig):
         "norm_first": False,
         "attention_bias": False,
     }
+    tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}
 
     num_heads: int = 32
     num_kv_heads: int | None = None

@@ -1,12 +1,19 @@
 """Activations, gated linear units, and the table of activations by name.
 
+`ACT2FN` has every name of transformers' table of that name, with the same meaning (`gelu` is the exact one), and
+`logsigmoid`, `sqrelu`, `bias_gelu`.
+
 Results and gradients have the input's dtype, arithmetic is float32. `x`, `y` [..., D]. The gated units are of the
 family `fused`. Paper of the gated units: https://arxiv.org/abs/2002.05202
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fla.backends import fused
 
@@ -63,13 +70,100 @@ def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None 
     return fused.glu_linear(x, y, weight, bias, "sigmoid")
 
 
-ACT2FN = {
-    "relu": F.relu,
-    "sigmoid": sigmoid,
-    "logsigmoid": logsigmoid,
-    "silu": swish,
-    "swish": swish,
-    "sqrelu": sqrelu,
-    "gelu": fast_gelu_impl,
-    "bias_gelu": bias_gelu_impl,
-}
+def clipped_gelu(x: Tensor) -> Tensor:
+    """`gelu(x)`, at most 10."""
+    return F.gelu(x).clamp(-10.0, 10.0)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def laplace(x: Tensor) -> Tensor:
+    """The distribution function of a normal variable of mean `sqrt(1/2)` and standard deviation 0.282095."""
+    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+def linear(x: Tensor) -> Tensor:
+    """`x`."""
+    return x
+
+
+def sqrtsoftplus(x: Tensor) -> Tensor:
+    """`sqrt(log(1 + exp(x)))`."""
+    return F.softplus(x).sqrt()
+
+
+class XIELU(nn.Module):
+    """`a x^2 + x / 2` for `x > 0`, `b (exp(min(x, eps)) - 1 - x) + x / 2` otherwise, `eps = -1e-6`.
+
+    `a = softplus(alpha_p)`, `b = 1/2 + softplus(alpha_n)`, both 0.8 at first, are learned. Keys as in transformers:
+    `alpha_p`, `alpha_n` [1], `beta`, `eps` []. Paper: https://arxiv.org/abs/2411.13010
+    """
+
+    beta: Tensor
+    eps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p, self.alpha_n = (nn.Parameter(torch.tensor([a]).expm1().log()) for a in (0.8, 0.3))
+        self.register_buffer("beta", torch.tensor(0.5))
+        self.register_buffer("eps", torch.tensor(-1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation of `x` [..., D], in its dtype."""
+        u = x.to(torch.promote_types(x.dtype, torch.float32))
+        a, b = F.softplus(self.alpha_p.to(u.dtype)), self.beta + F.softplus(self.alpha_n.to(u.dtype))
+        curved = torch.where(u > 0, a * u * u, b * (torch.expm1(torch.minimum(u, self.eps.to(u.dtype))) - u))
+        return (curved + self.beta * u).to(x.dtype)
+
+
+class _Activations(dict[str, Any]):
+    """A table of functions of one tensor; an activation with parameters is a class, and looking it up makes one."""
+
+    def __getitem__(self, name: str) -> Any:
+        entry = super().__getitem__(name)
+        return entry() if isinstance(entry, type) else entry
+
+
+ACT2FN = _Activations(
+    relu=F.relu,
+    sigmoid=sigmoid,
+    logsigmoid=logsigmoid,
+    silu=swish,
+    swish=swish,
+    sqrelu=sqrelu,
+    relu2=sqrelu,
+    relu6=F.relu6,
+    leaky_relu=F.leaky_relu,
+    prelu=nn.PReLU,
+    gelu=F.gelu,
+    gelu_python=F.gelu,
+    gelu_10=clipped_gelu,
+    gelu_new=fast_gelu_impl,
+    gelu_fast=fast_gelu_impl,
+    gelu_accurate=fast_gelu_impl,
+    gelu_pytorch_tanh=fast_gelu_impl,
+    gelu_python_tanh=fast_gelu_impl,
+    quick_gelu=quick_gelu,
+    bias_gelu=bias_gelu_impl,
+    hardswish=F.hardswish,
+    mish=F.mish,
+    tanh=torch.tanh,
+    laplace=laplace,
+    linear=linear,
+    sqrtsoftplus=sqrtsoftplus,
+    xielu=XIELU,
+)
+
+
+def get_activation(name: str, argument: str = "name") -> Callable[[Tensor], Tensor]:
+    """The function of one tensor that `name` stands for in `ACT2FN`, new where it has parameters of its own.
+
+    Raises ValueError, naming `argument` and the names that there are.
+    """
+    known = [key for key in ACT2FN if key != "bias_gelu"]  # which takes two tensors
+    if name not in known:
+        raise ValueError(f"{argument} must be one of {', '.join(known)}, got {name!r}")
+    return ACT2FN[name]

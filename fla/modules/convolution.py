@@ -3,8 +3,9 @@
     y[t] = activation(sum_{j < W} weight[:, j] x[t - (W - 1) + j] + bias) + residual
 
 `x` [B, T, D], `weight` [D, W] (of the module [D, 1, W]). The state [N, D, W] holds the last `W` inputs of every
-sequence, oldest first; it starts as zeros. Packed sequences (`cu_seqlens`, batch 1) do not see each other. Family
-`fused`. Paper: https://arxiv.org/abs/2312.00752
+sequence, oldest first; it starts as zeros. Packed sequences (`cu_seqlens`, batch 1) do not see each other; another
+way to say where they are is `seq_idx` [B, T], whose numbers change where a sequence ends. Family `fused`.
+Paper: https://arxiv.org/abs/2312.00752
 """
 
 import warnings
@@ -18,7 +19,7 @@ from fla.backends import fused
 
 def causal_conv1d(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -29,20 +30,67 @@ def causal_conv1d(
     cu_seqlens_cpu: Tensor | None = None,
     chunk_indices: Tensor | None = None,
     cp_context: Any = None,
+    *,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Depthwise causal convolution of `x` [B, T, D] with `weight` [D, W]: `(y, final_state or None)`.
 
-    `initial_state` [N, D, W] is what came before (not written to). `activation`: None, "silu" or "swish".
-    `cu_seqlens_cpu` stands in for a missing `cu_seqlens`; `chunk_indices` is a hint that is not needed. Raises
-    ValueError or TypeError for what does not fit together, and for a `cp_context`.
+    `initial_state` [N, D, W] is what came before (not written to). `activation`: None, "silu" or "swish". `backend`:
+    None, "triton" or "torch"; "cuda" means None, the best there is.
+
+    `cu_seqlens` [N + 1] packs sequences into one row. `cu_seqlens_cpu`, the same on the CPU, packs alone too.
+    `seq_idx` [B, T] packs any number of rows: a sequence begins where a row begins or the number changes. States of N
+    sequences go with it in one row only. It costs a wait for a GPU; `cu_seqlens` costs none.
+
+    `chunk_indices` is a hint that is not needed. Raises ValueError or TypeError for what does not fit together, and for
+    a `cp_context`.
     """
     if cp_context is not None:
         raise ValueError("cp_context must be None: context parallelism is not supported yet")
+    cu_seqlens, shape = _packing(x, cu_seqlens, cu_seqlens_cpu, seq_idx), None
+    if seq_idx is not None and cu_seqlens is not None and x.shape[0] > 1:
+        if initial_state is not None or output_final_state:
+            raise ValueError(
+                f"seq_idx of one row goes with states, got {x.shape[0]} rows: pack all sequences into one row"
+            )
+        shape = x.shape
+        x, residual = x.reshape(1, -1, shape[2]), None if residual is None else residual.reshape(1, -1, shape[2])
+    y, state = fused.conv(
+        x,
+        weight,  # type: ignore[arg-type]
+        bias,
+        residual,
+        initial_state,
+        output_final_state,
+        activation,
+        cu_seqlens,
+        backend=backend,
+    )
+    return y if shape is None else y.view(shape), state
+
+
+def _packing(
+    x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """`cu_seqlens` of the call, by whatever argument it says where sequences begin; `seq_idx`: of all rows in turn."""
+    fused.check_float("x", x)
+    for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu), ("seq_idx", seq_idx)):
+        fused.check_tensor(name, given)
     if cu_seqlens is None and cu_seqlens_cpu is not None:
         cu_seqlens = cu_seqlens_cpu.to(x.device)
-    return fused.conv(
-        x, weight, bias, residual, initial_state, output_final_state, activation, cu_seqlens, backend=backend
-    )
+    if seq_idx is None:
+        return cu_seqlens
+    if cu_seqlens is not None:
+        raise ValueError("seq_idx and cu_seqlens cannot both be given: each says where sequences begin")
+    if seq_idx.is_floating_point() or seq_idx.shape != x.shape[:2] or seq_idx.device != x.device:
+        raise ValueError(
+            f"seq_idx must be an integer tensor of shape {list(x.shape[:2])} on {x.device} like x, "
+            f"got {seq_idx.dtype} {list(seq_idx.shape)} on {seq_idx.device}"
+        )
+    if x.dim() != 3 or x.shape[1] < 2:
+        return None  # every row is one sequence
+    begins = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    return nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel())
 
 
 def causal_conv1d_update(
@@ -62,6 +110,9 @@ def causal_conv1d_update(
     """
     if weight is None:
         raise TypeError("weight must be a tensor of shape [D, W], got None")
+    fused.check_float("x", x)
+    fused.check_float("cache", cache)
+    fused.check_tensor("residual", residual)
     if cache.dim() != 3 or x.numel() != cache.shape[0] * cache.shape[1]:
         raise ValueError(
             f"x must hold one token of {list(cache.shape[1:-1])} channels for each row of cache {list(cache.shape)}, "
@@ -92,7 +143,7 @@ class ShortConvolution(nn.Conv1d):
     """The short convolution of a token mixer, with state for decoding. Keys `weight` [D, 1, W], `bias` [D].
 
     A call with a cache and one token per sequence updates the cache in place when no gradient is recorded; every other
-    call leaves it alone and returns a new one. `backend`: None, "triton" or "torch".
+    call leaves it alone and returns a new one. `backend`: None, "triton" or "torch"; "cuda" means None.
     """
 
     def __init__(
@@ -109,6 +160,9 @@ class ShortConvolution(nn.Conv1d):
     ) -> None:
         if activation not in fused.CONV_ACTIVATIONS:
             raise ValueError(f"activation must be one of {fused.CONV_ACTIVATIONS}, got {activation!r}")
+        if backend not in fused.CONV_BACKENDS:
+            raise ValueError(f"backend must be one of {fused.CONV_BACKENDS}, got {backend!r}")
+        fused.check_flag("bias", bias)
         if use_fast_conv1d is not None:
             warnings.warn(
                 "use_fast_conv1d has no effect any more: use backend= instead", DeprecationWarning, stacklevel=2
@@ -139,14 +193,25 @@ class ShortConvolution(nn.Conv1d):
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         chunk_indices: Tensor | None = None,
+        *,
+        cu_seqlens_cpu: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(y, cache)` for `x`, `residual` [B, T, D], `cache` [N, D, W]; no cache without `output_final_state`.
 
         `mask` [B, T] (1 = token) multiplies `x` first; together with `cu_seqlens` it is a ValueError. With `cache` the
-        call continues where the last one ended, whatever the number of tokens.
+        call continues where the last one ended, whatever the number of tokens. `cu_seqlens_cpu` and `seq_idx` [B, T]:
+        see `causal_conv1d`.
         """
+        fused.check_float("x", x)
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must have shape [B, T, {self.hidden_size}], got {list(x.shape)}")
         if mask is not None:
-            x = self._masked(x, mask, cu_seqlens)
+            x = self._masked(x, mask, cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
+        if cu_seqlens_cpu is not None or (seq_idx is not None and x.shape[0] == 1):
+            cu_seqlens, seq_idx = _packing(x, cu_seqlens, cu_seqlens_cpu, seq_idx), None
+        if cache is not None:
+            self._check_cache(cache, x, cu_seqlens)
         if cache is not None and self._is_step(x, cache, cu_seqlens):
             return self.step(x, residual, cache, output_final_state, cu_seqlens)
         return causal_conv1d(
@@ -160,6 +225,7 @@ class ShortConvolution(nn.Conv1d):
             self.backend,
             cu_seqlens,
             chunk_indices=chunk_indices,
+            seq_idx=seq_idx,
         )
 
     def step(
@@ -186,11 +252,22 @@ class ShortConvolution(nn.Conv1d):
     def _is_step(self, x: Tensor, cache: Tensor, cu_seqlens: Tensor | None) -> bool:
         """As many tokens as sequences, and no gradient that writing to the cache would disturb."""
         recorded = torch.is_grad_enabled() and (x.requires_grad or cache.requires_grad or self.weight.requires_grad)
+        if not torch.compiler.is_compiling() and cache.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # what inference mode made cannot be written to outside of it
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return not recorded and x.dim() == 3 and x.shape[0] * x.shape[1] == sequences
 
+    def _check_cache(self, cache: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        fused.check_float("cache", cache)
+        fused.check_tensor("cu_seqlens", cu_seqlens)
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        expected = [sequences, self.hidden_size, self.kernel_size[0]]
+        if list(cache.shape) != expected:
+            raise ValueError(f"cache must have shape {expected} (sequences, channels, width), got {list(cache.shape)}")
+
     @staticmethod
     def _masked(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        fused.check_tensor("mask", mask)
         if cu_seqlens is not None:
             raise ValueError("mask and cu_seqlens cannot both be given: packed sequences have no padding")
         if mask.shape != x.shape[:2]:

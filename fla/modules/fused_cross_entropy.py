@@ -42,7 +42,8 @@ def cross_entropy_loss(
 class FusedCrossEntropyLoss(nn.Module):
     """`cross_entropy_loss` with a reduction: "mean" over the targets that count, "sum" or "none".
 
-    "mean" with nothing but ignored targets is NaN, as in `torch.nn.CrossEntropyLoss`.
+    With nothing but ignored targets the mean is 0 and so are its gradients (`torch.nn.CrossEntropyLoss` gives NaN): a
+    micro-batch without a target does not spoil the step that it is part of.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class FusedCrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, lse_square_scale, logit_softcapping)  # checks
         self.ignore_index, self.reduction, self.return_z_loss = ignore_index, reduction, return_z_loss
         self.label_smoothing, self.logit_scale, self.lse_square_scale = label_smoothing, logit_scale, lse_square_scale
         self.logit_softcapping, self.inplace_backward = logit_softcapping, inplace_backward
@@ -81,6 +83,6 @@ class FusedCrossEntropyLoss(nn.Module):
         if self.reduction != "none":
             losses, z_losses = losses.sum(), z_losses.sum()
         if self.reduction == "mean":
-            count = (target != self.ignore_index).sum()
+            count = (target != self.ignore_index).sum().clamp(min=1)
             losses, z_losses = losses / count, z_losses / count
         return (losses, z_losses) if self.return_z_loss else losses

@@ -32,7 +32,8 @@ def fused_linear_cross_entropy_loss(
     `x` [N, D] with `target` [N], or [B, T, D] with [B, T]; `weight` [V, D], `bias` [V]. `reduction`: "mean" over the
     targets that count, or "sum". `accumulate_grad_in_fp32`: sum the chunks' contributions to the weight's gradient in
     float32 instead of the weight's dtype. Raises TypeError for targets that are no integers, ValueError for sizes that
-    do not fit, targets outside the classes (tensors on the CPU), and `use_l2warp`.
+    do not fit, for tensors on another device than `x` (a weight on "meta" has no values), for targets outside the
+    classes (tensors on the CPU), and for `use_l2warp`.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -40,9 +41,13 @@ def fused_linear_cross_entropy_loss(
         raise ValueError(
             f"use_l2warp must be False (l2_penalty_factor={l2_penalty_factor} too has no use): not supported"
         )
+    fused.check_float("x", x)
+    if x.dim() > 2:
+        target = target.flatten() if isinstance(target, Tensor) and target.shape == x.shape[:-1] else target
+        x = x.flatten(0, -2)
     return fused.linear_cross_entropy(
-        x.flatten(0, -2) if x.dim() > 2 else x,
-        target.flatten() if x.dim() > 2 and target.shape == x.shape[:-1] else target,
+        x,
+        target,
         weight,
         bias,
         num_chunks=num_chunks,
@@ -70,6 +75,8 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, 0.0, logit_softcapping)  # checks them
+        fused.check_count("num_chunks", num_chunks)
         self.ignore_index, self.label_smoothing, self.logit_scale = ignore_index, label_smoothing, logit_scale
         self.logit_softcapping, self.num_chunks, self.reduction = logit_softcapping, num_chunks, reduction
         self.use_l2warp, self.l2_penalty_factor = use_l2warp, l2_penalty_factor

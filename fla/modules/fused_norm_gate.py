@@ -219,7 +219,23 @@ class FusedRMSNormGated(FusedLayerNormGated):
 
 
 class FusedLayerNormGatedLinear(FusedLayerNormGated):
-    """`FusedLayerNormGated` and a linear map whose parameters come with the call."""
+    """`FusedLayerNormGated` and a linear map whose parameters come with the call.
+
+    The order of its arguments is that of the other modules with a linear map: `eps` is the third.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        activation: str = "swish",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(hidden_size, elementwise_affine, bias, activation, eps, device, dtype)
 
     def forward(
         self,

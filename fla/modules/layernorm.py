@@ -144,7 +144,8 @@ def rms_norm_linear(
 
 def group_size(width: int, num_groups: int) -> int | None:
     """Channels per group, None for a single group. Raises ValueError if `num_groups` does not divide `width`."""
-    if num_groups < 1 or width % num_groups:
+    fused.check_count("num_groups", num_groups)
+    if width % num_groups:
         raise ValueError(f"num_groups must divide the width {width}, got {num_groups}")
     return None if num_groups == 1 else width // num_groups
 
@@ -216,6 +217,12 @@ class Norm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        fused.check_count("hidden_size", hidden_size)
+        fused.check_flag("elementwise_affine", elementwise_affine)
+        fused.check_flag("bias", bias)
+        fused.check_number("eps", eps)
+        if eps < 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
         self.hidden_size, self.elementwise_affine, self.eps = hidden_size, elementwise_affine, eps
         for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
             value = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if wanted else None

@@ -1,23 +1,27 @@
-"""The gated MLP of all standard models: `down(silu(gate(x)) * up(x))`. Paper: https://arxiv.org/abs/2002.05202"""
+"""The gated MLP of all standard models: `down(act(gate(x)) * up(x))`, `act` by default silu.
+
+Paper: https://arxiv.org/abs/2002.05202
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fla.modules.activations import swiglu, swiglu_linear
+from fla.backends import fused
+from fla.modules.activations import get_activation, swiglu, swiglu_linear
 
 _UNIT = 256  # the inner width is rounded up to a multiple of it
 
 
 class GatedMLP(nn.Module):
-    """`down_proj(silu(gate) * up)`, with gate and up the halves of one product, no biases.
+    """`down_proj(act(gate) * up)`, with gate and up the halves of one product, no biases.
 
     `gate_proj.weight` [2I, D]: rows 0..I-1 are the gate, rows I..2I-1 the up projection; `down_proj.weight` [D, I].
     `I` is `intermediate_size`, or `hidden_size * hidden_ratio * 2/3` (`hidden_ratio` 4 by default) rounded up to a
-    multiple of 256. A state dict with separate `gate_proj` and `up_proj` [I, D] loads too. `fuse_swiglu`: recompute the
-    product in the backward pass instead of keeping it. Raises ValueError for another `hidden_act` than "swish" or
-    "silu".
+    multiple of 256. A state dict with separate `gate_proj` and `up_proj` [I, D] loads too. `hidden_act`: a name of
+    `fla.modules.activations.ACT2FN`, else a ValueError. `fuse_swiglu`: with "swish" or "silu", recompute the product in
+    the backward pass instead of keeping it.
     """
 
     def __init__(
@@ -30,26 +34,27 @@ class GatedMLP(nn.Module):
         powglu_power: float = 3.0,
     ) -> None:
         super().__init__()
-        if hidden_act not in ("swish", "silu"):
-            raise ValueError(f"hidden_act must be 'swish' or 'silu', got {hidden_act!r}")
         if powglu_power != 3.0:
             raise ValueError(
                 f"powglu_power belongs to hidden_act='powlu', which does not exist yet, got {powglu_power}"
             )
         hidden_ratio = 4 if hidden_ratio is None else hidden_ratio
+        fused.check_number("hidden_ratio", hidden_ratio, above=0)
         if intermediate_size is None:
             intermediate_size = _UNIT * -(-int(hidden_size * hidden_ratio * 2 / 3) // _UNIT)
         self.hidden_size, self.hidden_ratio = hidden_size, hidden_ratio
+        fused.check_count("intermediate_size", intermediate_size)
+        self._is_swish = hidden_act in ("swish", "silu")
         self.intermediate_size, self.hidden_act, self.fuse_swiglu = intermediate_size, hidden_act, fuse_swiglu
         self.gate_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = nn.SiLU()
+        self.act_fn = nn.SiLU() if self._is_swish else get_activation(hidden_act, "hidden_act")
         self.register_load_state_dict_pre_hook(_join_gate_and_up)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """`[..., D] -> [..., D]`. Keywords meant for other parts of a block are accepted and not used."""
         gate, up = self.gate_proj(x).chunk(2, dim=-1)
-        if not self.fuse_swiglu:
+        if not (self.fuse_swiglu and self._is_swish):
             return self.down_proj(self.act_fn(gate) * up)
         if _is_plain(self.down_proj):
             return swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)

@@ -8,6 +8,9 @@
 Papers: https://arxiv.org/abs/2104.09864, https://arxiv.org/abs/2212.10554
 """
 
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +27,13 @@ def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
 
 
 def rotary_embedding_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """`rotary_embedding` from position 0 in plain PyTorch, in the dtype of its inputs; for comparison."""
+    """`rotary_embedding` from position 0 in plain PyTorch, in the dtype of its inputs; for comparison.
+
+    `x` [..., T, H, d], with any axes in front of the tokens or none.
+    """
     width = 2 * cos.shape[-1]
     cos, sin = (
-        (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1))[: x.shape[1], None] for t in (cos, sin)
+        (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1))[: x.shape[-3], None] for t in (cos, sin)
     )
     turning = x[..., :width]
     return torch.cat((turning * cos + rotate_half(turning, interleaved) * sin, x[..., width:]), -1)
@@ -66,8 +72,10 @@ def rotary_embedding(
 
 
 def _check(x: Tensor, name: str, dim: int, offsets: int | Tensor, cu_seqlens: Tensor | None) -> None:
+    fused.check_float(name, x)
     if x.dim() != 4 or x.shape[-1] < dim:
         raise ValueError(f"{name} must have shape [B, T, H, d] with d >= {dim}, got {list(x.shape)}")
+    fused.check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens is not None and (x.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
         raise ValueError(
             f"cu_seqlens must have shape [N + 1] and {name} batch size 1, got {list(cu_seqlens.shape)}, {list(x.shape)}"
@@ -95,11 +103,78 @@ def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> T
     return prepare_position_ids(cu_seqlens, x.shape[1]).long() + offsets
 
 
+class _Angles(NamedTuple):
+    """What the angle of a channel pair at a position follows from."""
+
+    dim: int
+    base: float
+    scale_base: float | None
+    centre: int  # of XPos, 0 without it
+    wide: torch.dtype  # in which angles are formed
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """cos, sin [..., R] of `positions` [...]; with XPos times the decay, then the same for keys."""
+        angle = positions.to(self.wide).unsqueeze(-1) * self.frequencies(positions.device).to(self.wide)
+        cos, sin = angle.cos(), angle.sin()
+        if self.scale_base is None:
+            return cos.to(dtype), sin.to(dtype)
+        power = (positions - self.centre).to(self.wide).unsqueeze(-1) / self.scale_base
+        factor = self.decay(positions.device).to(self.wide) ** power
+        return tuple(t.to(dtype) for t in (cos * factor, sin * factor, cos / factor, sin / factor))
+
+    def frequencies(self, device: torch.device | str | None) -> Tensor:
+        return self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float64) / self.dim)
+
+    def decay(self, device: torch.device | str | None) -> Tensor:
+        channel = torch.arange(0, self.dim, 2, device=device, dtype=torch.float64)
+        return (channel + 0.4 * self.dim) / (1.4 * self.dim)
+
+
+class _Table:
+    """cos and sin of the positions from 0 on, for every module that asks for the same angles, dtype and device."""
+
+    def __init__(self, angles: _Angles, dtype: torch.dtype, device: torch.device) -> None:
+        self.key, self.rows = (angles, dtype, device), ()
+
+    rows: tuple[Tensor, ...]
+
+    def reach(self, length: int) -> tuple[Tensor, ...]:
+        """The table, of at least `length` rows. A row that is there stays; longer tables are new tensors."""
+        angles, dtype, device = self.key
+        rows, present = self.rows, len(self.rows[0]) if self.rows else 0
+        if present >= length:
+            return rows
+        # a decoding loop asks for one row more every token
+        wanted = _GROWTH * -(-max(length, present + present // 8) // _GROWTH)
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve training later
+            more = angles.table(torch.arange(present, wanted, device=device), dtype)
+            rows = tuple(torch.cat(pair) for pair in zip(rows, more, strict=True)) if rows else more
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams read the table too
+        self.rows = rows
+        return rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Table":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shared_table, self.key  # a saved module takes no table with it
+
+
+_GROWTH = 1024  # rows, and at least an eighth of what is there
+_tables: WeakValueDictionary[tuple, _Table] = WeakValueDictionary()  # a table lives as long as a module that uses it
+
+
+def _shared_table(*key: Any) -> _Table:
+    return _tables.setdefault(key, _Table(*key))
+
+
 class RotaryEmbedding(nn.Module):
     """Rotary embedding of queries and keys; XPos with `scale_base`. No parameters, no state-dict keys.
 
     The angles are formed in float64 and their cosines kept in float32 (float64 for float64 inputs), in a table that
-    grows when a longer sequence comes. `pos_idx_in_fp32=False` forms the angles in the dtype of the module's buffers
+    grows when a longer sequence comes and that all modules of the same angles, dtype and device share: a model has one.
+    `pos_idx_in_fp32=False` forms the angles in the dtype of the module's buffers
     instead. The centre of XPos is half the length of the first call and stays, so that keys in a cache and later
     queries agree.
     """
@@ -117,16 +192,20 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if dim < 2 or dim % 2:
+        fused.check_count("dim", dim)
+        if dim % 2:
             raise ValueError(f"dim must be an even number of channels, got {dim}")
+        for name, value in (("base", base), ("scale_base", scale_base)):
+            fused.check_number(name, value, above=0, optional=name == "scale_base")
         self.dim, self.base, self.scale_base = dim, float(base), scale_base
         self.interleaved, self.pos_idx_in_fp32 = interleaved, pos_idx_in_fp32
         # for others to look at: nothing is computed from their values, which deferred initialisation leaves undefined
-        self.register_buffer("inv_freq", self._frequencies(device).float(), persistent=False)
-        scale = None if scale_base is None else self._decay(device).float()
+        angles = _Angles(dim, self.base, scale_base, 0, torch.float64)
+        self.register_buffer("inv_freq", angles.frequencies(device).float(), persistent=False)
+        scale = None if scale_base is None else angles.decay(device).float()
         self.register_buffer("scale", scale, persistent=False)
         self._centre: int | None = None
-        self._table: tuple[Tensor, ...] = ()
+        self._table: _Table | None = None
 
     def forward(
         self,
@@ -144,6 +223,7 @@ class RotaryEmbedding(nn.Module):
         table is made at once; never needed. `chunk_indices` is not needed. Raises ValueError for sizes that do not fit.
         """
         _check(q, "q", self.dim, seqlen_offset, cu_seqlens)
+        fused.check_float("k", k)
         if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[-1] < self.dim:
             raise ValueError(
                 f"k must have shape [{q.shape[0]}, {q.shape[1]}, H, d] with d >= {self.dim}, got {list(k.shape)}"
@@ -161,37 +241,30 @@ class RotaryEmbedding(nn.Module):
         length = max(max_seqlen or 0, q.shape[1] + first, 1)
         if self._centre is None:
             self._centre = length // 2
-        # a compiled graph computes its angles (the compiler fuses them); positions in a tensor have no bound known here
-        if torch.compiler.is_compiling() or isinstance(offset, Tensor) or first < 0:
-            return self._angles(_positions(q, offset, cu_seqlens), dtype)
-        self._grow(length, dtype, q.device)
+        # positions in a tensor have no bound known here
+        if isinstance(offset, Tensor) or first < 0 or _keeps_no_table(q):
+            return self._angles().table(_positions(q, offset, cu_seqlens), dtype)
+        key = (self._angles(), dtype, q.device)
+        if self._table is None or self._table.key != key:
+            self._table = _shared_table(*key)
+        tables = self._table.reach(length)
         if cu_seqlens is None:
-            return tuple(table[first : first + q.shape[1]] for table in self._table)
+            return tuple(table[first : first + q.shape[1]] for table in tables)
         positions = _positions(q, offset, cu_seqlens)
-        return tuple(table.index_select(0, positions) for table in self._table)
+        return tuple(table.index_select(0, positions) for table in tables)
 
-    def _grow(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        old = self._table[0] if self._table else None
-        if old is not None and old.device == device and old.dtype == dtype and len(old) >= length:
-            return
-        # doubling: a decoding loop asks for one more row every token. Made outside inference mode, for later training
-        length = length if old is None else max(length, 2 * len(old))
-        with torch.inference_mode(False), torch.no_grad():
-            self._table = self._angles(torch.arange(length, device=device), dtype)
-
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _angles(self) -> _Angles:
+        centre = 0 if self.scale_base is None else self._centre or 0
         wide = torch.float64 if self.pos_idx_in_fp32 else self.inv_freq.dtype
-        angle = positions.to(wide).unsqueeze(-1) * self._frequencies(positions.device).to(wide)
-        cos, sin = angle.cos(), angle.sin()
-        if self.scale_base is None:
-            return cos.to(dtype), sin.to(dtype)
-        power = (positions - (self._centre or 0)).to(wide).unsqueeze(-1) / self.scale_base
-        factor = self._decay(positions.device).to(wide) ** power
-        return tuple(t.to(dtype) for t in (cos * factor, sin * factor, cos / factor, sin / factor))
+        return _Angles(self.dim, self.base, self.scale_base, centre, wide)
 
-    def _frequencies(self, device: torch.device | str | None) -> Tensor:
-        return self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float64) / self.dim)
 
-    def _decay(self, device: torch.device | str | None) -> Tensor:
-        channel = torch.arange(0, self.dim, 2, device=device, dtype=torch.float64)
-        return (channel + 0.4 * self.dim) / (1.4 * self.dim)
+def _keeps_no_table(q: Tensor) -> bool:
+    """Whether a table made now would not hold values that later calls can read.
+
+    A compiled graph computes its angles, which the compiler fuses; a tensor subclass may hold no values (fake tensors);
+    a CUDA graph would replay reads of a table that has grown since.
+    """
+    if torch.compiler.is_compiling() or (type(q) is not Tensor and not isinstance(q, nn.Parameter)):
+        return True
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,10 +1,15 @@
-"""The GPU suite: `make test-gpu`. Every test under this folder carries the marker `gpu`."""
+"""The GPU suite: `make test-gpu`. Every test under this folder carries the marker `gpu`.
+
+It runs in several processes, of which each takes the tests that no other has begun; that they compile no kernel twice
+is the business of `compiling.py`.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.gpu.compiling import one_at_a_time
 from tests.ops.suite import gaps
 
 
@@ -27,6 +32,16 @@ def _synchronize():
     yield
     torch.cuda.set_sync_debug_mode(0)
     torch.cuda.synchronize()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_once(_gpu, tmp_path_factory):
+    import triton.compiler
+
+    folder = tmp_path_factory.getbasetemp().parent  # the processes of a run have their folders side by side there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.compiler, "compile", one_at_a_time(triton.compiler.compile, folder / "locks"))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

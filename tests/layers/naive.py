@@ -1,4 +1,4 @@
-"""Every layer again as plain formulas over one sequence, a loop over tokens: what the layers are held to.
+"""Layers again as plain formulas over one sequence `[T, D]`, a loop over tokens: what the layers are held to.
 
 Written from the definitions, sharing nothing with `fla` but the layers' weights and settings. Runs in the dtype of
 its input.
@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from fla import layers
 
@@ -21,11 +20,6 @@ FEATURE_MAPS = {
     "relu": lambda m, x: x.relu(),
     "identity": lambda m, x: x,
 }
-
-
-def naive_layer(layer: nn.Module, x: Tensor, settings: dict) -> Tensor:
-    """`layer` (built with `settings`) on one sequence `[T, D]`."""
-    return NAIVE[type(layer)](layer, x, settings)
 
 
 def naive_gla(layer, x, settings):

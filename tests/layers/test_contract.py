@@ -1,4 +1,4 @@
-"""What every layer promises, over the registry in `cases.py`: values, gradients, packing, padding, caches, forms."""
+"""What every layer promises, over the cases of `cases.py`: values, gradients, packing, padding, caches, forms."""
 
 import copy
 import subprocess
@@ -11,14 +11,22 @@ from torch import Tensor
 from fla.layers._mixer import SHORT
 from fla.models.cache import Cache
 from fla.testing import assert_within_budget, relative_rms
-from tests.layers.cases import CASES, LENGTHS, PLAIN, D, check_rows, rows_of
-from tests.layers.naive import naive_layer
+from tests.layers.cases import CASES, IDX, LENGTHS, PLAIN, D, check_rows, naive_layer, rows_of
 
 each_case = pytest.mark.parametrize("name", CASES)
 each_plain = pytest.mark.parametrize("name", PLAIN)
-each_mode = pytest.mark.parametrize(
-    ("name", "mode"), [(name, mode) for name, case in CASES.items() for mode in case.modes]
-)
+MODES = [(name, mode) for name, case in CASES.items() for mode in case.modes]
+each_mode = pytest.mark.parametrize(("name", "mode"), MODES)
+
+
+def exhaustive(*values):
+    """Values of a parameter that only `make test-all` runs, where another value holds the same code to it."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive, id=str(value)) for value in values]
+
+
+# One batch with all kinds of padding, and each kind by itself.
+SIDES = ["mixed", *exhaustive("left", "right", "between")]
+each_side = pytest.mark.parametrize("side", SIDES)
 
 
 def build(name: str, mode: str | None = None, layer_idx: int | None = None):
@@ -33,7 +41,9 @@ def pack(rows: list[Tensor], dtype=torch.int32) -> tuple[Tensor, Tensor]:
 
 
 def padded(rows: list[Tensor], side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rows in a batch with garbage at padding, and the mask; `side` "between": tokens at random columns."""
+    """Rows in a batch with garbage at padding, and the mask; `side` "between": tokens at random columns, "mixed": every
+    row on another side.
+    """
     width = width or max(map(len, rows)) + 3
     generator = torch.Generator().manual_seed(7)
     x, mask = (
@@ -46,7 +56,7 @@ def padded(rows: list[Tensor], side: str, width: int | None = None) -> tuple[Ten
             "left": torch.arange(width - n, width),
             "right": torch.arange(n),
             "between": torch.randperm(width, generator=generator)[:n].sort().values,
-        }[side]
+        }[("left", "right", "between")[b % 3] if side == "mixed" else side]
         x[b, columns], mask[b, columns] = row, 1
     return x, mask
 
@@ -65,16 +75,16 @@ def test_values(name, mode):
     check_rows(f"mode {mode}", [layer(row[None])[0][0] for row in rows_of()], name)
 
 
+@pytest.mark.parametrize("how", ["padded", *exhaustive("alone")])
 @each_mode
-@pytest.mark.parametrize("how", ["alone", "padded"])
 def test_gradients(name, mode, how):
     lengths = (20, 11, 67)
-    case, layer, rows = CASES[name], build(name, mode), rows_of(lengths)
+    layer, rows = build(name, mode), rows_of(lengths)
     upstream = rows_of(lengths, seed=5)
 
     def naive_gradients(dtype):
         naive, inputs = copy.deepcopy(layer).to(dtype), [row.to(dtype).clone().requires_grad_() for row in rows]
-        outputs = [naive_layer(naive, row, dict(case.settings)) for row in inputs]
+        outputs = [naive_layer(naive, row, name) for row in inputs]
         sum((o * up).sum() for o, up in zip(outputs, upstream, strict=True)).backward()
         return {"x": torch.cat([x.grad for x in inputs])} | {n: p.grad for n, p in naive.named_parameters()}
 
@@ -84,7 +94,7 @@ def test_gradients(name, mode, how):
         sum((layer(x[None])[0][0] * up).sum() for x, up in zip(inputs, upstream, strict=True)).backward()
         dx = torch.cat([x.grad for x in inputs])
     else:
-        x, mask = padded(rows, "between")
+        x, mask = padded(rows, "mixed")
         x.requires_grad_()
         o = unpadded(layer(x, attention_mask=mask)[0], mask)
         sum((o * up).sum() for o, up in zip(o, upstream, strict=True)).backward()
@@ -93,7 +103,11 @@ def test_gradients(name, mode, how):
     for parameter, gradient in actual.items():
         assert gradient is not None, f"{parameter} has no gradient"
         assert_within_budget(
-            f"{name}: d{parameter}", gradient, reference[parameter], naive[parameter], gate="gk_proj" in parameter
+            f"{name}: d{parameter}",
+            gradient,
+            reference[parameter],
+            naive[parameter],
+            gate=parameter.startswith(layer.gate_names),
         )
 
 
@@ -101,15 +115,19 @@ def test_gradients(name, mode, how):
 def test_gradients_are_those_of_differences(name):
     layer = build(name).double()
     x = rows_of((5,))[0].double()[None].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: layer(x)[0], x, fast_mode=True)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))[0]
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
 # ---- packing and padding
 
 
 @each_case
-@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize(("grad", "dtype"), [(True, torch.int32), (False, torch.int64)], ids=["training", "inference"])
 def test_packed_is_separate(name, grad, dtype):
     x, cu_seqlens = pack(rows_of(), dtype)
     with torch.set_grad_enabled(grad):
@@ -127,7 +145,7 @@ def test_empty_sequences_in_a_pack(name):
 
 @each_case
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("side", ["left", "right", "between"])
+@each_side
 def test_padding_is_a_no_op(name, side, grad):
     x, mask = padded(rows_of(), side)
     with torch.set_grad_enabled(grad):
@@ -175,32 +193,32 @@ def test_masks_of_every_kind(name):
 
 # ---- caches
 
-SPLITS = {"late": (69, 1), "early": (1, 69), "chunks": (3, 64, 1, 2), "halves": (35, 35)}
+SPLITS = {"early": (1, 69), "chunks": (3, 64, 1, 2), "late": (69, 1), "halves": (35, 35)}
 
 
 @each_case
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", ["early", "chunks", *exhaustive("late", "halves")])
 def test_pieces_are_the_whole(name, split):
-    layer, cache, x = build(name, layer_idx=0).eval(), Cache(), rows_of((70, 70))
+    layer, cache, x = build(name, layer_idx=IDX).eval(), Cache(), rows_of((70, 70))
     pieces = torch.stack(x).split(SPLITS[split], 1)
     with torch.no_grad():
         o = torch.cat([layer(piece, past_key_values=cache, use_cache=True)[0] for piece in pieces], 1)
-    assert cache.get_seq_length(0) == 70
+    assert cache.get_seq_length(IDX) == 70
     check_rows(f"split {SPLITS[split]}", list(o), name, (70, 70))
 
 
 @each_case
 def test_token_by_token(name):
-    layer, cache, (row,) = build(name, layer_idx=1).eval(), Cache(), rows_of((20,))
+    layer, cache, (row,) = build(name, layer_idx=IDX).eval(), Cache(), rows_of((20,))
     with torch.no_grad():
         o = [layer(token[None, None], past_key_values=cache, use_cache=True)[0][0] for token in row]
     check_rows("token by token", [torch.cat(o)], name, (20,))
 
 
 @each_mode
-@pytest.mark.parametrize("side", ["left", "right", "between"])
+@each_side
 def test_padded_pieces_are_the_whole(name, mode, side):
-    layer, cache = build(name, mode, layer_idx=0).eval(), Cache()
+    layer, cache = build(name, mode, layer_idx=IDX).eval(), Cache()
     x, mask = padded(rows_of(), side)
     stops = (5, 6, 40, 71, 72, 73)
     with torch.no_grad():
@@ -213,27 +231,31 @@ def test_padded_pieces_are_the_whole(name, mode, side):
 
 @each_case
 def test_gradients_through_a_cached_state(name):
-    layer, (row,) = build(name, layer_idx=0), rows_of((12,))
+    layer, (row,) = build(name, layer_idx=IDX), rows_of((12,))
     x = row[None].clone().requires_grad_()
     (whole,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
     cache = Cache()
     o = torch.cat([layer(piece, past_key_values=cache)[0] for piece in x.split((5, 7), 1)], 1)
     (pieces,) = torch.autograd.grad(o.square().sum(), x)
-    reference, naive = (naive_input_gradient(name, row, dtype) for dtype in (torch.float64, torch.float32))
     for label, gradient in (("whole", whole), ("pieces", pieces)):
-        assert_within_budget(f"{name}: dx, {label}", gradient[0], reference, naive)
+        check_input_gradient(label, gradient[0], name, row)
 
 
-def naive_input_gradient(name, row, dtype):
-    x = row.to(dtype).clone().requires_grad_()
-    naive_layer(build(name).to(dtype), x, dict(CASES[name].settings)).square().sum().backward()
-    return x.grad
+def check_input_gradient(label, gradient, name, row):
+    """The gradient of the squared output with respect to one row is the naive layer's."""
+
+    def naive(dtype):
+        x = row.to(dtype).clone().requires_grad_()
+        naive_layer(build(name).to(dtype), x, name).square().sum().backward()
+        return x.grad
+
+    assert_within_budget(f"{name}: dx, {label}", gradient, naive(torch.float64), naive(torch.float32))
 
 
 @each_plain
 def test_packed_states_go_on_as_a_batch(name):
     """Linear mixers keep one state per packed sequence; layers with positions refuse to go on, and say so."""
-    layer, cache, rows = build(name, layer_idx=0).eval(), Cache(), rows_of((10, 4, 7))
+    layer, cache, rows = build(name, layer_idx=IDX).eval(), Cache(), rows_of((10, 4, 7))
     x, cu_seqlens = pack([row[:-2] for row in rows])
     last = torch.stack([row[-2:] for row in rows])
     with torch.no_grad():
@@ -256,13 +278,17 @@ def test_a_cache_needs_layer_idx(name):
 @each_plain
 def test_without_a_cache_nothing_is_returned(name):
     o = build(name)(rows_of((3,))[0][None], use_cache=True)
-    assert o[1:] == (None, None)
+    assert o[1:3] == (None, None)
 
 
 # ---- forms
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if CASES[name].cls.forms])
+def with_form(form):
+    return pytest.mark.parametrize("name", [name for name in PLAIN if form in CASES[name].cls.forms])
+
+
+@with_form("fused_recurrent")
 def test_the_recurrent_form_is_for_short_inference(name, monkeypatch):
     layer, used = build(name), []
     forms = {mode: lambda *a, m=mode, f=form, **k: used.append(m) or f(*a, **k) for mode, form in layer.forms.items()}
@@ -276,12 +302,12 @@ def test_the_recurrent_form_is_for_short_inference(name, monkeypatch):
     with torch.no_grad():
         layer(x)
         layer(x[:, :SHORT])
-    assert used == ["chunk", "chunk", "chunk", "chunk", "fused_recurrent"]
+    assert used == [*[layer.mode] * 4, "fused_recurrent"]
 
 
-@pytest.mark.parametrize("name", ["retnet", "simple-gla"])
+@with_form("parallel")
 def test_parallel_with_a_state_takes_the_chunk_form(name):
-    layer, cache, (row,) = build(name, "parallel", layer_idx=0), Cache(), rows_of((70,))
+    layer, cache, (row,) = build(name, "parallel", layer_idx=IDX), Cache(), rows_of((70,))
     o = torch.cat([layer(piece, past_key_values=cache)[0] for piece in row[None].split((66, 4), 1)], 1)
     check_rows("parallel, in pieces", [o[0]], name, (70,))
 
@@ -291,7 +317,7 @@ def test_parallel_with_a_state_takes_the_chunk_form(name):
 
 @each_case
 def test_inputs_are_not_modified(name):
-    layer, cache = build(name, layer_idx=0).eval(), Cache()
+    layer, cache = build(name, layer_idx=IDX).eval(), Cache()
     x, mask = padded(rows_of(), "between")
     before, mask_before = x.clone(), mask.clone()
     with torch.no_grad():
@@ -317,14 +343,14 @@ def test_strides(name):
 @each_plain
 def test_low_precision(name):
     """bfloat16 within its own budget; the state stays float32."""
-    layer, cache, rows = build(name, layer_idx=0).bfloat16(), Cache(), rows_of((70,))
+    layer, cache, rows = build(name, layer_idx=IDX).bfloat16(), Cache(), rows_of((70,))
     wide = copy.deepcopy(layer)
-    reference = naive_layer(wide.double(), rows[0].bfloat16().double(), dict(CASES[name].settings))
-    naive = naive_layer(copy.deepcopy(layer), rows[0].bfloat16(), dict(CASES[name].settings))
+    reference = naive_layer(wide.double(), rows[0].bfloat16().double(), name)
+    naive = naive_layer(copy.deepcopy(layer), rows[0].bfloat16(), name)
     o = layer(rows[0].bfloat16()[None], past_key_values=cache)[0][0]
     assert_within_budget(f"{name}: bfloat16", o, reference, naive)
-    state = cache[0].get("recurrent_state")
-    assert state is None or state.dtype == torch.float32
+    state = cache[IDX].get("recurrent_state", ())
+    assert all(x.dtype == torch.float32 for x in (state if isinstance(state, tuple) else (state,)))
 
 
 @each_case
@@ -339,34 +365,42 @@ def test_autocast(name):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def compiled(layer):
+    """The layer in one graph, with what its model hands to it."""
+    torch.compiler.reset()  # each layer compiles the same forward: what others left would count as recompilations
+    return torch.compile(lambda x, **keywords: layer(x, **keywords), fullgraph=True, backend="aot_eager", dynamic=False)
+
+
+@each_plain
+def test_compile_packed(name):
+    rows = rows_of((12, 5))
+    x, cu_seqlens = pack(rows)
+    x.requires_grad_()
+    o = compiled(build(name))(x, cu_seqlens=cu_seqlens)[0]
+    check_rows("compiled, packed", list(o[0].split((12, 5))), name, (12, 5))
+    o.square().sum().backward()
+    check_input_gradient("compiled, packed", x.grad[0, :12], name, rows[0])
+
+
+@pytest.mark.exhaustive  # the models compile such a call in their training step
 @each_plain
 def test_compile(name):
-    torch.compiler.reset()  # each layer compiles the same forward: what others left would count as recompilations
-    layer, rows = build(name), rows_of((40, 40))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    rows = rows_of((12, 12))
     x = torch.stack(rows).requires_grad_()
-    o = compiled(x)[0]
-    check_rows("compiled", list(o), name, (40, 40))
+    o = compiled(build(name))(x)[0]
+    check_rows("compiled", list(o), name, (12, 12))
     o.square().sum().backward()
-    assert_within_budget(
-        "compiled dx",
-        x.grad[0],
-        naive_input_gradient(name, rows[0], torch.float64),
-        naive_input_gradient(name, rows[0], torch.float32),
-    )
-    packed, cu_seqlens = pack(rows_of((40, 9)))
-    check_rows("compiled, packed", list(compiled(packed, cu_seqlens=cu_seqlens)[0][0].split((40, 9))), name, (40, 9))
+    check_input_gradient("compiled", x.grad[0], name, rows[0])
 
 
 def test_layers_run_without_transformers_and_triton():
     code = (
         "import sys; sys.modules['transformers'] = None; sys.modules['triton'] = None\n"
         "import torch; from fla import layers\n"
-        "for name in layers.__all__:\n"
-        "    layer = getattr(layers, name)(hidden_size=32, num_heads=2)\n"
-        "    print(name, *layer(torch.ones(1, 4, 32))[0].shape)"
+        "for cls in map(vars(layers).get, sys.argv[1:]):\n"
+        "    print(*cls(hidden_size=32, **cls.tiny)(torch.ones(1, 4, 32))[0].shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    classes = [CASES[name].cls.__name__ for name in PLAIN]
+    done = subprocess.run([sys.executable, "-c", code, *classes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[0] == "Attention 1 4 32"
-    assert done.stdout.count(" 1 4 32") == 5
+    assert done.stdout.splitlines() == ["1 4 32"] * len(classes)

@@ -12,12 +12,20 @@ from fla.layers import (
     MultiScaleRetention,
     SimpleGatedLinearAttention,
 )
+from fla.layers._heads import MultiHeadMixer
 from fla.layers.utils import Padding
 from fla.models.cache import Cache
-from tests.layers.cases import CASES, PLAIN, D
+from tests.layers.cases import CASES, IDX, PLAIN, D
 
 EVERY = [CASES[name].cls for name in PLAIN]
-LINEAR = [cls for cls in EVERY if cls is not Attention]
+HEADED = [cls for cls in EVERY if issubclass(cls, MultiHeadMixer)]
+LINEAR = [GatedLinearAttention, LinearAttention, MultiScaleRetention, SimpleGatedLinearAttention]
+
+
+def tiny(cls, **settings):
+    """The smallest layer of its kind."""
+    return cls(**{"hidden_size": D, **cls.tiny, **settings})
+
 
 SEED_RETNET = """
 MultiScaleRetention(
@@ -162,14 +170,22 @@ def test_state_size():
 
 @pytest.mark.parametrize("name", CASES)
 def test_state_size_is_what_the_cache_holds(name):
-    layer, cache = CASES[name].build(layer_idx=0), Cache()
+    layer, cache = CASES[name].build(layer_idx=IDX), Cache()
     layer(torch.randn(1, 9, D), past_key_values=cache)
-    tensors = [x for slot in cache[0].values() for x in (slot if isinstance(slot, tuple) else (slot,))]
+    tensors = [x for slot in cache[IDX].values() for x in (slot if isinstance(slot, tuple) else (slot,))]
     assert layer.state_size(sequence_length=9) == sum(x.numel() for x in tensors)
 
 
 @pytest.mark.parametrize("cls", EVERY)
-def test_what_bad_settings_get(cls):
+def test_unknown_settings_get_a_type_error(cls):
+    with pytest.raises(TypeError, match="unknown_setting"):
+        cls(hidden_size=D, unknown_setting=1)
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        tiny(cls, hidden_size=0)
+
+
+@pytest.mark.parametrize("cls", HEADED)
+def test_what_bad_settings_of_heads_get(cls):
     for changes, error, match in (
         ({"num_heads": 3}, ValueError, "num_heads"),
         ({"num_heads": "4"}, TypeError, "num_heads must be an int, got str '4'"),
@@ -177,9 +193,7 @@ def test_what_bad_settings_get(cls):
         ({"num_heads": 4, "num_kv_heads": 3}, ValueError, "num_kv_heads must divide num_heads=4, got 3"),
     ):
         with pytest.raises(error, match=match):
-            cls(**{"hidden_size": D, "num_heads": 2, **changes})
-    with pytest.raises(TypeError, match="unknown_setting"):
-        cls(hidden_size=D, unknown_setting=1)
+            tiny(cls, **changes)
 
 
 @pytest.mark.parametrize("cls", LINEAR)
@@ -221,7 +235,7 @@ def test_what_bad_settings_of_one_layer_get(build, match):
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_what_bad_calls_get(cls):
-    layer, x = cls(hidden_size=D, num_heads=2, layer_idx=0), torch.randn(2, 5, D)
+    layer, x = tiny(cls, layer_idx=0), torch.randn(2, 5, D)
     for changes, error, match in (
         ({"hidden_states": x[0]}, ValueError, "hidden_states must have shape"),
         ({"hidden_states": x[..., :8]}, ValueError, "hidden_states must have shape"),
@@ -245,9 +259,9 @@ def test_what_bad_calls_get(cls):
             layer(**({"hidden_states": x} | changes))
 
 
-@pytest.mark.parametrize("cls", [MultiScaleRetention, Attention])
+@pytest.mark.parametrize("cls", [cls for cls in EVERY if cls.uses_positions])
 def test_positions_need_the_whole_mask(cls):
-    layer, cache, x = cls(hidden_size=D, num_heads=2, layer_idx=0), Cache(), torch.randn(2, 5, D)
+    layer, cache, x = tiny(cls, layer_idx=0), Cache(), torch.randn(2, 5, D)
     layer(x, attention_mask=torch.ones(2, 5), past_key_values=cache)
     with pytest.raises(ValueError, match=r"attention_mask must cover the cached tokens too: 5 \+ 1 columns, got 1"):
         layer(x[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
@@ -255,7 +269,7 @@ def test_positions_need_the_whole_mask(cls):
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_padding_handed_down_by_a_model(cls):
-    layer, x = cls(hidden_size=D, num_heads=2), torch.randn(2, 5, D)
+    layer, x = tiny(cls), torch.randn(2, 5, D)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     padding = Padding.from_mask(mask, 5)
     assert torch.equal(padding.mask(), mask.bool())

@@ -1,19 +1,33 @@
 """The contract of every registered model: shapes, losses, padding, packing, checkpointing, bad input."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fla.models.utils import Cache
+from fla.testing import assert_within_budget
 
-from .tiny import REGISTRY, TINY, assert_same, build, every_case, every_type, tokens
+from .tiny import (
+    REGISTRY,
+    VOCAB,
+    assert_same,
+    build,
+    every_case,
+    every_side,
+    every_type,
+    padding_mask,
+    tiny_config,
+    tokens,
+)
 
 
 @every_case
 def test_forward_and_backward(model_type, overrides):
     model, ids = build(model_type, overrides).train(), tokens(2, 70)
     output = model(ids, labels=ids)
-    assert output.logits.shape == (2, 70, TINY["vocab_size"])
+    assert output.logits.shape == (2, 70, VOCAB)
     assert output.past_key_values is None  # training keeps no cache
     output.loss.backward()
     for name, parameter in model.named_parameters():
@@ -22,11 +36,44 @@ def test_forward_and_backward(model_type, overrides):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@every_case
+def test_what_reaches_every_layer(model_type, overrides):
+    """Each mixer is called with its own value of `layer_inputs()`, and with the last carry that a layer returned."""
+    model, ids, seen = build(model_type, overrides), tokens(1, 6), []
+    body, names = model.base_model, model.block_cls.names
+    mixers = [getattr(layer, names.mixer) for layer in body.layers]
+    for mixer in mixers:
+        mixer.register_forward_hook(lambda *call: seen.append((call[2], call[3])), with_kwargs=True)
+    model(ids)
+    carry = None
+    for mixer, value, (keywords, result) in zip(mixers, body.layer_inputs(), seen, strict=True):
+        own = [name for name in mixer.inputs if name != mixer.carry_name]
+        values = () if value is None or not own else value if isinstance(value, tuple) else (value,)
+        for name, expected in zip(own, values, strict=bool(values)):
+            assert torch.equal(keywords[name], expected), name
+        if mixer.carry_name is not None:
+            assert keywords.get(mixer.carry_name) is carry
+            carry = result[3]
+            assert carry.shape[:2] == ids.shape
+
+
+@every_type
+def test_a_block_by_itself(model_type):
+    """A block takes the mask and the cache by position, as other programs call it."""
+    model, x, cache = build(model_type), torch.randn(2, 6, tiny_config(model_type).hidden_size), Cache()
+    block, mask = model.base_model.layers[0], torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    o, attentions, filled, *carry = block(x, mask, cache, True)
+    assert attentions is None and filled is cache and cache.get_seq_length() == 6
+    assert len(carry) == (getattr(block, block.names.mixer).carry_name is not None)
+    assert torch.equal(o, block(x, attention_mask=mask)[0])
+
+
 @every_type
 def test_outputs(model_type):
     model, ids = build(model_type), tokens(2, 7)
     output = model(ids, output_hidden_states=True)
-    assert len(output.hidden_states) == TINY["num_hidden_layers"] + 1
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     assert output.attentions is None
     assert output.past_key_values.get_seq_length() == 7
@@ -98,24 +145,22 @@ def test_own_criterion(model_type):
 def test_packed_is_separate(model_type, overrides):
     model, lengths = build(model_type, overrides), [5, 0, 1, 70, 12]
     parts = [tokens(1, n, seed=n) for n in lengths]
-    for dtype in (torch.int32, torch.int64):
-        cu_seqlens = torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype)
-        for name in ("cu_seqlens", "cu_seq_lens_q"):
-            assert_same(
-                name,
-                model,
-                lambda m, key=name, cu=cu_seqlens: m(torch.cat(parts, 1), **{key: cu}, use_cache=False).logits,
-                lambda m: torch.cat([m(part).logits for part in parts if part.shape[1]], 1),
-            )
+
+    def separate(m):
+        return torch.cat([m(part).logits for part in parts if part.shape[1]], 1)
+
+    with torch.no_grad():
+        reference, naive = separate(copy.deepcopy(model).double()), separate(model)
+        for name, dtype in (("cu_seqlens", torch.int32), ("cu_seq_lens_q", torch.int64)):
+            cu_seqlens = torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype)
+            logits = model(torch.cat(parts, 1), **{name: cu_seqlens}, use_cache=False).logits
+            assert_within_budget(name, logits, reference, naive)
 
 
 @every_case
-@pytest.mark.parametrize("side", ["left", "right", "interior"])
+@every_side
 def test_padding_is_a_no_op(model_type, overrides, side):
-    model, ids, mask = build(model_type, overrides), tokens(3, 11), torch.ones(3, 11, dtype=torch.long)
-    gaps = {"left": ([0, 1, 2, 3], [0]), "right": ([8, 9, 10], [10]), "interior": ([0, 4, 5, 9], [2, 10])}[side]
-    for row, columns in enumerate(gaps):
-        mask[row, columns] = 0
+    model, ids, mask = build(model_type, overrides), tokens(3, 13), padding_mask(side)
     real = mask.bool()
     assert_same(
         side,
@@ -153,7 +198,8 @@ def test_gradient_checkpointing_keeps_the_gradients(model_type, overrides, use_r
                 model(ids, past_key_values=Cache())
         model(ids, labels=ids, attention_mask=mask).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for (name, _), plain, checkpointed in zip(model.named_parameters(), *gradients, strict=True):
+        assert checkpointed is not None and torch.equal(plain, checkpointed), name
 
 
 @every_type
@@ -172,7 +218,7 @@ def test_tied_weights(model_type):
 def test_fresh_weights(model_type):
     """normal(0, initializer_range), biases 0, norms 1; the same on the meta device, where there is nothing to draw."""
     causal_lm = REGISTRY[model_type]
-    config = causal_lm.config_class(**{**TINY, "hidden_size": 128, "vocab_size": 500})
+    config = tiny_config(model_type, hidden_size=128, vocab_size=500)
     model = causal_lm(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d) and module.weight.numel() > 4000:
@@ -189,8 +235,8 @@ def test_fresh_weights(model_type):
 
 def test_feature_maps_keep_their_own_initialisation():
     """Hedgehog's layer starts as the identity, whatever the rule for linear layers is."""
-    causal_lm = REGISTRY["linear_attn"]
-    layer = causal_lm(causal_lm.config_class(**TINY, feature_map="hedgehog")).model.layers[0].attn.feature_map_q.layer
+    config = tiny_config("linear_attn", feature_map="hedgehog")
+    layer = REGISTRY["linear_attn"](config).model.layers[0].attn.feature_map_q.layer
     assert torch.equal(layer.weight, torch.eye(16))
 
 

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .tiny import REGISTRY, TINY, build, every_case, every_type, tokens
+from fla.modules.mlp import GatedMLP
+
+from .tiny import REGISTRY, build, every_case, every_gated, every_type, tokens
 
 FILE = "model.safetensors"
 
@@ -45,7 +47,7 @@ def test_save_load_save_is_bitwise(model_type, overrides, tmp_path):
 @every_type
 def test_shared_modules_and_tied_weights_survive(model_type, tmp_path):
     overrides = {"tie_word_embeddings": True}
-    if "tie_feature_map_qk" in TINY or hasattr(REGISTRY[model_type].config_class, "tie_feature_map_qk"):
+    if hasattr(REGISTRY[model_type].config_class, "tie_feature_map_qk"):
         overrides |= {"tie_feature_map_qk": True, "feature_map": "hedgehog"}
     model = build(model_type, overrides)
     model.save_pretrained(tmp_path)
@@ -54,12 +56,12 @@ def test_shared_modules_and_tied_weights_survive(model_type, tmp_path):
     assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
-@every_type
+@every_gated
 def test_both_mlp_layouts_load_and_the_split_one_is_written(model_type, tmp_path):
     model = build(model_type)
     model.save_pretrained(tmp_path)
-    D, I = TINY["hidden_size"], TINY["intermediate_size"]
-    prefix = f"{model.base_model_prefix}.layers.0.mlp"
+    D, I = model.config.hidden_size, model.config.intermediate_size
+    prefix = f"{model.base_model_prefix}.layers.0.{model.block_cls.names.mlp}"
     saved = load_file(tmp_path / FILE)
     assert saved[f"{prefix}.gate_proj.weight"].shape == saved[f"{prefix}.up_proj.weight"].shape == (I, D)
     assert model.state_dict()[f"{prefix}.gate_proj.weight"].shape == (2 * I, D)
@@ -80,15 +82,16 @@ def test_both_mlp_layouts_load_and_the_split_one_is_written(model_type, tmp_path
 @every_type
 def test_keys_that_do_not_fit_raise(model_type, tmp_path):
     model = build(model_type)
-    head = f"{model.base_model_prefix}.layers.1.mlp"
     final = f"{model.base_model_prefix}.{model.block_cls.names.norm}.weight"
     changes = {
         f"missing keys: {final}": lambda t: t.pop(final),
         "unexpected keys: extra.weight": lambda t: t.update({"extra.weight": torch.ones(1)}),
         f"mismatched keys: {final}": lambda t: t.update({final: torch.ones(7)}),
-        f"{head}.gate_proj.weight": lambda t: t.pop(f"{head}.up_proj.weight"),
-        "missing keys: lm_head.weight": lambda t: t.pop("lm_head.weight"),
     }
+    if isinstance(getattr(model.base_model.layers[1], model.block_cls.names.mlp, None), GatedMLP):
+        head = f"{model.base_model_prefix}.layers.1.{model.block_cls.names.mlp}"
+        changes[f"{head}.gate_proj.weight"] = lambda t: t.pop(f"{head}.up_proj.weight")
+    changes["missing keys: lm_head.weight"] = lambda t: t.pop("lm_head.weight")
     for message, change in changes.items():
         model.save_pretrained(tmp_path)
         rewrite(tmp_path, change)

@@ -15,7 +15,13 @@ def _poisoned_allocation():
     """None here: dynamo cannot trace an allocation function that a test has replaced."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def cases() -> list:
+    """Every case; a further one of the same class (its name has a word behind a dash) compiles in make test-all."""
+    exhaustive = pytest.mark.exhaustive
+    return [pytest.param(case, id=case.name, marks=[exhaustive] if "-" in case.name else []) for case in CASES]
+
+
+@pytest.mark.parametrize("case", cases())
 def test_compiles_as_one_graph(case):
     torch._dynamo.reset()
     module, inputs = make(case, torch.float32)

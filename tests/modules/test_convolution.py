@@ -145,6 +145,89 @@ def test_projection_form(conv):
     close("state", cache, state)
 
 
+@pytest.mark.parametrize("width", range(2, 9))
+def test_every_width_in_pieces_shorter_than_it(width):
+    conv = ShortConvolution(D, width, bias=True).double()
+    x = torch.randn(1, 11, D, dtype=torch.float64, requires_grad=True)
+    padded = torch.nn.functional.conv1d(x.mT, conv.weight, conv.bias, padding=width - 1, groups=D)[..., :11]
+    whole, final = conv(x, output_final_state=True)
+    close("y", whole, torch.nn.functional.silu(padded).mT)
+    ys, cache = [], None
+    for piece in x.split([1, 2, 1, 3, 1, 3], 1):
+        y, cache = conv(piece, cache=cache, output_final_state=True)
+        ys.append(y)
+    close("y in pieces", torch.cat(ys, 1), whole)
+    assert torch.equal(cache, final)
+    grads = [torch.autograd.grad(y.square().sum(), (x, conv.weight)) for y in (torch.cat(ys, 1), whole)]
+    for name, grad, grad64 in zip(("dx", "dweight"), *grads, strict=True):
+        close(name, grad, grad64)
+
+
+def test_seq_idx_says_where_sequences_begin(conv):
+    x, residual = torch.randn(2, 6, D, dtype=torch.float64), torch.randn(2, 6, D, dtype=torch.float64)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2], [2, 5, 5, 5, 5, 5]], dtype=torch.int32)
+    separate = [
+        conv(row[:, a:b], res[:, a:b])[0]
+        for row, res, bounds in zip(x.split(1), residual.split(1), ((0, 3, 5, 6), (0, 1, 6)), strict=True)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    close("y", conv(x, residual, seq_idx=seq_idx)[0].reshape(1, -1, D), torch.cat(separate, 1))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])  # padding is a sequence of its own
+    y, _ = conv(x, mask=mask, seq_idx=seq_idx)
+    close("y", y[:, 3:], conv(x, seq_idx=seq_idx)[0][:, 3:])
+    states = torch.randn(3, D, W, dtype=torch.float64)
+    packed = conv(x[:1], cache=states, output_final_state=True, cu_seqlens=pack((3, 2, 1)))
+    by_index = conv(x[:1], cache=states, output_final_state=True, seq_idx=seq_idx[:1])
+    assert torch.equal(packed[0], by_index[0]) and torch.equal(packed[1], by_index[1])
+    step = conv(x[:, :1], cache=states[:2], output_final_state=True, seq_idx=seq_idx[:, :1])
+    assert torch.equal(step[0], conv(x[:, :1], cache=states[:2])[0])
+
+
+def test_lengths_on_the_cpu_alone_pack_too(conv):
+    x, cu = torch.randn(1, 6, D, dtype=torch.float64), pack((2, 4))
+    expected = conv(x, output_final_state=True, cu_seqlens=cu)
+    results = [
+        conv(x, output_final_state=True, cu_seqlens_cpu=cu),
+        causal_conv1d(x, conv.weight[:, 0], conv.bias, None, None, True, "silu", "cuda", None, cu),
+    ]
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+
+def test_a_cache_of_inference_mode_serves_afterwards(conv):
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    whole = conv(x)[0].detach()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with torch.inference_mode():
+            _, cache = conv(x[:, :1], output_final_state=True)
+        ys = []
+        with mode():
+            for t in (1, 2):
+                y, cache = conv(x[:, t : t + 1], cache=cache, output_final_state=True)
+                ys.append(y)
+        close("y", torch.cat(ys, 1), whole[:, 1:])
+        assert not cache.is_inference()
+
+
+def test_names_that_programs_import():
+    from fla.modules.conv.causal_conv1d import causal_conv1d as inner
+    from fla.modules.conv.causal_conv1d import causal_conv1d_update as update
+    from fla.modules.conv.short_conv import ShortConvolution as inner_short
+    from fla.modules.conv.triton.ops import CausalConv1dFunction
+
+    from fla.modules.conv import ShortConvolution as short
+    from fla.modules.conv import causal_conv1d as function
+
+    assert function is inner is causal_conv1d and update is causal_conv1d_update
+    assert short is inner_short is ShortConvolution
+    y, _ = causal_conv1d(torch.randn(1, 3, D, requires_grad=True), torch.randn(D, W))
+    kinds, nodes = [], [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        kinds.append(node.name())
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    assert f"{CausalConv1dFunction.__name__}Backward" in kinds
+
+
 def test_module_is_a_conv1d():
     conv = ShortConvolution(64, W)
     assert isinstance(conv, torch.nn.Conv1d) and conv.state_size == 64 * W
@@ -180,12 +263,30 @@ def test_token_shift_packed_is_separate(with_cache):
 
 
 BAD = [
-    (lambda c, x: c(x[..., :3]), ValueError, "weight"),
+    (lambda c, x: c(x[..., :3]), ValueError, "x must"),
+    (lambda c, x: c(x.tolist()), TypeError, "x must"),
+    (lambda c, x: c(x, mask=[[1, 1, 1]] * 2), TypeError, "mask must"),
+    (lambda c, x: c(x[:1], cu_seqlens=[0, 1, 3]), TypeError, "cu_seqlens must"),
+    (lambda c, x: c(x[:1], cu_seqlens_cpu=[0, 1, 3]), TypeError, "cu_seqlens_cpu must"),
+    (lambda c, x: c(x[:1], cache=torch.zeros(2, D, W), cu_seqlens=[0, 1, 3]), TypeError, "cu_seqlens must"),
+    (lambda c, x: c(x, cache=[1]), TypeError, "cache must"),
+    (lambda c, x: c(x, cu_seqlen=pack((1, 2))), TypeError, "cu_seqlen'"),
+    (lambda c, x: c(x, seq_idx=[[0, 0, 1]]), TypeError, "seq_idx must"),
+    (lambda c, x: c(x, seq_idx=torch.zeros(2, 2, dtype=torch.int)), ValueError, "seq_idx must"),
+    (lambda c, x: c(x, seq_idx=torch.zeros(2, 3)), ValueError, "seq_idx must"),
+    (lambda c, x: c(x, seq_idx=torch.zeros(2, 3).int(), output_final_state=True), ValueError, "seq_idx of one row"),
+    (lambda c, x: c(x, cache=torch.zeros(2, D, W), seq_idx=torch.zeros(2, 3).int()), ValueError, "seq_idx of one row"),
+    (lambda c, x: c(x[:1], seq_idx=torch.zeros(1, 3).int(), cu_seqlens=pack((1, 2))), ValueError, "seq_idx and cu_"),
+    (lambda c, x: causal_conv1d(x), TypeError, "weight must"),
+    (lambda c, x: causal_conv1d(None, c.weight[:, 0]), TypeError, "x must"),
+    (lambda c, x: causal_conv1d_update(x[:, 0].tolist(), None, None, c.weight[:, 0]), TypeError, "x must"),
+    (lambda c, x: token_shift(x.tolist()), TypeError, "x must"),
+    (lambda c, x: token_shift(x[:1], [0, 1, 3]), TypeError, "cu_seqlens must"),
     (lambda c, x: c(x[0]), ValueError, "x must"),
     (lambda c, x: c(x.long()), TypeError, "x must"),
     (lambda c, x: c(x, residual=x[:, :2]), ValueError, "residual"),
-    (lambda c, x: c(x, cache=torch.zeros(2, D, W - 1)), ValueError, "initial_state"),
-    (lambda c, x: c(x, cache=torch.zeros(3, D, W)), ValueError, "initial_state"),
+    (lambda c, x: c(x, cache=torch.zeros(2, D, W - 1)), ValueError, "cache must"),
+    (lambda c, x: c(x, cache=torch.zeros(3, D, W)), ValueError, "cache must"),
     (lambda c, x: c(x, mask=torch.ones(2, 5)), ValueError, "mask"),
     (lambda c, x: c(x[:1], mask=torch.ones(1, 3), cu_seqlens=pack((1, 2))), ValueError, "mask and cu_seqlens"),
     (lambda c, x: c(x, cu_seqlens=pack((1, 2))), ValueError, "batch size 1"),
@@ -196,10 +297,12 @@ BAD = [
     (lambda c, x: token_shift(x[:1], pack((1, 1))), ValueError, "must end at"),
     (lambda c, x: causal_conv1d(x, c.weight[:, 0], activation="gelu"), ValueError, "activation"),
     (lambda c, x: causal_conv1d(x, c.weight[:, 0], cp_context=object()), ValueError, "cp_context"),
-    (lambda c, x: causal_conv1d(x, c.weight[:, 0], backend="cuda"), ValueError, "backend"),
+    (lambda c, x: causal_conv1d(x, c.weight[:, 0], backend="cudnn"), ValueError, "backend must"),
     (lambda c, x: causal_conv1d_update(x, torch.zeros(2, D, W), None, c.weight[:, 0]), ValueError, "one token"),
     (lambda c, x: causal_conv1d_update(x[:, 0], torch.zeros(2, D, W)), TypeError, "weight"),
     (lambda c, x: ShortConvolution(D, W, activation="relu"), ValueError, "activation"),
+    (lambda c, x: ShortConvolution(D, W, False, "silu", True), ValueError, "backend must"),
+    (lambda c, x: ShortConvolution(D, W, "silu"), TypeError, "bias must"),
 ]
 
 

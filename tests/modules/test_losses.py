@@ -64,7 +64,11 @@ def test_another_ignore_index_and_integer_targets(problem):
 def test_nothing_but_ignored_targets(problem):
     x, target, weight, bias = problem
     ignored = torch.full_like(target, -100)
-    assert FusedCrossEntropyLoss()(torch.randn(N, V), ignored).isnan()
+    logits = torch.randn(N, V, requires_grad=True)
+    for reduction in ("mean", "sum", "none"):
+        criterion = FusedCrossEntropyLoss(reduction=reduction, lse_square_scale=0.1, return_z_loss=True)
+        loss, z_loss = criterion(logits, ignored)
+        assert not loss.any() and not z_loss.any() and not torch.autograd.grad(loss.sum(), logits)[0].any()
     leaves = [z.requires_grad_() for z in (x, weight, bias)]
     loss = FusedLinearCrossEntropyLoss()(x, ignored, weight, bias)
     assert loss.item() == 0
@@ -109,6 +113,68 @@ def test_rows_in_chunks_give_the_same(problem, monkeypatch):
     whole = both()
     monkeypatch.setattr(torch_loss, "_CHUNK", 4 * V)
     assert all(torch.equal(a, b) for a, b in zip(whole, both(), strict=True))
+
+
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.2},
+    "z-loss": {"lse_square_scale": 1e-4},
+    "scale": {"logit_scale": 0.7},
+    "negative scale": {"logit_scale": -0.3},
+    "soft cap": {"logit_softcapping": 5.0},
+    "all": {"label_smoothing": 0.1, "logit_scale": 0.7, "logit_softcapping": 9.0, "lse_square_scale": 0.01},
+}
+
+
+def formula(logits, target, label_smoothing=0.0, logit_scale=1.0, logit_softcapping=None, lse_square_scale=0.0):
+    """The mean loss by PyTorch's own cross entropy, in the dtype of the logits."""
+    z = logits * logit_scale
+    z = z if logit_softcapping is None else logit_softcapping * torch.tanh(z / logit_softcapping)
+    penalty = lse_square_scale * z.logsumexp(-1)[target >= 0].square().mean()
+    return F.cross_entropy(z, target, label_smoothing=label_smoothing) + penalty
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("offset", [300.0, 1e4, 1e6])
+def test_a_common_offset_of_the_logits_costs_no_digits(problem, offset, options):
+    x, target, weight, _ = problem
+    logits = (x @ weight.T + offset).requires_grad_()  # rounded here, so that all that follows sees the same numbers
+    runs = []
+    for z in (logits, logits.detach().double().requires_grad_(), logits):
+        ours = z is logits and not runs
+        loss = FusedCrossEntropyLoss(**options)(z, target) if ours else formula(z, target, **options)
+        runs.append((loss, *torch.autograd.grad(loss, z)))
+    for name, y, y64, naive in zip(("loss", "dlogits"), *runs, strict=True):
+        assert_within_budget(name, y, y64, naive)
+
+
+@pytest.mark.parametrize("options", ["plain", "smoothing", "scale"])
+def test_linear_form_with_a_common_offset(problem, options):
+    """The products are small integers, exact in float32, and the bias lifts them all."""
+    target, options = problem[1], OPTIONS[options]
+    x, weight = (torch.randint(-2, 3, (size, D)).float().requires_grad_() for size in (N, V))
+    runs = []
+    for dtype, ours in ((torch.float32, True), (torch.float64, False), (torch.float32, False)):
+        leaves = [z.detach().to(dtype).requires_grad_() for z in (x, weight, torch.full((V,), 1e6))]
+        if ours:
+            loss = fused_linear_cross_entropy_loss(leaves[0], target, leaves[1], leaves[2], **options)
+        else:
+            loss = formula(F.linear(*leaves), target, **options)
+        runs.append((loss, *torch.autograd.grad(loss, leaves)))
+    for name, y, y64, naive in zip(("loss", "dx", "dweight", "dbias"), *runs, strict=True):
+        assert_within_budget(name, y, y64, naive)
+
+
+@pytest.mark.parametrize("classes", [151, 32003])
+def test_classes_beside_the_vocabulary_do_not_count(classes):
+    logits = torch.full((3, classes), -30.0)
+    logits[:, classes - 1] = 2.0
+    target, logits = torch.tensor([classes - 1, 0, -100]), logits.requires_grad_()
+    losses, _ = cross_entropy_loss(logits, target)
+    expected = F.cross_entropy(logits.double(), target, reduction="none")
+    assert_within_budget("loss", losses, expected, F.cross_entropy(logits, target, reduction="none"))
+    (grad,), (grad64,) = (torch.autograd.grad(z.sum(), logits) for z in (losses, expected))
+    assert_within_budget("dlogits", grad, grad64, grad64)
 
 
 def test_linear_form_equals_the_two_steps(problem):
@@ -201,7 +267,26 @@ def test_linear_form_refuses_second_derivatives(problem):
         torch.autograd.grad(loss, x, create_graph=True)
 
 
+def meta(x):
+    return torch.empty_like(x, device="meta")
+
+
 BAD = [
+    (lambda x, y, w: FusedCrossEntropyLoss()(x, y.tolist()), TypeError, "target must"),
+    (lambda x, y, w: FusedCrossEntropyLoss()(x.tolist(), y), TypeError, "logits must"),
+    (lambda x, y, w: FusedCrossEntropyLoss()(x, meta(y)), ValueError, "target must be on cpu"),
+    (lambda x, y, w: FusedCrossEntropyLoss(label_smoothing="0.1"), TypeError, "label_smoothing"),
+    (lambda x, y, w: FusedCrossEntropyLoss(logit_scale=float("nan")), ValueError, "logit_scale"),
+    (lambda x, y, w: FusedCrossEntropyLoss(ignore_index=None), TypeError, "ignore_index"),
+    (lambda x, y, w: FusedLinearCrossEntropyLoss(-100, 0.0, 1.0, 8, "mean"), TypeError, "num_chunks"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x.tolist(), y, w), TypeError, "x must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y.tolist(), w), TypeError, "target must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x[None], y.tolist(), w), TypeError, "target must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, w.tolist()), TypeError, "weight must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, w, [0.0]), TypeError, "bias must"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, meta(w)), ValueError, "weight must be on cpu.*not there"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, y, w, meta(w[:, 0])), ValueError, "bias must be on cpu"),
+    (lambda x, y, w: fused_linear_cross_entropy_loss(x, meta(y), w), ValueError, "target must be on cpu"),
     (lambda x, y, w: FusedCrossEntropyLoss(reduction="avg"), ValueError, "reduction"),
     (lambda x, y, w: FusedLinearCrossEntropyLoss(reduction="none"), ValueError, "reduction"),
     (lambda x, y, w: FusedCrossEntropyLoss(label_smoothing=1.5)(x, y), ValueError, "label_smoothing"),

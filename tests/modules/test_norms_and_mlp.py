@@ -1,13 +1,17 @@
 """What only norms and the MLP have: the residual's dtype, older names, memory, both checkpoint layouts, adapters."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fla import modules
 from fla.modules import activations, feature_map, fused_norm_gate, layernorm, layernorm_gated
-from fla.modules.l2norm import l2_norm, l2norm
-from fla.testing import assert_within_budget
+from fla.modules.l2norm import l2_norm, l2norm, l2norm_bwd, l2norm_fwd
+from fla.testing import assert_within_budget, relative_rms
 
 D = 16
 
@@ -206,10 +210,95 @@ def test_glu_linear_under_autocast():
     assert [g.dtype for g in torch.autograd.grad(out.sum(), (x, y, w))] == [torch.float32] * 3
 
 
-def test_activation_table():
-    assert set(activations.ACT2FN) == {"relu", "sigmoid", "logsigmoid", "silu", "swish", "sqrelu", "gelu", "bias_gelu"}
-    x = torch.tensor([-2.0, 0.0, 3.0])
-    assert activations.ACT2FN["relu"](x).tolist() == [0, 0, 3] and activations.ACT2FN["sqrelu"](x).tolist() == [0, 0, 9]
+def test_activation_names_mean_what_they_do_in_transformers():
+    from transformers.activations import ACT2FN as THEIRS  # takes seconds
+
+    x = torch.cat((torch.linspace(-14, 14, 57), torch.tensor([1e-7, -1e-7])))
+
+    def both(function, x):
+        x = x.clone().requires_grad_()
+        return function(x), *torch.autograd.grad(function(x).sum(), x)
+
+    assert set(activations.ACT2FN) - set(THEIRS) == {"logsigmoid", "sqrelu", "bias_gelu"}
+    for name in THEIRS:
+        theirs, ours = THEIRS[name], activations.get_activation(name)
+        if isinstance(ours, nn.Module):
+            assert all(torch.allclose(ours.state_dict()[k], z.float(), 0, 0.02) for k, z in theirs.state_dict().items())
+            ours.load_state_dict(theirs.state_dict())
+        runs = [both(theirs.to(dtype), x.to(dtype)) for dtype in (torch.float64, torch.float32)]
+        for y, y64, naive in zip(both(ours, x), *runs, strict=True):
+            assert_within_budget(name, y, y64, naive)
+    assert activations.ACT2FN["sqrelu"](x).equal(x.relu() ** 2)
+    assert activations.ACT2FN["prelu"] is not activations.ACT2FN["prelu"]  # parameters of its own
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu2", "xielu"])
+def test_mlp_of_another_activation(name):
+    mlp, x = modules.GatedMLP(D, intermediate_size=8, hidden_act=name), torch.randn(2, D)
+    gate, up = (x @ mlp.gate_proj.weight.T).chunk(2, -1)
+    torch.testing.assert_close(mlp(x), (activations.get_activation(name)(gate) * up) @ mlp.down_proj.weight.T)
+    assert ("act_fn.alpha_p" in mlp.state_dict()) == (name == "xielu")
+    copy.deepcopy(mlp), pickle.dumps(mlp)
+
+
+def test_positional_orders():
+    """As other programs call them: the third argument of a gated norm with a linear map is eps."""
+    for name in ("RMSNormGated", "RMSNormGatedLinear", "LayerNormGatedLinear", "RMSNormSwishGate"):
+        assert getattr(modules, f"Fused{name}")(D, True, 1e-3).eps == 1e-3
+    for name in ("RMSNormSwishGateLinear", "LayerNormSwishGate", "LayerNormSwishGateLinear"):
+        assert getattr(modules, f"Fused{name}")(D, True, 1e-3, None, torch.float64).weight.dtype == torch.float64
+    norm = modules.FusedLayerNormGatedLinear(D, False, 1e-3, "sigmoid")
+    assert (norm.weight, norm.bias, norm.activation) == (None, None, "sigmoid")
+    assert modules.FusedLayerNormGatedLinear(D, bias=True).bias is not None
+    norm = modules.FusedLayerNormGated(D, True, True, "sigmoid", 1e-3)
+    assert norm.bias is not None and (norm.activation, norm.eps) == ("sigmoid", 1e-3)
+    for name in ("LayerNorm", "RMSNorm", "LayerNormLinear", "RMSNormLinear"):
+        norm = getattr(modules, name)(D, True, True, 1e-3)
+        assert norm.bias is not None and norm.eps == 1e-3
+    for name in ("GroupNorm", "GroupNormLinear"):
+        norm = getattr(modules, name)(4, D, True, True, 1e-3)
+        assert norm.bias is not None and (norm.num_groups, norm.eps) == (4, 1e-3)
+    norm = layernorm_gated.RMSNormGated(D, 1e-3, 4, True)
+    assert (norm.eps, norm.group_size, norm.norm_before_gate) == (1e-3, 4, True)
+
+
+@pytest.mark.parametrize("width", [1, 3, 1000, 1536, 65537])
+def test_norms_of_any_width(width):
+    """A mean takes in the channels of the row and nothing beside them."""
+    x, g = torch.randn(2, width) + 3, torch.randn(2, width)
+    for rms in (True, False):
+        expected = [layernorm.group_norm_ref(z, None, None, is_rms_norm=rms) for z in (x.double(), x)]
+        assert_within_budget("y", layernorm.layer_norm(x, None, None, is_rms_norm=rms), *expected)
+        gated = fused_norm_gate.rms_norm_gated if rms else fused_norm_gate.layer_norm_gated
+        expected = [y * F.silu(g.to(y.dtype)) for y in expected]
+        assert_within_budget("gated", gated(x, g, None, None, eps=1e-5), *expected)
+
+
+def test_norm_of_48_channels_in_16_groups():
+    x, weight = torch.randn(4, 48) + torch.arange(48) // 3, torch.randn(48)
+    reference = [F.group_norm(z, 16, weight.to(z.dtype), eps=1e-5) for z in (x.double(), x)]
+    assert_within_budget("y", layernorm.group_norm(x, weight, None, num_groups=16), *reference)
+
+
+def test_weight_gradients_over_many_rows_are_summed_in_float32():
+    rows, dim = 8192, 512
+    x, g, dy = (torch.randn(rows, dim).bfloat16() for _ in range(3))
+    weight = torch.randn(dim).bfloat16().requires_grad_()
+    for gate in (None, g):
+        y = layernorm.rms_norm(x, weight, None) if gate is None else modules.rms_norm_gated(x, gate, weight, None)
+        (grad,) = torch.autograd.grad(y, weight, dy)
+        unit = dy.double() * layernorm.rms_norm_ref(x.double(), None, None, eps=1e-5 if gate is None else 1e-6)
+        expected = (unit if gate is None else unit * F.silu(g.double())).sum(0)
+        assert relative_rms(grad.double(), expected) < 2 * torch.finfo(torch.bfloat16).eps / 4
+
+
+def test_l2norm_by_halves():
+    x = torch.randn(3, D, requires_grad=True)
+    y, dy = l2norm(x), torch.randn(3, D)
+    (expected,) = torch.autograd.grad(y, x, dy)
+    half, rstd = l2norm_fwd(x)
+    assert torch.equal(half, y) and rstd.shape == (3,) and not half.requires_grad
+    torch.testing.assert_close(l2norm_bwd(half, rstd, dy), expected)
 
 
 def test_feature_maps_approximate_their_kernels():
@@ -228,7 +317,25 @@ def test_feature_maps_approximate_their_kernels():
 
 
 BAD = [
-    (lambda x: modules.RMSNorm(D + 1)(x), ValueError, "weight"),
+    (lambda x: modules.RMSNorm(D + 1)(x), ValueError, "x must have as many channels as weight"),
+    (lambda x: modules.RMSNorm(D, device="meta")(x), ValueError, "weight must be on cpu"),
+    (lambda x: layernorm.rms_norm(x, [1.0] * D, None), TypeError, "weight must"),
+    (lambda x: layernorm.rms_norm(x[:, :0], None, None), ValueError, "x must have at least one axis"),
+    (lambda x: modules.LayerNorm(D, 1e-6), TypeError, "elementwise_affine must"),
+    (lambda x: modules.FusedLayerNormGated(D, True, 1e-3), TypeError, "bias must"),
+    (lambda x: modules.FusedLayerNormGatedLinear(D, True, True), TypeError, "eps must"),
+    (lambda x: modules.RMSNorm(D, eps=-1.0), ValueError, "eps must"),
+    (lambda x: modules.RMSNorm("16"), TypeError, "hidden_size must"),
+    (lambda x: modules.RMSNormLinear(D)(x, torch.empty(3, D, device="meta")), ValueError, "weight must be on cpu"),
+    (lambda x: activations.swiglu_linear(x, x, torch.empty(3, D, device="meta")), ValueError, "weight must be on"),
+    (
+        lambda x: activations.get_activation("gleu", "gate_fn"),
+        ValueError,
+        "gate_fn must be one of relu, .*got 'gleu'",
+    ),
+    (lambda x: activations.get_activation(["gelu"]), ValueError, "name must be one of"),
+    (lambda x: modules.GatedMLP(D, -2), ValueError, "hidden_ratio must"),
+    (lambda x: modules.GatedMLP(D, intermediate_size=0), ValueError, "intermediate_size must"),
     (lambda x: modules.RMSNorm(D)(x, x[:1]), ValueError, "residual"),
     (lambda x: modules.RMSNorm(D)(x.long()), TypeError, "x must"),
     (lambda x: modules.RMSNorm(D)("x"), TypeError, "x must"),
@@ -246,7 +353,7 @@ BAD = [
     (lambda x: modules.FusedRMSNormGatedLinear(D)(x, x), TypeError, "weight"),
     (lambda x: activations.swiglu(x, x[:1]), ValueError, "y must"),
     (lambda x: activations.swiglu_linear(x, x, torch.randn(3, 4)), ValueError, "weight"),
-    (lambda x: modules.GatedMLP(D, hidden_act="relu"), ValueError, "hidden_act"),
+    (lambda x: modules.GatedMLP(D, hidden_act="bias_gelu"), ValueError, "hidden_act must be one of"),
     (lambda x: modules.GatedMLP(D, powglu_power=2.0), ValueError, "powglu_power"),
     (lambda x: feature_map.DPFPFeatureMap(D, nu=0), ValueError, "nu"),
     (lambda x: feature_map.LearnablePolySketchNonNegativeFeatureMap(D, degree=3), ValueError, "degree"),

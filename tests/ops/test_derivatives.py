@@ -66,3 +66,17 @@ def test_transforms_and_forward_mode_name_the_op(case):
         function(x)  # no tangent: nothing is lost
         with pytest.raises(RuntimeError, match=f"{name} has reverse-mode derivatives alone"):
             function(forward_ad.make_dual(x, x))
+
+
+def test_training_after_inference_mode():
+    """Nothing that an op keeps between calls was made in inference mode."""
+    from fla.backends.decay import _retention_decay
+    from fla.ops import chunk_retention
+
+    _retention_decay.cache_clear()
+    x = torch.randn(1, 5, 3, 4)
+    with torch.inference_mode():
+        chunk_retention(x, x, x)
+    x.requires_grad_()
+    chunk_retention(x, x, x)[0].sum().backward()
+    assert x.grad is not None

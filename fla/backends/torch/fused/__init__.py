@@ -4,13 +4,14 @@ The contract is `fla/backends/fused.py`. Arithmetic is float32 (float64 for floa
 the dtype it came in, and recomputed where keeping it would cost an activation more.
 """
 
-from fla.backends.torch.fused.conv import conv, conv_step, token_shift
+from fla.backends.torch.fused.conv import DepthwiseConv, conv, conv_step, token_shift
 from fla.backends.torch.fused.glu import glu, glu_linear
 from fla.backends.torch.fused.loss import cross_entropy, linear_cross_entropy
 from fla.backends.torch.fused.norm import l2norm, norm, norm_linear
 from fla.backends.torch.fused.rotary import rotary
 
 __all__ = [
+    "DepthwiseConv",
     "conv",
     "conv_step",
     "cross_entropy",

@@ -21,7 +21,7 @@ def _depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(row, weight.to(wide).unsqueeze(1), groups=weight.shape[0]).transpose(1, 2)
 
 
-class _DepthwiseConv(torch.autograd.Function):
+class DepthwiseConv(torch.autograd.Function):
     """`y[t] = sum_j weight[:, j] x[t - (W - 1) + j]`, zeros before the start; x [B, T, D], weight [D, W], y wide.
 
     Explicit because shifted multiply-adds are several times faster than a grouped convolution on a CPU, and autograd
@@ -119,13 +119,13 @@ def conv(
 ) -> tuple[Tensor, Tensor | None]:
     W, state = weight.shape[1], None
     if initial_state is None and cu_seqlens is None:
-        y = _DepthwiseConv.apply(x, weight)
+        y = DepthwiseConv.apply(x, weight)
         if output_final_state:
             state = F.pad(x[:, -W:], (0, 0, max(W - x.shape[1], 0), 0))
     else:
         context = None if initial_state is None else initial_state.transpose(1, 2)
         extended = _extend(x, context, W, cu_seqlens)
-        y = extended.take(_DepthwiseConv.apply(extended.rows, weight))
+        y = extended.take(DepthwiseConv.apply(extended.rows, weight))
         state = extended.last() if output_final_state else None
     if state is not None:
         state = state.transpose(1, 2).to(x.dtype if initial_state is None else initial_state.dtype)

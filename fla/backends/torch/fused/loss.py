@@ -1,6 +1,7 @@
 """Cross entropy over logits, and over the output of a linear map whose logits never exist all at once."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,41 +12,64 @@ from fla.backends.torch.fused._common import autocast, creating_graph, gradients
 _CHUNK = 2**24  # elements of a wide temporary in `cross_entropy`: 64 MiB in float32
 
 
-def _scores(logits: Tensor, options: CrossEntropy) -> Tensor:
-    z = logits.to(wide_dtype(logits))
-    if options.logit_scale != 1.0:
-        z = z * options.logit_scale
-    if options.logit_softcapping is not None:
-        z = torch.tanh(z / options.logit_softcapping) * options.logit_softcapping
-    return z
+class _Scores(NamedTuple):
+    """Scores `z` of rows of logits, each row as its distance `below` its largest score, `top` [N, 1].
+
+    A loss is a difference of scores. At a common offset of 10^6 a float32 score has no digits behind the point, so no
+    loss is formed from the scores themselves.
+    """
+
+    below: Tensor
+    top: Tensor
+
+    def full(self) -> Tensor:
+        return self.below + self.top
 
 
-def _losses(z: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, z-loss (its part that comes from `lse_square_scale`) and log-sum-exp of every row of scores."""
-    lse, ignored = torch.logsumexp(z, -1), target == options.ignore_index
-    chosen = z.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
-    penalty = options.lse_square_scale * lse.square()
-    loss = lse - (1 - options.label_smoothing) * chosen + penalty
+def _scores(logits: Tensor, options: CrossEntropy) -> _Scores:
+    """The scores of wide `logits`, which the caller gives up: the result takes their memory where it can."""
+    scale, cap = options.logit_scale, options.logit_softcapping
+    if cap is not None:
+        z = torch.tanh(logits * (scale / cap)) * cap
+        top = z.detach().amax(-1, keepdim=True)
+        return _Scores(z - top, top)
+    # before the scale, whose product would round the offset into the differences
+    peak = logits.detach().amax(-1, keepdim=True) if scale >= 0 else logits.detach().amin(-1, keepdim=True)
+    below = logits.sub_(peak)
+    return _Scores(below if scale == 1.0 else below.mul_(scale), peak * scale)
+
+
+def _wide_scores(logits: Tensor, options: CrossEntropy) -> _Scores:
+    return _scores(logits.to(wide_dtype(logits), copy=True), options)
+
+
+def _losses(scores: _Scores, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, z-loss (its part that comes from `lse_square_scale`) and log-sum-exp below `top` [N, 1] of every row."""
+    below, ignored = scores.below, target == options.ignore_index
+    lse = below.exp().sum(-1, keepdim=True).log()
+    chosen = below.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1))
+    penalty = options.lse_square_scale * (lse + scores.top).square().squeeze(-1)
+    loss = (lse - (1 - options.label_smoothing) * chosen).squeeze(-1) + penalty
     if options.label_smoothing:
-        loss = loss - options.label_smoothing * z.mean(-1)
+        loss = loss - options.label_smoothing * below.mean(-1)
     return loss.masked_fill(ignored, 0), penalty.masked_fill(ignored, 0), lse
 
 
 def _loss(logits: Tensor, target: Tensor, options: CrossEntropy) -> Tensor:
-    return _losses(_scores(logits, options), target, options)[0]
+    return _losses(_wide_scores(logits, options), target, options)[0]
 
 
-def _gradient(z: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, options: CrossEntropy) -> Tensor:
-    """Gradient with respect to the logits of `sum(dloss * loss)`, one row per target."""
+def _gradient(scores: _Scores, target: Tensor, lse: Tensor, dloss: Tensor, options: CrossEntropy) -> Tensor:
+    """Gradient with respect to the logits of `sum(dloss * loss)`, one row per target; `lse` as `_losses` returns it."""
     ignored = target == options.ignore_index
-    dz = (z - lse.unsqueeze(-1)).exp_().mul_((1 + 2 * options.lse_square_scale * lse).unsqueeze(-1))
+    dz = (scores.below - lse).exp_().mul_(1 + 2 * options.lse_square_scale * (lse + scores.top))
     if options.label_smoothing:
-        dz.sub_(options.label_smoothing / z.shape[-1])
+        dz.sub_(options.label_smoothing / dz.shape[-1])
     at = target.masked_fill(ignored, 0).unsqueeze(-1)
     dz.scatter_add_(-1, at, torch.full_like(at, options.label_smoothing - 1, dtype=dz.dtype))
     dz.mul_((dloss.masked_fill(ignored, 0) * options.logit_scale).unsqueeze(-1))
     if options.logit_softcapping is not None:
-        dz.mul_(1 - (z / options.logit_softcapping).square_())
+        dz.mul_(1 - (scores.full() / options.logit_softcapping).square_())
     return dz
 
 
@@ -56,7 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, target, options):
         step = max(1, _CHUNK // max(logits.shape[1], 1))
         parts = [
-            _losses(_scores(logits[i : i + step], options), target[i : i + step], options)
+            _losses(_wide_scores(logits[i : i + step], options), target[i : i + step], options)
             for i in range(0, max(len(logits), 1), step)
         ]
         losses, penalties, lse = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -76,8 +100,8 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits = logits if inplace else torch.empty_like(logits)
         for i in range(0, len(logits), ctx.step):
             rows = slice(i, i + ctx.step)
-            z = _scores(logits[rows], ctx.options)
-            dlogits[rows] = _gradient(z, target[rows], lse[rows], dloss[rows], ctx.options).to(logits.dtype)
+            scores = _wide_scores(logits[rows], ctx.options)
+            dlogits[rows] = _gradient(scores, target[rows], lse[rows], dloss[rows], ctx.options).to(logits.dtype)
         return dlogits, None, None
 
 
@@ -114,11 +138,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for i in range(0, len(x), step):
                 rows = slice(i, i + step)
                 logits = _matmul(u[rows], w.t(), wide)
-                z = _scores(logits if bias is None else logits + bias, options)
-                losses, _, lse = _losses(z, target[rows], options)
+                scores = _scores(logits if bias is None else logits.add_(bias), options)
+                losses, _, lse = _losses(scores, target[rows], options)
                 total = total + losses.sum()
                 if any(needs):
-                    dlogits = _gradient(z, target[rows], lse, torch.ones_like(lse), options)
+                    dlogits = _gradient(scores, target[rows], lse, torch.ones_like(losses), options)
                     if dbias is not None:
                         dbias += dlogits.sum(0)
                     dlogits = dlogits.to(dtype)

@@ -1,71 +1,4 @@
-"""Toys as DESIGN.md asks for them: an op, a family with an op, a model. Each is one file and one line in a package's
-list; a family is one file more, and one for each backend that computes it."""
-
-OP_LINE = "from fla.ops.toy import chunk_toy, fused_recurrent_toy\n"
-OP = '''"""Toy op: half of the state is forgotten at every token.
-
-    S_t = S_{t-1} / 2 + k_t v_t^T          S in R^{K x V}
-    o_t = scale * q_t^T S_t
-"""
-
-import math
-
-import torch
-
-from fla.backends import decay
-from fla.ops._spec import OpSpec, register
-from fla.shapes import check_shapes
-
-SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
-
-
-def naive_recurrent_toy(q, k, v, scale=None, initial_state=None, output_final_state=False):
-    """The two lines above, token by token."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    out_dtype, (q, k, v) = v.dtype, (x.to(dtype) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    state = q.new_zeros(len(q), *k.shape[2:], v.shape[-1]) if initial_state is None else initial_state.to(dtype)
-    outputs = [v[:, :0]]
-    for t in range(q.shape[1]):
-        state = state / 2 + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t] * scale, state)[:, None])
-    return torch.cat(outputs, 1).to(out_dtype), state if output_final_state else None
-
-
-def chunk_toy(
-    q, k, v, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, *, backend=None
-):
-    """The toy op, parallel over chunks."""
-    return _toy(decay.chunk, q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend)
-
-
-def fused_recurrent_toy(
-    q, k, v, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, *, backend=None
-):
-    """The toy op, token by token."""
-    return _toy(decay.recurrent, q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend)
-
-
-def _toy(form, q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend):
-    check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
-    g_gamma = torch.full(q.shape[2:3], math.log(FORGET), dtype=torch.float64, device=q.device)
-    return form(
-        q, k, v, g_gamma=g_gamma, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, op="toy",
-    )
-
-
-FORGET = 0.5
-SPEC = register(
-    OpSpec(
-        name="toy",
-        family="decay",
-        shapes=SHAPES,
-        reference=naive_recurrent_toy,
-        forms={"chunk": chunk_toy, "fused_recurrent": fused_recurrent_toy},
-    )
-)
-'''
+"""A toy family with an op: a file of the family, one for the backend that computes it, one for the op."""
 
 SCAN_FAMILY = '''"""The family `toyscan`: every channel forgets at a rate of its own, at every token.
 
@@ -119,6 +52,7 @@ def scan(
         values, state_indices, inplace_final_state, output_final_state, backend=backend, op=op
     )
 '''
+
 SCAN_TORCH = '''"""The family `toyscan` in plain PyTorch, token by token."""
 
 import torch
@@ -187,7 +121,9 @@ def _sequences(problem):
         if bounds[n] < bounds[n + 1]:
             yield slice(0, 1), range(bounds[n], bounds[n + 1]), slice(n, n + 1)
 '''
+
 SCAN_LINE = "from fla.ops.toyscan import chunk_toyscan, fused_recurrent_toyscan\n"
+
 SCAN_OP = '''"""Toy scan: every channel forgets at a rate of its own. No heads, no keys, no scale.
 
     h_t = exp(f_t) h_{t-1} + x_t          h in R^D
@@ -260,46 +196,4 @@ SPEC = register(
         same_dtype=("x",),
     )
 )
-'''
-
-MODEL_LINE = "from fla.models.toy import ToyConfig, ToyForCausalLM, ToyModel\n"
-MODEL = '''"""Toy language model over a layer that has no model of its own."""
-
-from fla.layers.simple_gla import SimpleGatedLinearAttention
-from fla.models._decoder import (
-    DecoderBlock, DecoderConfig, DecoderForCausalLM, DecoderModel, GatedMLP, register_causal_lm,
-)
-
-
-class ToyConfig(DecoderConfig):
-    """Fields of `DecoderConfig`, and the toy's own."""
-
-    model_type = "toy"
-
-    attn_mode: str = "chunk"
-    num_heads: int = 4
-    gate_logit_normalizer: int = 8
-
-
-class ToyMLP(GatedMLP):
-    """The gated MLP of a `ToyBlock`."""
-
-
-class ToyBlock(DecoderBlock):
-    """`SimpleGatedLinearAttention` and `ToyMLP`."""
-
-    mixer_cls, mlp_cls = SimpleGatedLinearAttention, ToyMLP
-
-
-class ToyModel(DecoderModel):
-    """The toy without a head."""
-
-    config_class, block_cls = ToyConfig, ToyBlock
-
-
-@register_causal_lm
-class ToyForCausalLM(DecoderForCausalLM):
-    """The toy language model."""
-
-    config_class, model_cls = ToyConfig, ToyModel
 '''

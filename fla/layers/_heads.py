@@ -1,0 +1,119 @@
+"""`MultiHeadMixer`: what token mixers with heads share.
+
+    x -> q, k, v (-> short convolutions) -> heads -> op -> norm and gate per head -> output projection
+
+Grouped heads, the projections of q, k and v, output norm and gate and the two names of its weight are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fla.layers._mixer import Call, TokenMixer, activation, check_positive
+from fla.modules import FusedRMSNormSwishGate, RMSNorm
+
+
+class MultiHeadMixer(TokenMixer):
+    """Base of token mixers with heads; not used by itself. `mix()` returns the heads' outputs `[B, T, H, V]`."""
+
+    tiny: ClassVar[Mapping[str, Any]] = {"num_heads": 2}
+    g_norm: nn.Module  # one of the two, see add_output
+    g_norm_swish_gate: nn.Module
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int | None, layer_idx: int | None, mode: str | None = None
+    ) -> None:
+        super().__init__(hidden_size, layer_idx, mode)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_positive(num_heads=num_heads, num_kv_heads=num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.num_kv_groups = num_heads // num_kv_heads
+        self.use_short_conv = False
+
+    def output(self, o: Tensor) -> Tensor:
+        """The heads side by side, projected."""
+        return self.o_proj(o.flatten(2))
+
+    def split_heads(self, x: Tensor, head_dim: int, grouped: bool = False) -> Tensor:
+        """`[B, T, H d]` -> `[B, T, H, d]`; `grouped`: from kv heads, each followed by its copies."""
+        x = x.unflatten(-1, (-1, head_dim))
+        return x.repeat_interleave(self.num_kv_groups, 2) if grouped and self.num_kv_groups > 1 else x
+
+    # ---- q, k and v
+
+    def add_projections(self, expand_k: float, expand_v: float) -> None:
+        """q, k and v of a linear mixer, `int(D expand_k)` and `int(D expand_v)` wide, k and v for the kv heads only."""
+        H, D = self.num_heads, self.hidden_size
+        self.key_dim, self.value_dim = int(D * expand_k), int(D * expand_v)
+        for argument, factor, width in (("expand_k", expand_k, self.key_dim), ("expand_v", expand_v, self.value_dim)):
+            if width <= 0 or width % H:
+                raise ValueError(
+                    f"{argument} * hidden_size must be a positive multiple of num_heads={H}, "
+                    f"got {factor} * {D} = {width}"
+                )
+        self.head_k_dim, self.head_v_dim = self.key_dim // H, self.value_dim // H
+        self.key_dim_per_group = self.key_dim // self.num_kv_groups
+        self.value_dim_per_group = self.value_dim // self.num_kv_groups
+        self.q_proj = nn.Linear(D, self.key_dim, bias=False)
+        self.k_proj = nn.Linear(D, self.key_dim_per_group, bias=False)
+        self.v_proj = nn.Linear(D, self.value_dim_per_group, bias=False)
+
+    def add_qkv_convs(self, use_short_conv: bool, conv_size: int, conv_bias: bool) -> None:
+        """A causal depthwise convolution with SiLU after each of q, k and v, if wanted."""
+        self.use_short_conv = use_short_conv
+        if use_short_conv:
+            widths = (self.key_dim, self.key_dim_per_group, self.value_dim_per_group)
+            names = ("q_conv1d", "k_conv1d", "v_conv1d")
+            convs = {name: (width, "silu") for name, width in zip(names, widths, strict=True)}
+            self.add_short_convs(convs, conv_size, conv_bias)
+
+    def project(self, x: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """q `[B, T, K]`, k and v of the kv heads, after their convolutions, whose state goes on from the cache."""
+        return self.convolve(call, self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+    def recur(self, call: Call, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, **settings: Any) -> Tensor:
+        """Run the op in the form that fits, from the cached state, and keep the new one."""
+        # autocast widens what some feature maps return
+        return super().recur(call, q.to(v.dtype), k.to(v.dtype), v, *gates, **settings)
+
+    # ---- output: norm, gate, projection
+
+    def add_output_gate(self, use_output_gate: bool) -> None:
+        """The projection of the output gate, if there is one."""
+        self.use_output_gate = use_output_gate
+        if use_output_gate:
+            self.g_proj = nn.Linear(self.hidden_size, self.value_dim, bias=False)
+
+    def add_output(self, gate_fn: str, fuse_norm: bool, elementwise_affine: bool, norm_eps: float) -> None:
+        """Output projection and RMSNorm per head; `fuse_norm` with a swish gate: norm and gate in one module."""
+        self.gate_fn = activation(gate_fn, "gate_fn")
+        self.fuse_norm_and_gate = fuse_norm and self.use_output_gate and gate_fn in ("swish", "silu")
+        self.o_proj = nn.Linear(self.value_dim, self.hidden_size, bias=False)
+        name, norm = ("g_norm_swish_gate", FusedRMSNormSwishGate) if self.fuse_norm_and_gate else ("g_norm", RMSNorm)
+        self.add_module(name, norm(self.head_v_dim, elementwise_affine=elementwise_affine, eps=norm_eps))
+        self.register_load_state_dict_pre_hook(_rename_norm)
+
+    def norm_and_gate(self, o: Tensor, x: Tensor) -> Tensor:
+        """`RMSNorm(o) * gate_fn(g_proj(x))` per head, `[B, T, H, V]`."""
+        if not self.use_output_gate:
+            return self.g_norm(o)
+        g = self.split_heads(self.g_proj(x), self.head_v_dim)
+        return self.g_norm_swish_gate(o, g) if self.fuse_norm_and_gate else self.g_norm(o) * self.gate_fn(g)
+
+    def recurrent_size(self) -> int:
+        """A key x value matrix per head."""
+        return self.key_dim * self.head_v_dim
+
+
+def _rename_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """One weight, two names: which one a checkpoint has depends on how its layer computed, so both load."""
+    names = [f"{prefix}{name}.weight" for name in ("g_norm", "g_norm_swish_gate")]
+    ours, other = names[::-1] if hasattr(module, "g_norm_swish_gate") else names
+    if other in state_dict and ours not in state_dict:
+        state_dict[ours] = state_dict.pop(other)
