@@ -278,7 +278,8 @@ class _Quotient(torch.autograd.Function):
         o = o[..., :-2] / total
         ctx.save_for_backward(o, total)
         ctx.dtype = dtype
-        return o.to(dtype)
+        # PyTorch 2.11 compiles a wrong gradient where what is saved is also the result
+        return o.to(dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
     def backward(ctx, do):

@@ -18,7 +18,8 @@ def _plain(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, act
 
 
 def _product(x: Tensor, y: Tensor, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](x.to(wide_dtype(x))).mul_(y).to(x.dtype)
+    # not in place: PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward has such an operation
+    return (ACTIVATIONS[activation](x.to(wide_dtype(x))) * y).to(x.dtype)
 
 
 def _product_gradient(x: Tensor, y: Tensor, dz: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -27,11 +27,12 @@ class _RootNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, sum_scale):
         u = x.to(wide_dtype(x))
-        inverse_root = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().mul_(sum_scale).add_(eps).rsqrt_()
+        # nothing in place: PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward has that
+        inverse_root = torch.rsqrt(torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() * sum_scale + eps)
         ctx.save_for_backward(x, weight, inverse_root)
         ctx.eps, ctx.sum_scale = eps, sum_scale
         y = u * inverse_root
-        return y if weight is None else y.mul_(weight)
+        return y if weight is None else (y * weight).to(y.dtype)
 
     @staticmethod
     def backward(ctx, dy):
