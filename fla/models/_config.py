@@ -1,9 +1,16 @@
 """The fields that all model configs share, what may stand in them, and `attn`, the softmax layers of a hybrid."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from fla.layers._settings import check_setting, did_you_mean
+from fla.models._fields import document_fields
+
+logger = logging.get_logger(__name__)
 
 _ATTENTION_DEFAULTS: dict[str, Any] = {
     "num_kv_heads": None,
@@ -11,25 +18,24 @@ _ATTENTION_DEFAULTS: dict[str, Any] = {
     "window_size": None,
     "rope_theta": 10000.0,
 }
-_POSITIVE = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_kv_heads", "intermediate_size"),
-    *("conv_size", "window_size", "max_position_embeddings"),
-)
+_ATTENTION_KEYS = ("layers", "num_heads", *_ATTENTION_DEFAULTS)
+_NOT_OURS = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 # Fields of later releases of the reference that ours does not have: a config file may hold them at these values.
 _ABSENT = {"use_l2warp": False, "attnres_block_size": None}
 
 
 class DecoderConfig(PreTrainedConfig):
-    """Fields of every model.
+    """Fields of every model. The annotation of a field says what may stand in it: a flag, a count, a number above 0, a
+    name. Raises ValueError or TypeError for a value that no model can have.
 
     `attn` makes a hybrid: `{"layers": [1, 3], "num_heads": 16}` (or a list of such dicts) gives the listed layers
     softmax attention; `num_kv_heads` (as `num_heads`), `window_size` (None), `rope_theta` (10000.0) and `qkv_bias`
-    (False) may be set. It is checked and copied whenever it is assigned. Raises ValueError or TypeError for a value
-    that no model can have.
+    (False) may be set. It is checked and copied whenever it is assigned.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields that do nothing: any other value raises
+    field_help: ClassVar[Mapping[str, str]] = {}  # what fields mean that no other model has, a sentence each
     # The smallest useful sizes, and further settings worth a test, by name: for all suites.
     tiny: ClassVar[Mapping[str, Any]] = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -55,10 +61,18 @@ class DecoderConfig(PreTrainedConfig):
     fuse_cross_entropy: bool = True
     fuse_linear_cross_entropy: bool = False
 
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init_subclass__(*args, **kwargs)
+        document_fields(cls, _NOT_OURS)
+
     def __post_init__(self, **kwargs: Any) -> None:
         for name, only in _ABSENT.items():
             if kwargs.pop(name, only) != only:
                 raise ValueError(f"{name} is not supported: it must be {only!r} or absent")
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:  # config files of other programs have fields of their own, so this is no error
+            if hint := did_you_mean(name, names, 0.85):
+                logger.warning_once(f"{type(self).__name__} has no field {name}{hint}")
         super().__post_init__(**kwargs)
         self.check()
 
@@ -70,12 +84,10 @@ class DecoderConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError or TypeError unless a model can be built from these values."""
         values = vars(self)
-        for name in _POSITIVE:
-            value = values.get(name)
-            if value is not None and not _is_int(value):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for field in dataclasses.fields(self):
+            if field.name not in _NOT_OURS:
+                check_setting(field.name, field.type, values[field.name])
+        _check_tokens(values)
         for name, only in self.fixed_fields.items():
             if values[name] != only:
                 raise ValueError(
@@ -122,6 +134,10 @@ def _normalise_spec(name: str, spec: Any) -> dict[str, Any]:
         raise TypeError(f"{name}['layers'] must be a list of ints, got {layers!r}")
     if len(set(layers)) != len(layers):
         raise ValueError(f"{name}['layers'] must not name a layer twice, got {list(layers)}")
+    for key in spec:
+        if key not in _ATTENTION_KEYS:
+            known, hint = ", ".join(_ATTENTION_KEYS), did_you_mean(key, _ATTENTION_KEYS)
+            raise ValueError(f"{name} must have no keys but {known}, got {key!r}{hint}")
     copy = {**_ATTENTION_DEFAULTS, **spec, "layers": list(layers)}
     if copy["num_kv_heads"] is None:
         copy["num_kv_heads"] = copy["num_heads"]
@@ -133,7 +149,20 @@ def _normalise_spec(name: str, spec: Any) -> dict[str, Any]:
         raise ValueError(
             f"{name}['num_heads'] must be a multiple of num_kv_heads {copy['num_kv_heads']}, got {copy['num_heads']}"
         )
+    check_setting(f"{name}['qkv_bias']", bool, copy["qkv_bias"])
+    check_setting(f"{name}['rope_theta']", float, copy["rope_theta"])
     return copy
+
+
+def _check_tokens(values: Mapping[str, Any]) -> None:
+    """Special tokens: `eos_token_id` may be a list, and `pad_token_id` has a row among the embeddings."""
+    ends = values["eos_token_id"]
+    for token in ends if isinstance(ends, list) else [ends]:
+        check_setting("eos_token_id", int | None, token)
+    if values["pad_token_id"] is not None and values["pad_token_id"] >= values["vocab_size"]:
+        raise ValueError(
+            f"pad_token_id must be less than vocab_size {values['vocab_size']}, got {values['pad_token_id']}"
+        )
 
 
 def _check_layers(attn: Any, num_hidden_layers: int) -> None:
@@ -152,3 +181,6 @@ def _check_layers(attn: Any, num_hidden_layers: int) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+document_fields(DecoderConfig, _NOT_OURS)

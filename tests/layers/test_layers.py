@@ -203,7 +203,7 @@ def test_what_bad_settings_of_linear_layers_get(cls):
     with pytest.raises(ValueError, match=r"expand_k \* hidden_size must be a positive multiple of num_heads=4"):
         cls(hidden_size=D, num_heads=4, expand_k=0.3)
     with pytest.raises(ValueError, match=r"expand_v \* hidden_size must be a positive multiple of num_heads=4"):
-        cls(hidden_size=D, num_heads=4, expand_v=0.0)
+        cls(hidden_size=D, num_heads=4, expand_v=0.01)
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,12 @@ def test_reset_copy_and_crop():
     saved = copy.deepcopy(cache)
     cache.reset()
     assert cache.get_seq_length() == 0
-    with pytest.raises(KeyError):
-        cache[0]
+    assert cache[0] == {}
+    assert cache[0]["recurrent_state"] is None
+    with pytest.raises(KeyError, match="other_state"):
+        cache[0]["other_state"]
+    with pytest.raises(KeyError, match="layer 3"):
+        cache[3]
     assert torch.equal(rows_of(saved), rows_of(filled()))
     for target in (saved, saved.layers[0]):
         with pytest.raises(NotImplementedError, match="cannot be cropped"):

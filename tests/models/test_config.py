@@ -132,7 +132,7 @@ def test_bad_hybrids_are_named(model_type, case):
 @every_type
 def test_hybrid_configs_are_checked_copies(model_type, tmp_path):
     config_class = REGISTRY[model_type].config_class
-    given = {"layers": (0, 2), "num_heads": 4, "note": "kept"}
+    given = {"layers": (0, 2), "num_heads": 4}
     before = copy.deepcopy(given)
     filled = {"num_kv_heads": 4, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
     expected = {**given, **filled, "layers": [0, 2]}
