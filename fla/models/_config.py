@@ -77,8 +77,11 @@ class DecoderConfig(PreTrainedConfig):
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        built = "_name_or_path" in vars(self)  # before, fields that depend on each other are not all there
+        if built and name not in _NOT_OURS and name in self.__dataclass_fields__:
+            check_setting(name, self.__dataclass_fields__[name].type, value)
         super().__setattr__(name, normalise_attention(value) if name == "attn" else value)
-        if name == "attn" and "_name_or_path" in vars(self):  # construction is over: num_hidden_layers is known
+        if built and name == "attn":
             self.check()
 
     def check(self) -> None:
