@@ -272,8 +272,8 @@ class TokenMixer(nn.Module):
         """Elements of a sequence's recurrent state, and of the states of token shifts."""
         raise NotImplementedError(f"{type(self).__name__} must define recurrent_size()")
 
-    def state_size(self, **kwargs: Any) -> int:
-        """Elements of state per sequence: the recurrent state and the short convolutions'."""
+    def state_size(self, sequence_length: int | None = None) -> int:
+        """Elements of state per sequence: the recurrent state and the short convolutions', whatever its length."""
         return self.recurrent_size() + sum(getattr(self, name).state_size for name in self.conv_names)
 
 

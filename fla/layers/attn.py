@@ -137,7 +137,7 @@ class Attention(MultiHeadMixer):
         wanted = last[:, -1:].clamp(max=self.window_size)
         return {"window_size": int((last < wanted).sum(-1).max()) + 1}
 
-    def state_size(self, sequence_length: int | None = None, **kwargs: Any) -> int:
+    def state_size(self, sequence_length: int | None = None) -> int:
         """Elements of keys and values per sequence: all of them, or the window's."""
         sizes = [size for size in (self.window_size, sequence_length) if size is not None]
         if not sizes:

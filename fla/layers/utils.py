@@ -104,8 +104,10 @@ def check_batch(slots: Mapping[str, Any], num_sequences: int) -> None:
 
 def update_layer_cache(module: nn.Module, cache: Any, *, offset: int, **slots: Any) -> Any:
     """Store `slots` for this layer, which saw `offset` more tokens; returns what the cache returns, or None."""
-    return None if cache is None else cache.update(
-        layer_idx=require_cache_layer_idx(module, cache), offset=offset, **slots
+    return (
+        None
+        if cache is None
+        else cache.update(layer_idx=require_cache_layer_idx(module, cache), offset=offset, **slots)
     )
 
 

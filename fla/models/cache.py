@@ -52,9 +52,7 @@ class StateLayer(CacheLayerMixin):
     def __repr__(self) -> str:
         return f"StateLayer({', '.join(self.slots) or 'empty'}; seen_tokens={self.seen_tokens})"
 
-    def update(
-        self, offset: int = 1, cache_kwargs: Mapping[str, Any] | None = None, **slots: Slot | None
-    ) -> Slots:
+    def update(self, offset: int = 1, cache_kwargs: Mapping[str, Any] | None = None, **slots: Slot | None) -> Slots:
         """Store `slots` and count `offset` tokens. Returns all slots; `attn_state` in it is old + new before any
         trimming.
         """

@@ -75,7 +75,11 @@ BAD_FIELDS = {
 # What no field of an annotation can be, and what comes of it where the field has no range of its own.
 NEVER = {
     bool: [("false", TypeError, "must be True or False, got str 'false'"), (1, TypeError, "must be True or False")],
-    int: [("4", TypeError, "must be an int, got str '4'"), (2.0, TypeError, "must be an int"), (True, TypeError, "int")],
+    int: [
+        ("4", TypeError, "must be an int, got str '4'"),
+        (2.0, TypeError, "must be an int"),
+        (True, TypeError, "int"),
+    ],
     float: [
         ("10000", TypeError, "must be a number, got str '10000'"),
         (float("nan"), ValueError, "must be a finite number .*, got nan"),
