@@ -33,8 +33,11 @@ def _hidden(path: Path) -> bool:
 
 
 def read_files(paths: Sequence[str]) -> list[bytes]:
-    """The content of every file. What cannot be read is an error, but left out of the standard library."""
-    texts = []
+    """The content of every file. What cannot be read is an error, but left out of the standard library.
+
+    So is a file that is no text, where it is named itself and not found in a folder.
+    """
+    texts, named = [], set(map(Path, paths))
     for file in find_files(paths):
         try:
             text = file.read_bytes()
@@ -44,6 +47,10 @@ def read_files(paths: Sequence[str]) -> list[bytes]:
             continue
         if b"\0" not in text[:4096]:  # a picture or a program is no text
             texts.append(text)
+        elif file in named:
+            raise UserError(f"--text {file} is no text: it holds zero bytes, as pictures, programs and UTF-16 do")
+    if not any(texts):
+        raise UserError(f"--text {' '.join(paths)}: there is no text in it, only empty files and files with zero bytes")
     return texts
 
 

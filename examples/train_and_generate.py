@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -54,6 +55,7 @@ DEFAULTS = {
     "device": None, "threads": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None,
     "new_bytes": 400,
 }  # fmt: skip
+RESULTS = ("checkpoint", "checkpoint.new", "checkpoint.old", "loss.png", "metrics.json", "report.txt")
 FREE_ON_RESUME = {"device", "threads", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve
 
 
@@ -100,6 +102,12 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_finite(loss: float, name: str, step: int) -> None:
+    """End a run that diverged; the checkpoint of an earlier run stays what it was."""
+    if not math.isfinite(loss):
+        raise UserError(f"training diverged: {name} is {loss} after {step} steps; try a smaller --lr")
 
 
 class Run:
@@ -201,13 +209,14 @@ def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace
         while run.step < args.steps and not caught:
             start = time.perf_counter()
             loss = run.update(batch(training, args, run.step))
-            if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {run.step}: try a smaller --lr")
+            check_finite(loss, "the loss", run.step)
             run.losses.append(loss)
             run.seconds.append(time.perf_counter() - start)
             threads.seen(run.seconds[-1])
             if run.step % every == 0 or run.step == args.steps:
-                run.validation.append((run.step, bits_per_byte(run.model, glance, args)))
+                bits = bits_per_byte(run.model, glance, args)
+                check_finite(bits, "the validation loss", run.step)
+                run.validation.append((run.step, bits))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second(run, args):,.0f} tokens/s", refresh=False)
             bar.update()
     return run.step == args.steps
@@ -266,9 +275,16 @@ def choose_prompt(args: argparse.Namespace, held_out: bytes) -> bytes:
     return held_out[:64] if args.text else b'def main(args):\n    """'
 
 
+def load(checkpoint: Path, args: argparse.Namespace) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {checkpoint}: {first_line(error)}") from None
+
+
 def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
     """What the reloaded checkpoint writes after `prompt`."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device).eval()
+    model = load(checkpoint, args).eval()
     torch.manual_seed(args.seed)
     ids = torch.tensor([list(prompt)], device=args.device)
     written = model.generate(ids, max_new_tokens=args.new_bytes, do_sample=True, top_p=0.95, top_k=0, pad_token_id=0)
@@ -290,6 +306,75 @@ def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+SIZES = {
+    "steps": "training steps",
+    "hidden-size": "width of the model",
+    "layers": "layers of the model",
+    "heads": "heads of a layer",
+    "seq-len": "length of a training sequence, in bytes",
+    "batch-size": "sequences in a training step",
+    "new-bytes": "how many bytes to write at the end",
+}
+
+
+def number(text: str, kind: type, low: float, high: float, expected: str) -> Any:
+    """An argument's value; argparse puts the name of the argument before the error."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:  # nan is not either
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+    return value
+
+
+def positive(text: str) -> int:
+    return number(text, int, 1, math.inf, "an integer of at least 1")
+
+
+def learning_rate(text: str) -> float:
+    return number(text, float, 1e-30, 1e30, "a number between 1e-30 and 1e30")
+
+
+def seed(text: str) -> int:
+    return number(text, int, -(2**40), 2**40, "an integer between -2^40 and 2^40")
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def read_state(out: Path) -> dict:
+    """The state of the run in `out`; UserError where there is none, or it is no run of this program."""
+    file = out / "checkpoint" / "trainer.pt"
+    if not file.is_file():
+        raise UserError(f"nothing to resume: there is no {file}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no state at all may raise anything
+        raise UserError(f"cannot read {file}: {first_line(error)}") from None
+    if not (isinstance(state, dict) and {"args", "text", "optimizer", "rng"} <= set(state)):
+        raise UserError(f"{file} is no state of a run of this program")
+    return state
+
+
+def check_out(out: Path) -> None:
+    """UserError unless results can be written to `out` without overwriting anything that is not of such a run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} must be a folder for the results: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} must be a folder for the results: Permission denied")
+    if there := [name for name in RESULTS if (out / name).exists()]:
+        try:
+            read_state(out)
+        except UserError:
+            raise UserError(
+                f"--out {out} already has {', '.join(there)}, not of a run of this program: choose another folder"
+            ) from None
+
+
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The settings: defaults, then those of the run to resume, then the command line. And that run's state, if any."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], argument_default=argparse.SUPPRESS)
@@ -300,11 +385,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
             f"--{name}", help=text if default in (None, [], False) else f"{text} (default: {default})", **keywords
         )
 
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
-
     option("model", "which model", choices=CONFIGS)
     option(
         "text",
@@ -314,23 +394,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
         metavar="PATH",
     )
     option("threads", "threads on a CPU (default: as many as make steps quicker)", type=positive, metavar="N")
-    for name in ("steps", "hidden-size", "layers", "heads", "seq-len", "batch-size", "new-bytes"):
-        option(name, name.replace("-", " "), type=positive, metavar="N")
-    option("lr", "peak learning rate", type=float)
+    for name, text in SIZES.items():
+        option(name, text, type=positive, metavar="N")
+    option("lr", "peak learning rate", type=learning_rate)
     option("dtype", "dtype of the weights; the optimizer's copies are float32", choices=DTYPES)
     option("device", "cpu or cuda (default: cuda if there is a GPU)")
     option("backend", "compute the ops with this backend (default: fla's choice)", choices=("triton", "torch"))
-    option("seed", "of weights, data order and sampling", type=int)
+    option("seed", "of weights, data order and sampling", type=seed)
     option("prompt", "what the model goes on writing from (default: a line of Python, or how the held-out text begins)")
     option("out", "folder for the results", metavar="FOLDER")
     option("resume", "go on with the run in --out", action="store_true")
     given = vars(parser.parse_args(argv))
     state, saved = None, {}
     if given.get("resume"):
-        file = Path(given.get("out", DEFAULTS["out"])) / "checkpoint" / "trainer.pt"
-        if not file.is_file():
-            raise UserError(f"nothing to resume: there is no {file}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_state(Path(given.get("out", DEFAULTS["out"])))
         saved = state["args"]
         if changed := [name for name in given if name in saved and given[name] != saved[name]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -340,7 +417,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     try:
         probe = torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {args.device}: {first_line(error)}") from None
+    if probe.device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: must be cpu or cuda")
     try:
         args.backend = resolve("decay", probe, args.backend)
     except ValueError as error:
@@ -364,11 +443,11 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
     fingerprint = hashlib.sha256(training + held_out).hexdigest()
     if state is not None and state["text"] != fingerprint:
         raise UserError("--resume goes on with the run as it was begun, but the text has changed since")
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out)
     if state is None:
         model = build_model(args)
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+        model = load(checkpoint, args)
     run = Run(model.train(), args)
     if state is not None:
         run.load(state)
@@ -387,6 +466,7 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
 
     bits = baselines(training, held_out)
     bits[args.model] = bits_per_byte(model, as_tensor(held_out), args)
+    check_finite(bits[args.model], "the validation loss", run.step)
     plot(run, bits, title, out / "loss.png")
     (out / "metrics.json").write_text(json.dumps(metrics(run, bits, args), indent=1) + "\n")
     prompt = choose_prompt(args, held_out)
@@ -405,12 +485,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, state = parse(argv)
         with fla.use_backend(args.backend):
             return demo(args, state)
-    except UserError as error:
-        print(f"train_and_generate.py: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message = f"out of memory, take smaller sizes: {first_line(error)}"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    print(f"train_and_generate.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

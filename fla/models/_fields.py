@@ -51,7 +51,7 @@ FIELDS: Mapping[str, str] = {
 
 
 def document_fields(config_class: Any, not_ours: frozenset[str]) -> None:
-    """Add a line for every field to the docstring: name, default and what `field_help` of the class or `FIELDS` says."""
+    """Add a line for every field to the docstring, with what `field_help` of the class or `FIELDS` says of it."""
     if config_class.__doc__ is None:  # python -OO
         return
     sentences = {**FIELDS, **config_class.field_help}

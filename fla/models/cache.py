@@ -243,7 +243,7 @@ class Cache(TransformersCache):
 
     @classmethod
     def from_legacy_cache(cls, past: Any = None, seen_tokens: int = 0) -> "Cache":
-        """A cache from copies of `past`: one mapping of slots per layer, each of which has seen `seen_tokens` tokens."""
+        """A cache from copies of `past`, one mapping of slots per layer; each layer has seen `seen_tokens` tokens."""
         cache = cls(seen_tokens)
         for layer_idx, slots in enumerate(past or ()):
             if not isinstance(slots, Mapping):

@@ -331,14 +331,14 @@ def test_the_packing_on_the_cpu_is_enough(cls):
 def test_what_caches_that_do_not_fit_get(cls):
     layer, cache, x = tiny(cls, layer_idx=0), Cache(), torch.randn(3, 5, D)
     layer(x[:2], past_key_values=cache)
-    with pytest.raises(ValueError, match="^past_key_values must hold .* as this call has, 3, got those of 2$"):
+    with pytest.raises(ValueError, match=r"^past_key_values must hold .* as this call has, 3, got those of 2$"):
         layer(x, past_key_values=cache)
-    with pytest.raises(TypeError, match="^past_key_values must be a fla.models.utils.Cache .*, got DynamicCache$"):
+    with pytest.raises(TypeError, match=r"^past_key_values must be a fla.models.utils.Cache .*, got DynamicCache$"):
         layer(x, past_key_values=DynamicCache())
-    with pytest.raises(TypeError, match="^past_key_values must be a fla.models.utils.Cache .*, got list$"):
+    with pytest.raises(TypeError, match=r"^past_key_values must be a fla.models.utils.Cache .*, got list$"):
         layer(x, past_key_values=[(x, x)])
     if not cls.uses_positions:
-        with pytest.raises(ValueError, match="^past_key_values must hold .* as this call has, 1, got those of 2$"):
+        with pytest.raises(ValueError, match=r"^past_key_values must hold .* as this call has, 1, got those of 2$"):
             layer(x[:1], past_key_values=cache, cu_seqlens=torch.tensor([0, 5]))
 
 

@@ -244,7 +244,7 @@ def test_caches_that_cannot_be_filled_are_named(name):
 
 def test_a_cache_of_another_batch_is_named():
     model = build("gla", {"use_short_conv": True})
-    with pytest.raises(ValueError, match="past_key_values must hold the states of as many .* has, 3, got those of 2"):
+    with pytest.raises(ValueError, match=r"past_key_values must hold the states of as many .* has, 3, got those of 2"):
         model(tokens(3, 1), past_key_values=prompted(model))
 
 

@@ -182,7 +182,7 @@ def test_sizes_that_do_not_divide_are_named(model_type):
         with pytest.raises(ValueError, match="num_kv_heads"):
             build(model_type, {"num_heads": 4, "num_kv_heads": 3})
     if "attn_mode" in fields:
-        with pytest.raises(ValueError, match="^attn_mode must be one of"):
+        with pytest.raises(ValueError, match=r"^attn_mode must be one of"):
             build(model_type, {"attn_mode": "nonsense"})
 
 
