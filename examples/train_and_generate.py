@@ -23,11 +23,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
 import torch.nn.functional as F
+from _arguments import SIZES, learning_rate, positive, seed
 from _text import UserError, baselines, read_files, split
 from _threads import Threads
 from torch import Tensor, nn
@@ -304,40 +304,6 @@ def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
         "training_seconds": round(sum(run.seconds), 2), "bits_per_byte": bits,
         "loss": run.losses, "seconds": run.seconds, "validation_bits_per_byte": run.validation,
     }  # fmt: skip
-
-
-SIZES = {
-    "steps": "training steps",
-    "hidden-size": "width of the model",
-    "layers": "layers of the model",
-    "heads": "heads of a layer",
-    "seq-len": "length of a training sequence, in bytes",
-    "batch-size": "sequences in a training step",
-    "new-bytes": "how many bytes to write at the end",
-}
-
-
-def number(text: str, kind: type, low: float, high: float, expected: str) -> Any:
-    """An argument's value; argparse puts the name of the argument before the error."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:  # nan is not either
-        raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
-    return value
-
-
-def positive(text: str) -> int:
-    return number(text, int, 1, math.inf, "an integer of at least 1")
-
-
-def learning_rate(text: str) -> float:
-    return number(text, float, 1e-30, 1e30, "a number between 1e-30 and 1e30")
-
-
-def seed(text: str) -> int:
-    return number(text, int, -(2**40), 2**40, "an integer between -2^40 and 2^40")
 
 
 def first_line(error: BaseException) -> str:
