@@ -19,6 +19,8 @@ _ATTENTION_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
 }
 _ATTENTION_KEYS = ("layers", "num_heads", *_ATTENTION_DEFAULTS)
+# What these count is the same in every model: they are checked where a model has no such field, too.
+_COUNTS = {"num_heads", "num_kv_heads", "conv_size", "window_size"}
 _NOT_OURS = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 # Fields of later releases of the reference that ours does not have: a config file may hold them at these values.
 _ABSENT = {"use_l2warp": False, "attnres_block_size": None}
@@ -87,15 +89,17 @@ class DecoderConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError or TypeError unless a model can be built from these values."""
         values = vars(self)
-        for field in dataclasses.fields(self):
-            if field.name not in _NOT_OURS:
-                check_setting(field.name, field.type, values[field.name])
-        _check_tokens(values)
         for name, only in self.fixed_fields.items():
             if values[name] != only:
                 raise ValueError(
                     f"{name} must be {only!r}: another value has no effect in this model, got {values[name]!r}"
                 )
+        for field in dataclasses.fields(self):
+            if field.name not in _NOT_OURS:
+                check_setting(field.name, field.type, values[field.name])
+        for name in _COUNTS & set(values) - set(self.__dataclass_fields__):
+            check_setting(name, int | None, values[name])
+        _check_tokens(values)
         if values["fuse_cross_entropy"] and values["fuse_linear_cross_entropy"]:
             raise ValueError(
                 "fuse_cross_entropy and fuse_linear_cross_entropy cannot both be True: set fuse_cross_entropy=False to "

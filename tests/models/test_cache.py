@@ -212,6 +212,7 @@ def test_a_caller_s_empty_cache_is_filled(model_type, make):
 
 
 @every_type
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # transformers 5.24: `cache`
 def test_generation_goes_on_in_a_caller_s_cache(model_type):
     model, mine, ids = build(model_type), DynamicCache(), tokens(1, 5)
     settings = {"do_sample": False, "pad_token_id": 0}
