@@ -156,7 +156,7 @@ def test_unknown_fields_load_and_a_near_miss_is_logged(caplog):
         ({"gate_logit_normalizer": -1}, "gate_logit_normalizer must be a finite number above 0, got -1"),
         ({"gate_fn": "tanh?"}, "gate_fn must be one of"),
         ({"attn_mode": "nonsense"}, "attn_mode must be one of chunk, .*, got 'nonsense'"),
-        ({"hidden_act": "swich"}, "hidden_act must be one of"),
+        ({"hidden_act": "swish?"}, "hidden_act must be one of"),
     ],
 )
 def test_what_layers_take_from_a_config_is_named_as_it_is_there(fields, message):
