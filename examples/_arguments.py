@@ -5,13 +5,13 @@ import math
 from typing import Any
 
 SIZES = {
-    "steps": "training steps",
+    "steps": "optimizer steps",
     "hidden-size": "width of the model",
     "layers": "layers of the model",
     "heads": "heads of a layer",
-    "seq-len": "length of a training sequence, in bytes",
-    "batch-size": "sequences in a training step",
-    "new-bytes": "how many bytes to write at the end",
+    "seq-len": "bytes of a training sequence",
+    "batch-size": "sequences of a step",
+    "new-bytes": "bytes to generate",
 }
 
 

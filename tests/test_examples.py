@@ -168,7 +168,7 @@ def test_every_model_trains_and_writes(program, model, text, tmp_path, capsys):
 def test_bfloat16_keeps_float32_copies(program, text, tmp_path):
     assert program.main(arguments(text, tmp_path, "--dtype", "bfloat16", "--new-bytes", "5")) == 0
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 1
-    state = torch.load(tmp_path / "checkpoint" / "trainer.pt", weights_only=True)
+    state = torch.load(tmp_path / "checkpoint" / "trainer.pt", weights_only=True, map_location="cpu")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert {master.dtype for master in state["masters"]} == {torch.float32}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

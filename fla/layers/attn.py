@@ -1,8 +1,8 @@
-"""Softmax attention with rotary positions, the layer that hybrid models and the Transformer use.
+"""Softmax attention with rotary positions, the layer of the Transformer and of hybrid models.
 
     o_t = sum_{s <= t} softmax_s(d^-1/2 rope(q_t)^T rope(k_s)) v_s
 
-Paper: https://arxiv.org/abs/1706.03762; rotary positions: https://arxiv.org/abs/2104.09864
+Papers: https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2104.09864 (rotary positions)
 """
 
 from typing import Any
@@ -21,17 +21,17 @@ class Attention(MultiHeadMixer):
     """Causal softmax attention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Args:
-        num_kv_heads: heads of keys and values, each shared by `num_heads / num_kv_heads` query heads; None:
+        num_kv_heads: heads of keys and values, each shared by `num_heads / num_kv_heads` query heads; by default
             `num_heads`.
-        qkv_bias: biases in the projections of q, k and v.
-        qk_norm: RMSNorm of every head's q and k before rotation.
-        window_size: how many tokens a token sees, itself among them; None: all.
+        qkv_bias: whether the projections of q, k and v have biases.
+        qk_norm: apply an RMSNorm to q and k of every head before the rotation.
+        window_size: how many tokens a token sees, including itself; None means all.
         rope_theta: base of the rotary frequencies.
         max_position_embeddings: a length to prepare rotary tables for; longer inputs are fine.
         layer_idx: the layer's place in a model's cache.
 
-    Raises ValueError or TypeError, naming the argument. Cache: `attn_state = (k, v)`, `[B, T, H_kv d]` each, k
-    rotated, zeros at padding; with a window no more than the columns that some row still sees.
+    Raises ValueError or TypeError, naming the argument. The cache holds `attn_state = (k, v)`, each `[B, T, H_kv d]`,
+    with k rotated and zeros at padding. With a window it holds only the columns that some row still sees.
     """
 
     uses_positions = True
@@ -106,7 +106,7 @@ class Attention(MultiHeadMixer):
         return self._attend(q, k, v, call)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Attention in the columns of the padded batch, where a row's cached keys and its new ones line up."""
+        """Attention in the padded batch, where the cached keys of a row and its new ones line up in columns."""
         if call.padding is not None:
             q, k, v = (call.padding.repad(y) for y in (q, k, v))
         if call.keep:
@@ -124,8 +124,8 @@ class Attention(MultiHeadMixer):
     def _window(self, call: Call) -> dict[str, int] | None:
         """How many columns the cache must keep so that every row keeps its last `window_size` tokens.
 
-        With a mask that is a count to wait for: columns are no tokens where padding follows tokens (right padding,
-        gaps).
+        With a mask the columns must be counted, since padding may lie between or after the tokens. Reading the count
+        waits for the GPU.
         """
         if self.window_size is None:
             return None
@@ -138,10 +138,10 @@ class Attention(MultiHeadMixer):
         return {"window_size": int((last < wanted).sum(-1).max()) + 1}
 
     def state_size(self, sequence_length: int | None = None) -> int:
-        """Elements of keys and values per sequence: all of them, or the window's."""
+        """Elements of a sequence's cached keys and values: of `sequence_length` tokens, or of the window if shorter."""
         sizes = [size for size in (self.window_size, sequence_length) if size is not None]
         if not sizes:
-            raise ValueError("sequence_length must be given: without a window the cache grows with it, got None")
+            raise ValueError("sequence_length must be given: without window_size the cache grows with it, got None")
         return 2 * self.kv_dim * min(sizes)
 
 

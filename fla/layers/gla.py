@@ -1,7 +1,8 @@
-"""Gated linear attention: the state forgets at a rate of its own in every key channel.
+"""Gated linear attention (GLA): the state decays at a data-dependent rate in every key channel.
 
     g_t = logsigmoid(W2 W1 x_t + b) / gate_logit_normalizer
-    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = RMSNorm(dk^-1/2 q_t^T S_t) * swish(W_g x_t)
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T
+    o_t = RMSNorm(dk^-1/2 q_t^T S_t) * gate_fn(W_g x_t)
 
 Op: `gla`. Paper: https://arxiv.org/abs/2312.06635
 """
@@ -22,15 +23,17 @@ class GatedLinearAttention(MultiHeadMixer):
 
     Args:
         mode: form of the op in training and for long inputs: "chunk", "fused_chunk" or "fused_recurrent".
-        expand_k, expand_v: width of all keys and of all values, as factors of `hidden_size`; both must divide into
+        expand_k, expand_v: widths of all keys and of all values, as factors of `hidden_size`; both widths must be
+            multiples of `num_heads`.
+        num_kv_heads: heads of keys, values and decay, each shared by `num_heads / num_kv_heads` query heads; by default
             `num_heads`.
-        num_kv_heads: heads of keys, values and decay, each shared by `num_heads / num_kv_heads` query heads; None:
-            `num_heads`.
-        feature_map: name of an activation for q and k, or None.
+        feature_map: name of an activation that is applied to q and k, or None.
         use_short_conv, conv_size, conv_bias: short convolutions after the projections of q, k and v.
-        use_output_gate, gate_fn: the gate of the output, and its activation.
-        elementwise_affine, norm_eps, fuse_norm: the output norm; `fuse_norm`: in one with a swish gate (same result).
-        gate_logit_normalizer, gate_low_rank_dim: see the formula; rank of W2 W1.
+        use_output_gate, gate_fn: whether there is an output gate, and its activation.
+        elementwise_affine, norm_eps: settings of the output norm.
+        fuse_norm: compute a norm and a swish gate in one module, with the same result.
+        gate_logit_normalizer: see the formula.
+        gate_low_rank_dim: rank of `W2 W1`.
         clamp_min: lower bound of the log decay, or None.
         layer_idx: the layer's place in a model's cache.
 

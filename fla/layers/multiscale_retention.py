@@ -1,8 +1,7 @@
-"""Multi-scale retention (RetNet): every head forgets at a fixed rate of its own, and q and k rotate with their
-position.
+"""Multi-scale retention (RetNet): the state decays at a fixed rate per head, and q and k have rotary positions.
 
-    S_t = gamma_h S_{t-1} + rope(k_t) v_t^T,   gamma_h = 1 - 2^(-5-h)
-    o_t = RMSNorm(dk^-1/2 rope(q_t)^T S_t) * swish(W_g x_t)
+    S_t = gamma_h S_{t-1} + rope(k_t) v_t^T          gamma_h = 1 - 2^(-5-h) in head h
+    o_t = RMSNorm(dk^-1/2 rope(q_t)^T S_t) * gate_fn(W_g x_t)
 
 Op: `retention`. Paper: https://arxiv.org/abs/2307.08621
 """
@@ -21,9 +20,9 @@ from fla.ops import chunk_retention, fused_chunk_retention, fused_recurrent_rete
 class MultiScaleRetention(MultiHeadMixer):
     """Multi-scale retention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
-    Arguments as in `GatedLinearAttention`; `mode` may also be "parallel" (which takes the chunk form where a state is
-    needed). Positions count a row's real tokens, with and without padding, and go on from the cache. State: `[B, H,
-    dk, dv]` in float32.
+    The arguments are those of `GatedLinearAttention`. `mode` may also be "parallel"; calls with a state then take the
+    chunk form. Positions count the tokens of a row, not its padding, and continue from the cache.
+    State: `[B, H, dk, dv]` in float32.
     """
 
     forms: ClassVar = {

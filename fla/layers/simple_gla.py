@@ -1,7 +1,8 @@
-"""Linear attention with one data-dependent decay per head and token.
+"""Simple GLA: linear attention with one data-dependent decay per head and token.
 
-    g_t = logsigmoid(W x_t + b) / gate_logit_normalizer      (one number per head)
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = RMSNorm(dk^-1/2 q_t^T S_t) * gate_fn(W_g x_t)
+    g_t = logsigmoid(W x_t + b) / gate_logit_normalizer          one number per head
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T
+    o_t = RMSNorm(dk^-1/2 q_t^T S_t) * gate_fn(W_g x_t)
 
 Op: `simple_gla`. Papers: https://arxiv.org/abs/2405.21060, https://arxiv.org/abs/2103.02143
 """
@@ -20,8 +21,8 @@ from fla.ops import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_si
 class SimpleGatedLinearAttention(MultiHeadMixer):
     """Scalar-gated linear attention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
-    Arguments as in `GatedLinearAttention`; the output gate is always there, and `mode` may also be "parallel" (which
-    takes the chunk form where a state is needed). State: `[B, H, dk, dv]` in float32.
+    The arguments are those of `GatedLinearAttention`, and there is always an output gate. `mode` may also be
+    "parallel"; calls with a state then take the chunk form. State: `[B, H, dk, dv]` in float32.
     """
 
     forms: ClassVar = {

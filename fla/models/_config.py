@@ -1,4 +1,4 @@
-"""The fields that all model configs share, what may stand in them, and `attn`, the softmax layers of a hybrid."""
+"""The fields that all model configs share, the checks of their values, and `attn`, which makes a model a hybrid."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -19,26 +19,27 @@ _ATTENTION_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
 }
 _ATTENTION_KEYS = ("layers", "num_heads", *_ATTENTION_DEFAULTS)
-# What these count is the same in every model: they are checked where a model has no such field, too.
+# These count the same in every model, so they are checked even if a model has no such field.
 _COUNTS = {"num_heads", "num_kv_heads", "conv_size", "window_size"}
 _NOT_OURS = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
-# Fields of later releases of the reference that ours does not have: a config file may hold them at these values.
+# Fields that config files of other implementations have and ours lack. They may be present with these values only.
 _ABSENT = {"use_l2warp": False, "attnres_block_size": None}
 
 
 class DecoderConfig(PreTrainedConfig):
-    """Fields of every model. The annotation of a field says what may stand in it: a flag, a count, a number above 0, a
-    name. Raises ValueError or TypeError for a value that no model can have.
+    """The fields of every model's config. A field's annotation says which values it may have (`fla.layers._settings`).
 
-    `attn` makes a hybrid: `{"layers": [1, 3], "num_heads": 16}` (or a list of such dicts) gives the listed layers
-    softmax attention; `num_kv_heads` (as `num_heads`), `window_size` (None), `rope_theta` (10000.0) and `qkv_bias`
-    (False) may be set. It is checked and copied whenever it is assigned.
+    `attn` makes a hybrid: `{"layers": [1, 3], "num_heads": 16}`, or a list of such dicts, gives the listed layers
+    softmax attention. A dict may also set `num_kv_heads` (default: `num_heads`), `window_size` (None), `rope_theta`
+    (10000.0) and `qkv_bias` (False). Every assignment of `attn` checks and copies the value.
+
+    Raises ValueError or TypeError, naming the field, for a value that no model can have.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields that do nothing: any other value raises
-    field_help: ClassVar[Mapping[str, str]] = {}  # what fields mean that no other model has, a sentence each
-    # The smallest useful sizes, and further settings worth a test, by name: for all suites.
+    fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields without effect -> the only value that they may have
+    field_help: ClassVar[Mapping[str, str]] = {}  # fields that no other model has -> a sentence on their meaning
+    # For tests: the smallest useful sizes, and by name further settings worth a test.
     tiny: ClassVar[Mapping[str, Any]] = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -70,7 +71,7 @@ class DecoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name, only in _ABSENT.items():
             if kwargs.pop(name, only) != only:
-                raise ValueError(f"{name} is not supported: it must be {only!r} or absent")
+                raise ValueError(f"{name} is not supported: set it to {only!r} or leave it out")
         names = [field.name for field in dataclasses.fields(self)]
         for name in kwargs:  # config files of other programs have fields of their own, so this is no error
             if hint := did_you_mean(name, names, 0.85):
@@ -103,17 +104,17 @@ class DecoderConfig(PreTrainedConfig):
         if values["fuse_cross_entropy"] and values["fuse_linear_cross_entropy"]:
             raise ValueError(
                 "fuse_cross_entropy and fuse_linear_cross_entropy cannot both be True: set fuse_cross_entropy=False to "
-                "take the loss that never holds all logits"
+                "use the loss that never holds all logits"
             )
         _check_layers(values["attn"], values["num_hidden_layers"])
 
     def attention_spec(self, layer_idx: int) -> dict[str, Any] | None:
-        """The entry of `attn` that layer `layer_idx` is listed in, or None."""
+        """The entry of `attn` that lists the layer `layer_idx`, or None."""
         return next((dict(spec) for _, spec in _specs(self.attn) if layer_idx in spec["layers"]), None)
 
 
 def normalise_attention(attn: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
-    """A checked copy of a hybrid's `attn` with every default filled in; a dict stays a dict, a list a list."""
+    """A checked copy of `attn` with all defaults filled in: a dict for a dict, a list for a list."""
     if attn is None:
         return None
     if not isinstance(attn, Mapping | list | tuple):
@@ -123,7 +124,7 @@ def normalise_attention(attn: Any) -> dict[str, Any] | list[dict[str, Any]] | No
 
 
 def _specs(attn: Any) -> Iterator[tuple[str, Any]]:
-    """(name for messages, spec) of every entry."""
+    """Pairs of a name for messages and a dict, for every dict in `attn`."""
     if isinstance(attn, Mapping):
         yield "attn", attn
     else:
@@ -173,6 +174,7 @@ def _check_tokens(values: Mapping[str, Any]) -> None:
 
 
 def _check_layers(attn: Any, num_hidden_layers: int) -> None:
+    """Raise ValueError unless all listed layers exist and none is listed twice."""
     owner: dict[int, str] = {}
     for name, spec in _specs(attn):
         for layer in spec["layers"]:

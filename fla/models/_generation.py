@@ -1,6 +1,7 @@
-"""`generate` for models whose past is a state.
+"""`generate` for models whose past is a recurrent state.
 
-Which tokens are new is read from what the cache has seen, and decoding that would rewind the past is refused.
+The cache counts the tokens that it has seen, which tells which tokens are new. Ways of decoding that go back in the
+sequence are refused, since a recurrent state cannot.
 """
 
 import copy
@@ -16,14 +17,14 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 class DecoderGenerationMixin(GenerationMixin):
-    """transformers' generation over our cache: greedy, sampling, beam search; left-padded batches, chunked prefill."""
+    """Generation as in transformers: greedy, sampling, beam search, with left-padded batches and chunked prefill."""
 
-    _is_stateful = True  # a recurrent state cannot be rewound
+    _is_stateful = True  # tells transformers that the cache cannot be rewound
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """As `GenerationMixin.generate`; contrastive, assisted and other decoding that rewinds raises ValueError."""
+        """As `GenerationMixin.generate`. Raises ValueError for decoding that rewinds (contrastive, assisted, ...)."""
         settings = copy.deepcopy(generation_config or self.generation_config)
         for name, value in kwargs.items():
             if hasattr(settings, name):
@@ -50,9 +51,9 @@ class DecoderGenerationMixin(GenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The inputs of the next forward: the tokens that the cache has not seen, however the caller splits them.
+        """The inputs of the next forward call, with only those tokens that the cache has not seen.
 
-        `attention_mask` covers seen and new tokens, `input_ids` may hold all tokens or only the new ones.
+        `attention_mask` covers the seen and the new tokens. `input_ids` may hold all tokens or only the new ones.
         """
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is not None:
@@ -72,7 +73,7 @@ class DecoderGenerationMixin(GenerationMixin):
                 f"input_ids must hold every token that the cache has not seen ({new} of {seen + new} by the "
                 f"attention_mask), got {given}: pass the whole sequence, or a mask that covers the cached tokens too"
             )
-        # What the caller adds for itself (position_ids, cache_position, labels, flags of the loop) stays here.
+        # Other keywords, such as position_ids, cache_position and labels, are dropped: forward() does not need them.
         extra = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}
         inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
         return inputs | extra | ({} if logits_to_keep is None else {"logits_to_keep": logits_to_keep})

@@ -1,4 +1,4 @@
-"""Checkpoints: nothing is silently left out or made up, both MLP layouts load, the Auto classes know every model."""
+"""Loading of checkpoints: missing keys raise, both layouts of the MLP load, and the Auto classes know every model."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-REGISTRY: dict[str, Any] = {}  # model type -> causal LM class: what the contract suite runs over
+from fla.models._names import name_parts
+
+REGISTRY: dict[str, Any] = {}  # model type -> causal LM class; the contract suite tests all of them
 
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
@@ -26,11 +28,10 @@ class StrictLoading(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As `PreTrainedModel.from_pretrained`, but ValueError naming the keys that are missing, unexpected or of
-        another shape.
+        """As `PreTrainedModel.from_pretrained`, but keys that are missing, unexpected or of another shape raise.
 
-        `ignore_mismatched_sizes=True` lets weights of another shape be initialised anew, which is what asking for it
-        means.
+        The ValueError names these keys. With `ignore_mismatched_sizes=True` weights of another shape are initialised
+        anew instead.
         """
         load: Callable[..., Any] = functools.partial(
             super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
@@ -39,7 +40,7 @@ class StrictLoading(PreTrainedModel):
         renames = _other_norm_name(info)
         if renames is not None and "key_mapping" not in kwargs:
             model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=renames)
-            vars(model).pop("_weight_conversions", None)  # save under the model's own names
+            vars(model).pop("_weight_conversions", None)  # so that saving uses the model's own names
         problems = [
             f"{name.replace('_', ' ')}: {', '.join(sorted(map(_describe, info[name])))}"
             for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -58,23 +59,22 @@ def _describe(key: Any) -> str:
 
 
 def _other_norm_name(info: dict[str, Any]) -> dict[str, str] | None:
-    """The renaming that makes a checkpoint fit whose output norms go by their other name, if that is all that is wrong.
+    """A key mapping for a checkpoint that differs from the model only in the name of the output norms, or None.
 
-    The weight is called `g_norm_swish_gate` where norm and gate are one module and `g_norm` where they are two
-    (`fuse_norm`).
+    The norm is called `g_norm_swish_gate` if `fuse_norm` makes norm and gate one module, and `g_norm` otherwise.
     """
-    for there, here in (("g_norm", "g_norm_swish_gate"), ("g_norm_swish_gate", "g_norm")):
-        expected = {key.replace(f".{here}.", f".{there}.") for key in info["missing_keys"]}
+    for saved, ours in (("g_norm", "g_norm_swish_gate"), ("g_norm_swish_gate", "g_norm")):
+        expected = {key.replace(f".{ours}.", f".{saved}.") for key in info["missing_keys"]}
         if info["missing_keys"] and expected == set(info["unexpected_keys"]):
-            return {rf"\.{there}\.weight$": f".{here}.weight"}
+            return {rf"\.{saved}\.weight$": f".{ours}.weight"}
     return None
 
 
 def register_causal_lm(causal_lm: Class) -> Class:
-    """Class decorator: make a model known to the Auto classes, to the loader of both MLP layouts and to the contract
-    suite.
+    """Class decorator that makes a model known to the Auto classes, to the loader and to the contract suite.
 
-    A model type that transformers has itself stays transformers': such a model loads through its own class.
+    If transformers has the model type itself, the Auto classes keep loading transformers' model; ours loads through its
+    own class.
     """
     declared: Any = causal_lm
     config_class, model_type = declared.config_class, declared.config_class.model_type
@@ -83,10 +83,11 @@ def register_causal_lm(causal_lm: Class) -> Class:
         AutoConfig.register(model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, declared.model_cls, exist_ok=True)
         AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
-    # Our gate_proj holds the gate's rows, then those of the up projection; a checkpoint of the other layout has them
-    # as two tensors. This loads both, and every save writes the two. By the model's class name: a type may be
-    # transformers' own.
+    # Our gate_proj holds the rows of the gate and then those of the up projection; checkpoints of the other layout have
+    # them as two tensors. Both layouts load, and saving writes two tensors. The converter is registered under the
+    # class name, because the model type may be one of transformers.
     halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
     converter = WeightConverter(halves, "mlp.gate_proj.weight", [Concatenate(dim=0)])
     register_checkpoint_conversion_mapping(declared.model_cls.__name__, [converter], overwrite=True)
+    name_parts(causal_lm)
     return causal_lm

@@ -1,10 +1,15 @@
-"""The cache of every model: one layer class with named slots, on transformers' `Cache`.
+"""The cache of every model: transformers' `Cache`, with one class of layers that store tensors in named slots.
 
-A layer stores what its mixer and its MLP need to go on: `recurrent_state` `[N, H, K, V]`, `conv_state` (a tuple of
-`[N, D, W]`), `attn_state` (keys and values, `[N, T, ...]`, a growing time axis), `ffn_state`, and the last inputs
-`[N, D]` of the token shifts of either, `attn_shift` and `ffn_shift`. Every tensor is batch-first, so beam search and
-batch selection are written once. Each layer counts the tokens that it has seen itself: nothing depends on the order
-of updates.
+The slots of a layer:
+
+- `recurrent_state`: the state of the mixer, such as `[N, H, K, V]`
+- `conv_state`: the states of the short convolutions, a tuple of `[N, D, W]`
+- `attn_state`: keys and values `[N, T, ...]`, whose time axis grows
+- `ffn_state`: the state of the MLP
+- `attn_shift`, `ffn_shift`: the last inputs `[N, D]` of the token shifts of mixer and MLP
+
+The batch is the first axis of every tensor, so that beam search and batch selection are the same for all slots. Every
+layer counts the tokens that it has seen, so that nothing depends on the order of updates.
 """
 
 import copy
@@ -21,7 +26,7 @@ Slot = Tensor | tuple[Tensor, ...]
 
 _NO_CROP = (
     "This cache cannot be cropped: a recurrent state holds the whole past in one matrix and cannot be rewound. Keep a "
-    "copy (`copy.deepcopy(cache)`) at the point to return to; decoding that rewinds (assisted, "
+    "copy (`copy.deepcopy(cache)`) at the point to return to. Decoding that rewinds (assisted, "
     "contrastive) is not possible."
 )
 
@@ -35,7 +40,7 @@ class Slots(dict[str, Slot]):
 
 
 class StateLayer(CacheLayerMixin):
-    """What one layer of a model has stored, by slot name, and how many tokens it has seen."""
+    """The slots of one layer of a model, by name, and the number of tokens that it has seen."""
 
     is_compileable = False
     is_croppable = False
@@ -47,15 +52,13 @@ class StateLayer(CacheLayerMixin):
         self.seen_tokens = seen_tokens
         self.has_stored = False  # whether anything was ever stored; `reset` does not undo it
         self._holds_inference_tensors = False
-        self._home: torch.device | None = None  # where an offloaded layer came from
+        self._device_before: torch.device | None = None  # where the states were before they were offloaded
 
     def __repr__(self) -> str:
         return f"StateLayer({', '.join(self.slots) or 'empty'}; seen_tokens={self.seen_tokens})"
 
     def update(self, offset: int = 1, cache_kwargs: Mapping[str, Any] | None = None, **slots: Slot | None) -> Slots:
-        """Store `slots` and count `offset` tokens. Returns all slots; `attn_state` in it is old + new before any
-        trimming.
-        """
+        """Store `slots` and count `offset` tokens. Returns all slots; their `attn_state` is not trimmed to a window."""
         result = Slots(self.slots)
         for name, value in slots.items():
             if name not in SLOTS:
@@ -66,7 +69,7 @@ class StateLayer(CacheLayerMixin):
             result[name] = value
             if name == "attn_state":
                 result[name] = self._append(value)
-                self.slots[name] = _tail(result[name], (cache_kwargs or {}).get("window_size"))
+                self.slots[name] = _last_columns(result[name], (cache_kwargs or {}).get("window_size"))
             else:
                 self.slots[name] = value
         self.seen_tokens += offset
@@ -93,31 +96,31 @@ class StateLayer(CacheLayerMixin):
         return tuple(torch.cat((a, b), 1) for a, b in zip(old, new, strict=True))
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: slots come into being with the first update."""
+        """Nothing to do: the first update creates the slots."""
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
         return self.seen_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a mask for `query_length` new tokens covers, and the position of the first."""
+        """The number of keys that a mask for `query_length` new tokens covers, and the position of the first key."""
         return self.seen_tokens + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: there is no maximum."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+    get_max_cache_shape = get_max_length  # the name of `get_max_length` before transformers 5.17
 
     @property
     def batch_size(self) -> int:
-        """Rows of the stored states. AttributeError while there are none, as transformers expects."""
+        """The batch size of the states. Raises AttributeError while there are none, as transformers expects."""
         for value in self.slots.values():
             return (value if isinstance(value, Tensor) else value[0]).shape[0]
         raise AttributeError("an empty cache layer has no batch_size")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StateLayer":
-        """A snapshot to return to. PyTorch refuses to deep-copy results of a graph; a clone stays part of it."""
+        """A copy to return to. It clones tensors, since PyTorch cannot deep-copy tensors that are part of a graph."""
         layer = StateLayer()
         vars(layer).update(vars(self), slots=Slots(self.slots))
         layer.map_(torch.clone)
@@ -130,17 +133,17 @@ class StateLayer(CacheLayerMixin):
         self._holds_inference_tensors |= torch.is_inference_mode_enabled()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all states and set the count of tokens to 0."""
         self.slots.clear()
         self.seen_tokens = 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row `n` becomes what row `beam_idx[n]` was."""
+        """Replace row `n` by row `beam_idx[n]`."""
         self.map_(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, copies next to each other."""
+        """Repeat every row `repeats` times, with the copies next to each other."""
         self.map_(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -148,27 +151,27 @@ class StateLayer(CacheLayerMixin):
         self.map_(lambda x: x[indices.to(x.device)])
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Not possible, and said so."""
+        """Raise NotImplementedError: a recurrent state cannot be rewound."""
         raise NotImplementedError(_NO_CROP)
 
     def offload(self) -> None:
         """Move the states to the CPU."""
         for value in self.slots.values():
-            self._home = (value if isinstance(value, Tensor) else value[0]).device
+            self._device_before = (value if isinstance(value, Tensor) else value[0]).device
         self.map_(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Move the states back to where `offload` took them from."""
-        home = self._home
-        if home is not None:
-            self.map_(lambda x: x.to(home, non_blocking=True))
+        """Move the states back to the device that `offload` took them from."""
+        device = self._device_before
+        if device is not None:
+            self.map_(lambda x: x.to(device, non_blocking=True))
 
 
 class Cache(TransformersCache):
-    """The states of all layers: `cache[layer_idx]` is a mapping of slot name to tensor or tuple of tensors.
+    """The states of all layers. `cache[layer_idx]` maps a slot's name to a tensor or a tuple of tensors.
 
-    `Cache(seen_tokens=n)` starts every layer's count at `n`. A layer that has never stored anything raises KeyError;
-    slots that are empty, as after `reset`, read as None.
+    `Cache(seen_tokens=n)` starts the count of every layer at `n`. `cache[layer_idx]` raises KeyError if the layer has
+    never stored anything. Slots that are empty, as after `reset`, read as None.
     """
 
     layers: list[StateLayer]  # type: ignore[assignment]
@@ -198,11 +201,11 @@ class Cache(TransformersCache):
         attn_shift: Slot | None = None,
         ffn_shift: Slot | None = None,
     ) -> Slots:
-        """Store what a layer computed from `offset` new tokens; slots that are None stay as they are.
+        """Store the states of a layer after `offset` new tokens, and return all its slots. Slots given as None stay.
 
         `attn_state` (keys, values) is appended on axis 1. With `cache_kwargs={"window_size": w}` only the last `w`
-        are kept for the next call, but the returned mapping holds all of them: a prefill longer than the window
-        attends correctly.
+        columns are stored. The returned mapping has all columns, so that a prefill longer than the window attends
+        correctly.
         """
         while len(self.layers) <= layer_idx:
             self.layers.append(StateLayer(self._first_token))
@@ -218,7 +221,7 @@ class Cache(TransformersCache):
         )
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Tokens that layer `layer_idx` has seen; None: the first layer."""
+        """The number of tokens that the layer `layer_idx` has seen. None means the first layer."""
         layer_idx = layer_idx or 0
         return self.layers[layer_idx].seen_tokens if layer_idx < len(self.layers) else self._first_token
 
@@ -229,12 +232,12 @@ class Cache(TransformersCache):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        """Forget everything; the next token is the first."""
+        """Remove all states and set the counts of tokens to 0."""
         super().reset()
         self._first_token = 0
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Not possible, and said so."""
+        """Raise NotImplementedError: a recurrent state cannot be rewound."""
         raise NotImplementedError(_NO_CROP)
 
     def to_legacy_cache(self) -> tuple[dict[str, Slot], ...]:
@@ -243,7 +246,7 @@ class Cache(TransformersCache):
 
     @classmethod
     def from_legacy_cache(cls, past: Any = None, seen_tokens: int = 0) -> "Cache":
-        """A cache from copies of `past`, one mapping of slots per layer; each layer has seen `seen_tokens` tokens."""
+        """A cache from copies of `past`, one mapping of slots per layer. All layers have seen `seen_tokens` tokens."""
         cache = cls(seen_tokens)
         for layer_idx, slots in enumerate(past or ()):
             if not isinstance(slots, Mapping):
@@ -258,11 +261,11 @@ class Cache(TransformersCache):
 
     @classmethod
     def wrap(cls, past: Any) -> "Cache":
-        """`past` as our cache: ours as it is, None as a new one, an empty `DynamicCache` as one that fills it.
+        """`past` if it is a `Cache` of ours; a new one if it is None; for an empty `DynamicCache` one that fills it.
 
         Such a `DynamicCache` gets our layers in place of its own, so that the next call can be given either of the two.
-        Any other cache raises ValueError, also an empty one: a recurrent state cannot keep what its class promises (a
-        fixed number of tokens, offloading, quantised keys).
+        Raises ValueError for any other cache, even an empty one: a recurrent state cannot keep what its class promises
+        (a fixed number of tokens, offloading, quantised keys).
         """
         if isinstance(past, cls):
             return past
@@ -295,7 +298,8 @@ def _describe(past: Any) -> str:
     return f"{type(past).__name__} with {'offloading' if past.offloading else 'tokens in it'}"
 
 
-def _tail(state: Slot, window_size: int | None) -> Slot:
+def _last_columns(state: Slot, window_size: int | None) -> Slot:
+    """The last `window_size` columns of keys and values; all without a window."""
     if window_size is None or state[0].shape[1] <= window_size:
         return state
-    return tuple(x[:, -window_size:].clone() for x in state)  # a slice would keep the whole prefill alive
+    return tuple(x[:, -window_size:].clone() for x in state)  # cloned, since a slice would keep the whole tensor alive

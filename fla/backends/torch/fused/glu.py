@@ -1,4 +1,4 @@
-"""Gated linear units: `z = activation(x) * y`, alone or in front of a linear map."""
+"""Gated linear units: `activation(x) * y`, alone or followed by a linear map."""
 
 import functools
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _product_gradient(x: Tensor, y: Tensor, dz: Tensor, activation: str) -> tupl
 
 
 class _Glu(torch.autograd.Function):
-    """Keeps `x` and `y` only; autograd would keep the activation too."""
+    """`activation(x) * y`. It keeps only `x` and `y`; autograd would also keep the activation."""
 
     @staticmethod
     def forward(ctx, x, y, activation):
@@ -51,7 +51,7 @@ class _Glu(torch.autograd.Function):
 
 
 class _GluLinear(torch.autograd.Function):
-    """Keeps `x`, `y` and the weight; the product that the linear map needs is computed again."""
+    """`(activation(x) * y) @ weight.T + bias`. It keeps the inputs and recomputes the product in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, activation):
