@@ -278,7 +278,7 @@ def test_help_says_what_numbers_count(program, capsys):
     with pytest.raises(SystemExit):
         program.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--seq-len N length of a training sequence, in bytes (default: 256)" in text
+    assert "--seq-len N bytes of a training sequence (default: 256)" in text
     assert "--new-bytes N how many bytes to write at the end (default: 400)" in text
 
 
