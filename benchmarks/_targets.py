@@ -121,8 +121,14 @@ def _described(spec: OpSpec, variant: Variant, function: Function) -> dict[str, 
         "states": states,
         "inputs": spec.inputs,
         "gates": spec.gates,
-        "declared": getattr(spec, "sizes", None) or {},
+        "declared": _declared_sizes(spec),
     }
+
+
+def _declared_sizes(spec: OpSpec) -> dict[str, int]:
+    """The sizes of axes that only this op has, of several the first."""
+    first = {axis: sizes[0] if isinstance(sizes, tuple) else sizes for axis, sizes in spec.axes.items()}
+    return {axis: int(size) for axis, size in first.items() if str(size).isdigit()}
 
 
 def _reference(spec: OpSpec, settings: dict[str, Any]) -> Function:

@@ -53,7 +53,7 @@ def _sizes_if_valid(shapes, same_dtype, required, cu_seqlens, scale, tensors) ->
             return None
         dtype = x.dtype
         if first_dtype is None:
-            first_dtype, device = dtype, x.device
+            first_dtype, device, index = dtype, x.device, x.get_device()
             if not dtype.is_floating_point:
                 return None
             if cu_seqlens is not None:
@@ -63,7 +63,7 @@ def _sizes_if_valid(shapes, same_dtype, required, cu_seqlens, scale, tensors) ->
                     return None
                 found.append(cu_seqlens.shape[0] - 1)
         else:
-            if x.device != device:
+            if x.get_device() != index or (index < 0 and x.device != device):  # the index of a GPU is quicker to read
                 return None
             if dtype is not first_dtype and (name in same_dtype or not dtype.is_floating_point):
                 return None

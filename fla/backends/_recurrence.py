@@ -192,10 +192,9 @@ class Family:
         return module.forward(problem, output_final_state, keep)
 
     def backward(
-        self, saved: Saved, do: Tensor, dht: Tensor | None, needs: tuple[str, ...], module: Any
+        self, problem: Any, kept: tuple, do: Tensor, dht: Tensor | None, needs: tuple[str, ...], module: Any
     ) -> list[Tensor | None]:
         """The gradient of every field in `names`, in the field's dtype; None where there is none or none is needed."""
-        problem, kept = saved
         inputs = self._differentiable_of(problem)
         if problem.is_empty:
             found = {
@@ -206,7 +205,7 @@ class Family:
         else:
             x = inputs[0]
             dtype, device = x.dtype, "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-            do = do.contiguous() if do.dtype == dtype else do.to(dtype).contiguous()
+            do = do.contiguous() if do.dtype is dtype else do.to(dtype).contiguous()
             dht = None if dht is None else dht.contiguous()
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -214,9 +213,11 @@ class Family:
             else:
                 found = module.backward(problem, kept, do, dht, needs)
         gradients: list[Tensor | None] = []
-        for name, x in zip(self.names, inputs, strict=True):
-            d = found.get(name) if x is not None and name in needs else None
-            gradients.append(d if d is None or d.dtype == x.dtype else d.to(x.dtype))
+        for name, x in zip(self.names, inputs):  # noqa: B905 - `strict` takes its time, and both come from the fields
+            d = found.get(name)
+            if d is not None:
+                d = None if x is None or name not in needs else d if d.dtype is x.dtype else d.to(x.dtype)
+            gradients.append(d)
         return gradients
 
     @staticmethod
@@ -291,8 +292,7 @@ def _autograd_function(owner: Family) -> type[torch.autograd.Function]:
         if do is None:
             do = owner.zero_output(problem)
         needs = tuple(compress(owner.names, ctx.needs_input_grad))
-        saved = Saved(problem, tensors[num_tensors:end])
-        return (*owner.backward(saved, do, dht, needs, module), None)
+        return (*owner.backward(problem, tensors[num_tensors:end], do, dht, needs, module), None)
 
     Function.__name__ = Function.__qualname__ = f"{owner.name.capitalize()}Function"
     return Function
@@ -368,8 +368,8 @@ def _operator(owner: Family) -> Any:
 
     def backward(do, dht, needs, *arguments):
         *values, backend = arguments
-        saved, chosen = Saved(owner.make(*values)), tuple(needs)
-        found = owner.backward(saved, do, dht, chosen, family(owner.name, backend))
+        chosen = tuple(needs)
+        found = owner.backward(owner.make(*values), (), do, dht, chosen, family(owner.name, backend))
         return [
             _without_aliases(torch.zeros_like(x) if d is None else d, dht) if name in chosen else do.new_empty(0)
             for name, x, d in zip(owner.names, values, found, strict=False)

@@ -81,7 +81,7 @@ class Kernels:
 
 @functools.cache
 def families() -> dict[str, Kernels]:
-    """Of every family that declares any."""
+    """Family -> its `KERNELS`, for every family that has a `_kernels.py`."""
     names = sorted(path.stem for path in FAMILIES.glob("*_kernels.py"))
     modules = {name: importlib.import_module(f"tests.families.{name}") for name in names}
     return {name.removesuffix("_kernels"): module.KERNELS for name, module in modules.items()}

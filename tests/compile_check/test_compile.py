@@ -10,7 +10,7 @@ from tests.compile_check import snapshot
 from tests.compile_check.compiling import compile_kernel
 from tests.compile_check.recording import DTYPES, examples, families, variants_of
 
-# bytes a role may spill, by the width of what its dots read (kernels.md 7.13): fp16 operands that decays scale are wide
+# bytes a role may spill, by the width of what its dots read: fp16 operands that decays scale are wide
 MAX_SPILL = {"*bf16": 512, "*fp16": 512, "*fp32": 1024, "*i32": 0}
 MAX_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 HALF_SHARED = 113 * 1024  # bytes of sm_90 that leave room for a second program: a compiler quirk once doubled them

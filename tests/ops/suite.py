@@ -15,7 +15,7 @@ import torch
 import fla.ops  # noqa: F401  (registers the ops)
 from fla.backends import computes
 from fla.ops._spec import REGISTRY, OpSpec
-from fla.testing.cases import Suite, calling_variants, distinct, enough_heads, forms_of, plain_cases, value_cases
+from fla.testing.cases import Suite, calling_variants, distinct, enough_heads, plain_cases, value_cases
 from fla.testing.contract import (
     Case,
     accepts,
@@ -54,25 +54,29 @@ def every_op(make: Callable[[OpSpec], list], suite: Suite) -> list:
     return [item for spec in specs(suite) for item in make(spec)]
 
 
-def gated_variants(spec: OpSpec, suite: Suite) -> list:
-    return [v for v in spec.variants if forms_of(spec, v, suite) and any(name not in v.without for name in spec.gates)]
-
-
 def gate_cases(spec: OpSpec, suite: Suite) -> list[Case]:
-    """Every extreme gate, and a mixture of them in every dtype: variants and dtypes in turn, all forms of a variant.
+    """Every form with every extreme gate, and with a mixture of them in every dtype: its gated variants and the dtypes
+    in turn.
 
     Exhaustive: each with every gated variant.
     """
     found: list[Case] = []
-    levels = (*EXTREME_GATES, *["mixed"] * len(suite.dtypes))
-    variants = gated_variants(spec, suite)
-    for i, gates in enumerate(levels if variants else ()):
-        chosen = variants if suite.exhaustive else [variants[i % len(variants)]]
-        cases = [case for case in plain_cases(spec, suite, turn=i, gates=gates) if case.variant in chosen]
+    for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(suite.dtypes)) if spec.gates else ()):
+        cases = [case for case in plain_cases(spec, suite, turn=i, gates=gates) if case.gated]
+        cases = cases if suite.exhaustive else variant_in_turn(cases, suite, i)
         for j, case in enumerate(cases):
             dtype = suite.dtypes[(i + (j if suite.exhaustive else 0)) % len(suite.dtypes)]
             cases[j] = suite.shortened(enough_heads(replace(case, dtype=dtype)))
-        found += cases if suite.exhaustive else distinct(cases, suite, i)
+        found += cases if suite.exhaustive else distinct(cases, suite, i // 2)
+    return found
+
+
+def variant_in_turn(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
+    """Of each form one case, such that while dtypes go round too every variant gets every dtype."""
+    found = []
+    for form in dict.fromkeys(case.form for case in cases):
+        own = [case for case in cases if case.form == form]
+        found.append(own[(turn + turn // len(suite.dtypes)) % len(own)])
     return found
 
 
@@ -131,9 +135,7 @@ def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
         if suite.steps is not None and way in ("again", "state_alone", "index_dtypes"):  # not about chunks
             tokens = suite.tokens_of("recurrent", tokens)
         cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=2)
-        for form in dict.fromkeys(case.form for case in cases):
-            own = [case for case in cases if case.form == form and is_possible(way, case)]
-            found += [(way, own[i % len(own)])] if own else []
+        found += [(way, case) for case in variant_in_turn([x for x in cases if is_possible(way, x)], suite, i)]
     return found
 
 
@@ -255,8 +257,13 @@ def contract(suite: Suite) -> type:
     return OpContract
 
 
+def diagonal(*lists: list) -> list:
+    """The i-th item of the i-th list, and so on around."""
+    return [item for n, items in enumerate(lists) for i, item in enumerate(items) if i % len(lists) == n]
+
+
 def in_turn(*lists: list) -> list:
-    """Of all items, the i-th of the i-th list (and so on around) for every suite, the others for the exhaustive one."""
+    """All items: those of the `diagonal` for every suite, the others for the exhaustive one."""
     return [
         pytest.param(
             *(item if isinstance(item, tuple) else (item,)),
