@@ -279,7 +279,7 @@ def test_help_says_what_numbers_count(program, capsys):
         program.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--seq-len N bytes of a training sequence (default: 256)" in text
-    assert "--new-bytes N how many bytes to write at the end (default: 400)" in text
+    assert "--new-bytes N bytes to generate (default: 400)" in text
 
 
 def test_resuming_on_another_text_is_refused(program, whole, text, tmp_path, capsys):
