@@ -34,8 +34,11 @@ def _hidden(path: Path) -> bool:
 
 
 def read_files(paths: Sequence[str]) -> list[bytes]:
-    """The content of every text file. An unreadable file is an error, but one of the standard library is left out."""
-    texts = []
+    """The content of every text file. An unreadable file is an error, but one of the standard library is left out.
+
+    A file that is no text is left out in a folder, and an error if it is named itself.
+    """
+    texts, named = [], set(map(Path, paths))
     for file in find_files(paths):
         try:
             text = file.read_bytes()
@@ -45,6 +48,10 @@ def read_files(paths: Sequence[str]) -> list[bytes]:
             continue
         if b"\0" not in text[:4096]:  # pictures and programs have zero bytes
             texts.append(text)
+        elif file in named:
+            raise UserError(f"--text {file} is no text: it holds zero bytes, as pictures, programs and UTF-16 do")
+    if not any(texts):
+        raise UserError(f"--text {' '.join(paths)}: there is no text in it, only empty files and files with zero bytes")
     return texts
 
 

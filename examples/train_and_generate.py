@@ -28,6 +28,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from _arguments import SIZES, learning_rate, positive, seed
 from _text import UserError, baselines, read_files, split
 from _threads import Threads
 from torch import Tensor, nn
@@ -55,15 +56,7 @@ DEFAULTS = {
     "device": None, "threads": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None,
     "new_bytes": 400,
 }  # fmt: skip
-SIZES = {
-    "steps": "optimizer steps",
-    "hidden-size": "width of the model",
-    "layers": "layers of the model",
-    "heads": "heads of a layer",
-    "seq-len": "bytes of a training sequence",
-    "batch-size": "sequences of a step",
-    "new-bytes": "bytes to generate",
-}
+RESULTS = ("checkpoint", "checkpoint.new", "checkpoint.old", "loss.png", "metrics.json", "report.txt")
 # what may change when a run is resumed; all other arguments decide the loss curve
 FREE_ON_RESUME = {"device", "threads", "backend", "out", "resume", "prompt", "new_bytes"}
 
@@ -114,6 +107,12 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_finite(loss: float, name: str, step: int) -> None:
+    """End a run that diverged; the checkpoint of an earlier run stays what it was."""
+    if not math.isfinite(loss):
+        raise UserError(f"training diverged: {name} is {loss} after {step} steps; try a smaller --lr")
 
 
 class Run:
@@ -218,13 +217,14 @@ def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace
         while run.step < args.steps and not caught:
             start = time.perf_counter()
             loss = run.update(batch(training, args, run.step))
-            if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {run.step}: try a smaller --lr")
+            check_finite(loss, "the loss", run.step)
             run.losses.append(loss)
             run.seconds.append(time.perf_counter() - start)
             threads.seen(run.seconds[-1])
             if run.step % every == 0 or run.step == args.steps:
-                run.validation.append((run.step, bits_per_byte(run.model, glance, args)))
+                bits = bits_per_byte(run.model, glance, args)
+                check_finite(bits, "the validation loss", run.step)
+                run.validation.append((run.step, bits))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second(run, args):,.0f} tokens/s", refresh=False)
             bar.update()
     return run.step == args.steps
@@ -283,9 +283,16 @@ def choose_prompt(args: argparse.Namespace, held_out: bytes) -> bytes:
     return held_out[:64] if args.text else b'def main(args):\n    """'
 
 
+def load(checkpoint: Path, args: argparse.Namespace) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {checkpoint}: {first_line(error)}") from None
+
+
 def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
     """The text that the reloaded checkpoint writes after `prompt`."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device).eval()
+    model = load(checkpoint, args).eval()
     torch.manual_seed(args.seed)
     ids = torch.tensor([list(prompt)], device=args.device)
     written = model.generate(ids, max_new_tokens=args.new_bytes, do_sample=True, top_p=0.95, top_k=0, pad_token_id=0)
@@ -307,6 +314,41 @@ def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def read_state(out: Path) -> dict:
+    """The state of the run in `out`; UserError where there is none, or it is no run of this program."""
+    file = out / "checkpoint" / "trainer.pt"
+    if not file.is_file():
+        raise UserError(f"nothing to resume: there is no {file}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no state at all may raise anything
+        raise UserError(f"cannot read {file}: {first_line(error)}") from None
+    if not (isinstance(state, dict) and {"args", "text", "optimizer", "rng"} <= set(state)):
+        raise UserError(f"{file} is no state of a run of this program")
+    return state
+
+
+def check_out(out: Path) -> None:
+    """UserError unless results can be written to `out` without overwriting anything that is not of such a run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} must be a folder for the results: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} must be a folder for the results: Permission denied")
+    if there := [name for name in RESULTS if (out / name).exists()]:
+        try:
+            read_state(out)
+        except UserError:
+            raise UserError(
+                f"--out {out} already has {', '.join(there)}, not of a run of this program: choose another folder"
+            ) from None
+
+
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The settings, and the state of the run to resume, if any.
 
@@ -320,11 +362,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
             f"--{name}", help=text if default in (None, [], False) else f"{text} (default: {default})", **keywords
         )
 
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
-
     option("model", "type of the model", choices=CONFIGS)
     option(
         "text",
@@ -336,21 +373,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     option("threads", "threads on a CPU (default: as many as make steps quicker)", type=positive, metavar="N")
     for name, text in SIZES.items():
         option(name, text, type=positive, metavar="N")
-    option("lr", "highest learning rate", type=float)
+    option("lr", "highest learning rate", type=learning_rate)
     option("dtype", "dtype of the weights; the optimizer's copies are float32", choices=DTYPES)
     option("device", "cpu or cuda (default: cuda if there is a GPU)")
     option("backend", "compute the ops with this backend (default: fla's choice)", choices=("triton", "torch"))
-    option("seed", "seed of weights, data order and sampling", type=int)
+    option("seed", "seed of weights, data order and sampling", type=seed)
     option("prompt", "text that the model continues (default: Python; with --text, the held-out beginning)")
     option("out", "folder for the results", metavar="FOLDER")
     option("resume", "go on with the run in --out", action="store_true")
     given = vars(parser.parse_args(argv))
     state, saved = None, {}
     if given.get("resume"):
-        file = Path(given.get("out", DEFAULTS["out"])) / "checkpoint" / "trainer.pt"
-        if not file.is_file():
-            raise UserError(f"nothing to resume: there is no {file}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_state(Path(given.get("out", DEFAULTS["out"])))
         saved = state["args"]
         if changed := [name for name in given if name in saved and given[name] != saved[name]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -360,7 +394,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     try:
         probe = torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {args.device}: {first_line(error)}") from None
+    if probe.device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: must be cpu or cuda")
     try:
         args.backend = resolve("decay", probe, args.backend)
     except ValueError as error:
@@ -384,11 +420,11 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
     fingerprint = hashlib.sha256(training + held_out).hexdigest()
     if state is not None and state["text"] != fingerprint:
         raise UserError("--resume goes on with the run as it was begun, but the text has changed since")
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out)
     if state is None:
         model = build_model(args)
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+        model = load(checkpoint, args)
     run = Run(model.train(), args)
     if state is not None:
         run.load(state)
@@ -407,6 +443,7 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
 
     bits = baselines(training, held_out)
     bits[args.model] = bits_per_byte(model, as_tensor(held_out), args)
+    check_finite(bits[args.model], "the validation loss", run.step)
     plot(run, bits, title, out / "loss.png")
     (out / "metrics.json").write_text(json.dumps(metrics(run, bits, args), indent=1) + "\n")
     prompt = choose_prompt(args, held_out)
@@ -425,12 +462,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, state = parse(argv)
         with fla.use_backend(args.backend):
             return demo(args, state)
-    except UserError as error:
-        print(f"train_and_generate.py: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message = f"out of memory, take smaller sizes: {first_line(error)}"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    print(f"train_and_generate.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

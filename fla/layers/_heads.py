@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer, activation, check_positive
+from fla.layers._mixer import Call, TokenMixer, check_positive
 from fla.modules import FusedRMSNormSwishGate, RMSNorm
+from fla.modules.activations import get_activation
 
 
 class MultiHeadMixer(TokenMixer):
@@ -97,7 +98,7 @@ class MultiHeadMixer(TokenMixer):
 
     def add_output(self, gate_fn: str, fuse_norm: bool, elementwise_affine: bool, norm_eps: float) -> None:
         """Add the output projection and an RMSNorm per head; with `fuse_norm` a swish gate is part of the norm."""
-        self.gate_fn = activation(gate_fn, "gate_fn")
+        self.gate_fn = get_activation(gate_fn, "gate_fn")
         self.fuse_norm_and_gate = fuse_norm and self.use_output_gate and gate_fn in ("swish", "silu")
         self.o_proj = nn.Linear(self.value_dim, self.hidden_size, bias=False)
         name, norm = ("g_norm_swish_gate", FusedRMSNormSwishGate) if self.fuse_norm_and_gate else ("g_norm", RMSNorm)

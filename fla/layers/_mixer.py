@@ -23,9 +23,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fla.layers.utils import Padding, check_mask, get_layer_cache, update_layer_cache
+from fla.layers._settings import check_arguments, check_setting, did_you_mean
+from fla.layers.utils import Padding, check_batch, check_mask, get_layer_cache, update_layer_cache
 from fla.modules import ShortConvolution
-from fla.modules.activations import ACT2FN
 from fla.modules.token_shift import token_shift
 from fla.shapes import check_shapes, merge_cu_seqlens
 
@@ -33,6 +33,13 @@ from fla.shapes import check_shapes, merge_cu_seqlens
 SHORT = 64
 
 Module = TypeVar("Module", bound=nn.Module)
+Mixer = TypeVar("Mixer", bound="TokenMixer")
+# Keywords that callers send along to every layer; what they say is also in the mask and in `cu_seqlens`. The `inputs`
+# of every mixer class are added: what a model hands to one kind of its layers may reach the others.
+_KEYWORDS = {
+    *("cu_seq_lens_q", "cu_seqlens_cpu", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("position_ids", "is_causal", "cache_position"),
+}
 
 
 @dataclass
@@ -73,6 +80,15 @@ class TokenMixer(nn.Module):
     # For tests: the smallest useful settings with `hidden_size` 32, and by name further settings worth a test.
     tiny: ClassVar[Mapping[str, Any]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _KEYWORDS.update(cls.inputs)
+
+    def __new__(cls: type[Mixer], *args: Any, **kwargs: Any) -> Mixer:
+        """Check the arguments of `__init__`, whatever class defines it."""
+        check_arguments(cls.__init__, args, kwargs)
+        return super().__new__(cls)  # type: ignore[misc]
 
     def __init__(self, hidden_size: int, layer_idx: int | None, mode: str | None = None) -> None:
         super().__init__()
@@ -125,15 +141,17 @@ class TokenMixer(nn.Module):
             use_cache: ignored; the state is stored if `past_key_values` is given.
             output_attentions: must be False; there is no attention matrix to return.
             cu_seqlens: `[N + 1]`, bounds of sequences packed into one row (`B = 1`). With it a mask is ignored.
-                `cu_seq_lens_q` is another name of it.
+                `cu_seq_lens_q` is another name of it, and `cu_seqlens_cpu` the same on the CPU.
             padding: what a model computed from the mask once for all its layers; by default the layer computes it.
 
-        Further keywords are the names in `inputs`; all others are ignored, since a model passes the same to all layers.
-        Raises ValueError or TypeError, naming the argument.
+        Further keywords are the names in `inputs`. Those of other layers of a model, and those that trainers pass to
+        every layer, are ignored. Raises ValueError or TypeError, naming the argument.
         """
+        if kwargs:
+            self._check_keywords(kwargs)
         if output_attentions:
             raise ValueError(f"output_attentions must be False: {type(self).__name__} never forms the attention matrix")
-        cu_seqlens = merge_cu_seqlens(cu_seqlens, kwargs.get("cu_seq_lens_q"))
+        cu_seqlens = packing(hidden_states, cu_seqlens, kwargs)
         inputs: dict[str, Any] = {name: kwargs.get(name) for name in self.inputs}
         check_shapes(self._shapes, cu_seqlens=cu_seqlens, hidden_states=hidden_states, **inputs)
         call = self._begin(hidden_states, attention_mask, past_key_values, cu_seqlens, padding)
@@ -147,6 +165,14 @@ class TokenMixer(nn.Module):
         if call.carry is not None and call.carry is not incoming_carry:
             carry = repad(call.carry)
         return o, None, past_key_values, carry
+
+    def _check_keywords(self, keywords: Mapping[str, Any]) -> None:
+        unknown = next((name for name in keywords if name not in _KEYWORDS), None)
+        if unknown is None:
+            return
+        known = [*list(inspect.signature(TokenMixer.forward).parameters)[1:-1], "cu_seq_lens_q", *self.inputs]
+        hint = did_you_mean(unknown, known) or f": the keywords are {', '.join(known)}"
+        raise TypeError(f"unexpected keyword argument {unknown!r} of {type(self).__name__}.forward(){hint}")
 
     def _begin(
         self, x: Tensor, mask: Tensor | None, cache: Any, cu_seqlens: Tensor | None, padding: Padding | str | None
@@ -177,6 +203,7 @@ class TokenMixer(nn.Module):
                     "cache, which does not know each packed sequence's length; pass a padded batch and attention_mask"
                 )
             start = _first_positions(mask, padding, seen, T)
+        check_batch(state, cu_seqlens.shape[0] - 1 if packed and cu_seqlens is not None else B)
         return Call(B, T, mask, padding, cu_seqlens, cache, state, seen, start, keep)
 
     def named_inputs(self, carry: Tensor | None, extra: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
@@ -255,9 +282,18 @@ class TokenMixer(nn.Module):
         """Elements of a sequence's recurrent state and of its token shifts."""
         raise NotImplementedError(f"{type(self).__name__} must define recurrent_size()")
 
-    def state_size(self, **kwargs: Any) -> int:
-        """Elements of a sequence's whole state: `recurrent_size()` and the states of the short convolutions."""
+    def state_size(self, sequence_length: int | None = None) -> int:
+        """Elements of a sequence's whole state: `recurrent_size()` and the states of the short convolutions.
+
+        It is the same for every `sequence_length`.
+        """
         return self.recurrent_size() + sum(getattr(self, name).state_size for name in self.conv_names)
+
+
+def packing(hidden_states: Tensor, cu_seqlens: Tensor | None, keywords: Mapping[str, Any]) -> Tensor | None:
+    """`cu_seqlens` by whichever of its names a call gives it."""
+    cu_seqlens, on_cpu = merge_cu_seqlens(cu_seqlens, keywords.get("cu_seq_lens_q")), keywords.get("cu_seqlens_cpu")
+    return on_cpu.to(hidden_states.device) if cu_seqlens is None and on_cpu is not None else cu_seqlens
 
 
 class ChannelMixer(TokenMixer):
@@ -283,7 +319,7 @@ def build_from_config(cls: type[Module], config: Any, layer_idx: int | None) -> 
 
     `cls.config_names` maps a parameter to its field if their names differ. `layer_idx` is passed if `cls` takes it.
     """
-    parameters = inspect.signature(cls).parameters
+    parameters = inspect.signature(cls.__init__).parameters
     renamed: Mapping[str, str] = getattr(cls, "config_names", {})
     settings: dict[str, Any] = {"layer_idx": layer_idx} if "layer_idx" in parameters else {}
     for name in parameters:
@@ -291,25 +327,26 @@ def build_from_config(cls: type[Module], config: Any, layer_idx: int | None) -> 
             if name != "layer_idx" and hasattr(config, field_name):
                 settings[name] = getattr(config, field_name)
                 break
-    return cls(**settings)
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise _by_field_name(error, renamed, config) from None
 
 
-def activation(name: str, argument: str) -> Callable[[Tensor], Tensor]:
-    """The elementwise function called `name`. Raises ValueError, naming `argument`, if there is none."""
-    known = [key for key in ACT2FN if key != "bias_gelu"]  # bias_gelu takes two tensors
-    if name not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(known)}, got {name!r}")
-    function: Any = ACT2FN[name]
-    return function
+def _by_field_name(error: Exception, renamed: Mapping[str, str], config: Any) -> Exception:
+    """The error, with the name of the config's field where it begins with that of a parameter."""
+    message = str(error)
+    name = message.split(" ", 1)[0]
+    field_name = renamed.get(name, name)
+    if field_name == name or not hasattr(config, field_name):
+        return error
+    return type(error)(field_name + message.removeprefix(name))
 
 
 def check_positive(**sizes: int) -> None:
     """Raise TypeError or ValueError unless every size is an int of at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__} {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        check_setting(name, int, size)
 
 
 def _first_positions(mask: Tensor | None, padding: Padding | None, seen: int, seq_len: int) -> int | Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, check_positive
+from fla.layers._mixer import Call, packing
+from fla.layers.utils import Padding
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.attention import attention
 
@@ -48,14 +49,13 @@ class Attention(MultiHeadMixer):
         layer_idx: int | None = None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx)
-        if window_size is not None:
-            check_positive(window_size=window_size)
         if hidden_size % (2 * num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}")
         self.head_dim = hidden_size // num_heads
         self.kv_dim = self.num_kv_heads * self.head_dim
         self.window_size = window_size
         self.max_position_embeddings = max_position_embeddings
+        self.qkv_bias, self.rope_theta = qkv_bias, rope_theta
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, self.kv_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, self.kv_dim, bias=qkv_bias)
@@ -65,6 +65,34 @@ class Attention(MultiHeadMixer):
             self.q_norm = RMSNorm(self.head_dim, dtype=torch.float32)
             self.k_norm = RMSNorm(self.head_dim, dtype=torch.float32)
         self.rotary = RotaryEmbedding(dim=self.head_dim, base=rope_theta)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding: Padding | str | None = "from_mask",
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """As in every layer, but by position `output_attentions` comes before `use_cache`.
+
+        `cu_seqlens` may also pack the rows of a batch: the tokens of all rows in turn are then one packed row.
+        """
+        rows = _packs_rows(hidden_states, packing(hidden_states, cu_seqlens, kwargs))
+        o, *rest = super().forward(
+            hidden_states.flatten(0, 1)[None] if rows else hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            cu_seqlens=cu_seqlens,
+            padding=padding,
+            **kwargs,
+        )
+        return o.view_as(hidden_states) if rows else o, *rest
 
     def mix(self, x: Tensor, call: Call) -> Tensor:
         q, k, v = (self.split_heads(p(x), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -109,9 +137,17 @@ class Attention(MultiHeadMixer):
         wanted = last[:, -1:].clamp(max=self.window_size)
         return {"window_size": int((last < wanted).sum(-1).max()) + 1}
 
-    def state_size(self, sequence_length: int | None = None, **kwargs: Any) -> int:
+    def state_size(self, sequence_length: int | None = None) -> int:
         """Elements of a sequence's cached keys and values: of `sequence_length` tokens, or of the window if shorter."""
         sizes = [size for size in (self.window_size, sequence_length) if size is not None]
         if not sizes:
             raise ValueError("sequence_length must be given: without window_size the cache grows with it, got None")
         return 2 * self.kv_dim * min(sizes)
+
+
+def _packs_rows(x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether `cu_seqlens` covers the tokens of several rows; where its values cannot be read, it is taken to."""
+    if not (isinstance(cu_seqlens, Tensor) and isinstance(x, Tensor)) or x.dim() != 3 or len(x) == 1:
+        return False
+    unread = cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()
+    return unread or cu_seqlens.flatten()[-1:].tolist() == [x.shape[0] * x.shape[1]]

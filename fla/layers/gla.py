@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, activation, check_positive
+from fla.layers._mixer import Call, check_positive
+from fla.modules.activations import get_activation
 from fla.ops import chunk_gla, fused_chunk_gla, fused_recurrent_gla
 
 
@@ -57,7 +58,7 @@ class GatedLinearAttention(MultiHeadMixer):
         gate_fn: str = "swish",
         elementwise_affine: bool = True,
         norm_eps: float = 1e-5,
-        gate_logit_normalizer: int = 16,
+        gate_logit_normalizer: float = 16,
         gate_low_rank_dim: int = 16,
         clamp_min: float | None = None,
         fuse_norm: bool = True,
@@ -65,7 +66,7 @@ class GatedLinearAttention(MultiHeadMixer):
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx, mode)
         check_positive(gate_low_rank_dim=gate_low_rank_dim)
-        self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
+        self.feature_map_fn = None if feature_map is None else get_activation(feature_map, "feature_map")
         self.gate_logit_normalizer = gate_logit_normalizer
         self.clamp_min = clamp_min
         self.add_projections(expand_k, expand_v)

@@ -11,8 +11,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, activation
+from fla.layers._mixer import Call
 from fla.modules import RotaryEmbedding
+from fla.modules.activations import get_activation
 from fla.ops import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention
 
 
@@ -52,7 +53,7 @@ class MultiScaleRetention(MultiHeadMixer):
         layer_idx: int | None = None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx, mode)
-        self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
+        self.feature_map_fn = None if feature_map is None else get_activation(feature_map, "feature_map")
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(use_output_gate)
         self.add_qkv_convs(use_short_conv, conv_size, conv_bias)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, activation
+from fla.layers._mixer import Call
+from fla.modules.activations import get_activation
 from fla.ops import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla
 
 
@@ -46,12 +47,12 @@ class SimpleGatedLinearAttention(MultiHeadMixer):
         gate_fn: str = "swish",
         elementwise_affine: bool = True,
         norm_eps: float = 1e-5,
-        gate_logit_normalizer: int = 16,
+        gate_logit_normalizer: float = 16,
         fuse_norm: bool = True,
         layer_idx: int | None = None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx, mode)
-        self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
+        self.feature_map_fn = None if feature_map is None else get_activation(feature_map, "feature_map")
         self.gate_logit_normalizer = gate_logit_normalizer
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(True)

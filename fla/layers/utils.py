@@ -65,24 +65,54 @@ def check_mask(attention_mask: Tensor, seq_len: int, batch_size: int | None = No
 def get_layer_cache(module: nn.Module, cache: Any) -> Mapping[str, Any] | None:
     """What `cache` holds for this layer: slot name -> tensor or tuple of tensors. None without a cache or a state.
 
-    Raises ValueError if a cache is given to a layer that was built without `layer_idx`.
+    Raises ValueError if a cache is given to a layer that was built without `layer_idx`, TypeError for a cache of
+    another kind.
     """
     if cache is None:
         return None
+    layer_idx = require_cache_layer_idx(module, cache)
+    if not hasattr(type(cache), "__getitem__"):
+        raise _foreign(cache)
     try:
-        return cache[_layer_idx(module)]
+        slots = cache[layer_idx]
     except KeyError:
         return None
+    if not isinstance(slots, Mapping):
+        raise _foreign(cache)
+    return slots
+
+
+def _foreign(cache: Any) -> TypeError:
+    return TypeError(
+        "past_key_values must be a fla.models.utils.Cache where a layer is called by itself, "
+        f"got {type(cache).__name__}"
+    )
+
+
+def check_batch(slots: Mapping[str, Any], num_sequences: int) -> None:
+    """Raise ValueError unless what a cache holds for a layer is of `num_sequences` sequences."""
+    for value in slots.values():
+        while not isinstance(value, Tensor):
+            value = value[0]
+        if value.shape[0] != num_sequences:
+            raise ValueError(
+                f"past_key_values must hold the states of as many sequences as this call has, {num_sequences}, "
+                f"got those of {value.shape[0]}"
+            )
+        return  # the others have as many
 
 
 def update_layer_cache(module: nn.Module, cache: Any, *, offset: int, **slots: Any) -> Any:
     """Store `slots` for this layer, and count `offset` more tokens. Returns what the cache returns, or None."""
-    return None if cache is None else cache.update(layer_idx=_layer_idx(module), offset=offset, **slots)
+    if cache is None:
+        return None
+    return cache.update(layer_idx=require_cache_layer_idx(module, cache), offset=offset, **slots)
 
 
-def _layer_idx(module: nn.Module) -> int:
+def require_cache_layer_idx(module: nn.Module, past_key_values: Any) -> int | None:
+    """The layer's place in a cache. Raises ValueError if a cache is given to a layer built without `layer_idx`."""
     layer_idx = getattr(module, "layer_idx", None)
-    if layer_idx is None:
+    if layer_idx is None and past_key_values is not None:
         raise ValueError(
             f"layer_idx must be given when {type(module).__name__} is built, to be used with past_key_values, got None"
         )

@@ -12,13 +12,14 @@ The batch is the first axis of every tensor, so that beam search and batch selec
 layer counts the tokens that it has seen, so that nothing depends on the order of updates.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 SLOTS = ("recurrent_state", "conv_state", "attn_state", "ffn_state", "attn_shift", "ffn_shift")
 Slot = Tensor | tuple[Tensor, ...]
@@ -30,6 +31,14 @@ _NO_CROP = (
 )
 
 
+class Slots(dict[str, Slot]):
+    """Slot name -> tensor or tuple of tensors; a slot in which nothing is stored reads as None."""
+
+    def __missing__(self, name: str) -> None:
+        if name not in SLOTS:
+            raise KeyError(name)
+
+
 class StateLayer(CacheLayerMixin):
     """The slots of one layer of a model, by name, and the number of tokens that it has seen."""
 
@@ -39,23 +48,24 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self, seen_tokens: int = 0) -> None:
         super().__init__()
-        self.slots: dict[str, Slot] = {}
+        self.slots = Slots()
         self.seen_tokens = seen_tokens
+        self.has_stored = False  # whether anything was ever stored; `reset` does not undo it
+        self._holds_inference_tensors = False
         self._device_before: torch.device | None = None  # where the states were before they were offloaded
 
     def __repr__(self) -> str:
         return f"StateLayer({', '.join(self.slots) or 'empty'}; seen_tokens={self.seen_tokens})"
 
-    def update(
-        self, offset: int = 1, cache_kwargs: Mapping[str, Any] | None = None, **slots: Slot | None
-    ) -> dict[str, Slot]:
+    def update(self, offset: int = 1, cache_kwargs: Mapping[str, Any] | None = None, **slots: Slot | None) -> Slots:
         """Store `slots` and count `offset` tokens. Returns all slots; their `attn_state` is not trimmed to a window."""
-        result = dict(self.slots)
+        result = Slots(self.slots)
         for name, value in slots.items():
             if name not in SLOTS:
                 raise TypeError(f"a cache slot must be one of {', '.join(SLOTS)}, got {name!r}")
             if value is None:
                 continue
+            self.has_stored = True
             result[name] = value
             if name == "attn_state":
                 result[name] = self._append(value)
@@ -64,7 +74,18 @@ class StateLayer(CacheLayerMixin):
                 self.slots[name] = value
         self.seen_tokens += offset
         self.is_initialized = True
+        self._holds_inference_tensors |= torch.is_inference_mode_enabled()
         return result
+
+    def leave_inference_mode(self) -> None:
+        """Outside `torch.inference_mode`, replace tensors that were stored in it by copies without their limits.
+
+        An inference tensor can neither be changed in place, as short convolutions change their states, nor be kept for
+        a gradient.
+        """
+        if self._holds_inference_tensors and not torch.is_inference_mode_enabled():
+            self.map_(lambda x: x.clone() if x.is_inference() else x)
+            self._holds_inference_tensors = False
 
     def _append(self, new: Slot) -> Slot:
         old = self.slots.get("attn_state")
@@ -100,16 +121,16 @@ class StateLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StateLayer":
         """A copy to return to. It clones tensors, since PyTorch cannot deep-copy tensors that are part of a graph."""
-        copy = StateLayer(self.seen_tokens)
-        copy.slots, copy.is_initialized = dict(self.slots), self.is_initialized
-        copy._device_before = self._device_before
-        copy.map_(torch.clone)
-        return copy
+        layer = StateLayer()
+        vars(layer).update(vars(self), slots=Slots(self.slots))
+        layer.map_(torch.clone)
+        return layer
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every stored tensor by `function(tensor)`."""
         for name, value in self.slots.items():
             self.slots[name] = function(value) if isinstance(value, Tensor) else tuple(function(x) for x in value)
+        self._holds_inference_tensors |= torch.is_inference_mode_enabled()
 
     def reset(self) -> None:
         """Remove all states and set the count of tokens to 0."""
@@ -150,7 +171,7 @@ class Cache(TransformersCache):
     """The states of all layers. `cache[layer_idx]` maps a slot's name to a tensor or a tuple of tensors.
 
     `Cache(seen_tokens=n)` starts the count of every layer at `n`. `cache[layer_idx]` raises KeyError if the layer has
-    stored nothing.
+    never stored anything. Slots that are empty, as after `reset`, read as None.
     """
 
     layers: list[StateLayer]  # type: ignore[assignment]
@@ -159,12 +180,13 @@ class Cache(TransformersCache):
         super().__init__(layers=[])
         self._first_token = seen_tokens
 
-    def __getitem__(self, layer_idx: int) -> dict[str, Slot]:
-        if not 0 <= layer_idx < len(self.layers) or not self.layers[layer_idx].slots:
+    def __getitem__(self, layer_idx: int) -> Slots:
+        if not 0 <= layer_idx < len(self.layers) or not self.layers[layer_idx].has_stored:
             raise KeyError(f"layer {layer_idx} has stored nothing in this cache")
+        self.layers[layer_idx].leave_inference_mode()
         return self.layers[layer_idx].slots
 
-    def __iter__(self) -> Iterator[dict[str, Slot]]:
+    def __iter__(self) -> Iterator[Slots]:
         return iter([layer.slots for layer in self.layers])
 
     def update(
@@ -178,7 +200,7 @@ class Cache(TransformersCache):
         cache_kwargs: Mapping[str, Any] | None = None,
         attn_shift: Slot | None = None,
         ffn_shift: Slot | None = None,
-    ) -> dict[str, Slot]:
+    ) -> Slots:
         """Store the states of a layer after `offset` new tokens, and return all its slots. Slots given as None stay.
 
         `attn_state` (keys, values) is appended on axis 1. With `cache_kwargs={"window_size": w}` only the last `w`
@@ -198,8 +220,9 @@ class Cache(TransformersCache):
             ffn_shift=ffn_shift,
         )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of tokens that the layer `layer_idx` has seen."""
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """The number of tokens that the layer `layer_idx` has seen. None means the first layer."""
+        layer_idx = layer_idx or 0
         return self.layers[layer_idx].seen_tokens if layer_idx < len(self.layers) else self._first_token
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -218,31 +241,61 @@ class Cache(TransformersCache):
         raise NotImplementedError(_NO_CROP)
 
     def to_legacy_cache(self) -> tuple[dict[str, Slot], ...]:
-        """The states as one dict per layer."""
-        return tuple(dict(slots) for slots in self)
+        """A snapshot of the states, one dict per layer. It shares no memory with the cache, which may go on."""
+        return tuple(dict(copy.deepcopy(layer).slots) for layer in self.layers)
 
     @classmethod
     def from_legacy_cache(cls, past: Any = None, seen_tokens: int = 0) -> "Cache":
-        """A cache from `past`, one mapping of slots per layer. All layers have seen `seen_tokens` tokens."""
+        """A cache from copies of `past`, one mapping of slots per layer. All layers have seen `seen_tokens` tokens."""
         cache = cls(seen_tokens)
         for layer_idx, slots in enumerate(past or ()):
+            if not isinstance(slots, Mapping):
+                raise TypeError(
+                    f"past must have one mapping of slot name to states per layer, got {type(slots).__name__} for "
+                    f"layer {layer_idx}"
+                )
             cache.update(layer_idx=layer_idx, offset=0, **slots)
+        for layer in cache.layers:
+            layer.map_(torch.clone)
         return cache
 
     @classmethod
     def wrap(cls, past: Any) -> "Cache":
-        """`past` if it is a `Cache` of ours; a new one if it is None or an empty cache of transformers.
+        """`past` if it is a `Cache` of ours; a new one if it is None; for an empty `DynamicCache` one that fills it.
 
-        Raises ValueError for anything else.
+        Such a `DynamicCache` gets our layers in place of its own, so that the next call can be given either of the two.
+        Raises ValueError for any other cache, even an empty one: a recurrent state cannot keep what its class promises
+        (a fixed number of tokens, offloading, quantised keys).
         """
         if isinstance(past, cls):
             return past
-        if past is None or (isinstance(past, TransformersCache) and past.get_seq_length() == 0):
+        if past is None:
             return cls()
-        raise ValueError(
-            f"past_key_values must be a fla.models.utils.Cache or an empty cache, got {type(past).__name__}; states "
-            "without a token count need `Cache.from_legacy_cache(states, seen_tokens=...)`"
-        )
+        layers = past.layers if _grows(past) and not past.offloading else None
+        if layers is None or not all(_is_empty(layer) or isinstance(layer, StateLayer) for layer in layers):
+            raise ValueError(
+                f"past_key_values must be a fla.models.utils.Cache or an empty DynamicCache, got {_describe(past)}; "
+                "states without a token count need `Cache.from_legacy_cache(states, seen_tokens=...)`"
+            )
+        if not all(isinstance(layer, StateLayer) for layer in layers):
+            layers.clear()
+        cache = cls()
+        cache.layers = layers  # the list itself: layers that the model adds are the caller's too
+        return cache
+
+
+def _is_empty(layer: Any) -> bool:
+    return isinstance(layer, CacheLayerMixin) and layer.get_seq_length() == 0
+
+
+def _grows(past: Any) -> bool:
+    return type(past) in (DynamicCache, TransformersCache)
+
+
+def _describe(past: Any) -> str:
+    if not _grows(past):
+        return type(past).__name__
+    return f"{type(past).__name__} with {'offloading' if past.offloading else 'tokens in it'}"
 
 
 def _last_columns(state: Slot, window_size: int | None) -> Slot:

@@ -22,6 +22,7 @@ class ToyConfig(DecoderConfig):
     fixed_fields: ClassVar = {"hidden_act": "swish", "fuse_swiglu": True, "elementwise_affine": True, "hidden_ratio": 4}
     tiny: ClassVar = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 40}
     variants: ClassVar = {"hybrid": {"attn": {"layers": [1], "num_heads": 2}}}
+    field_help: ClassVar = {"expand": "Width of the state as a factor of `hidden_size`."}
 
     intermediate_size: int = 4096
     expand: int = 1
