@@ -11,6 +11,15 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, and without an operation where nothing is to be cast.
+
+    PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward ends in a cast that does nothing, or
+    in an operation in place.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands of a matrix product, cast as `torch.autocast` would cast them; float64 stays float64.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.backends.torch.fused._common import autocast, creating_graph, gradients_with_graph, wide_dtype
+from fla.backends.torch.fused._common import as_dtype, autocast, creating_graph, gradients_with_graph, wide_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -18,8 +18,7 @@ def _plain(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, act
 
 
 def _product(x: Tensor, y: Tensor, activation: str) -> Tensor:
-    # not in place: PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward has such an operation
-    return (ACTIVATIONS[activation](x.to(wide_dtype(x))) * y).to(x.dtype)
+    return as_dtype(ACTIVATIONS[activation](x.to(wide_dtype(x))) * y, x.dtype)  # not in place: see `as_dtype`
 
 
 def _product_gradient(x: Tensor, y: Tensor, dz: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -31,7 +30,7 @@ def _product_gradient(x: Tensor, y: Tensor, dz: Tensor, activation: str) -> tupl
         dx = torch.ops.aten.sigmoid_backward(dactive, active)
     else:
         dx = torch.ops.aten.silu_backward(dactive, u)
-    return dx.to(x.dtype), active.mul_(dz).to(y.dtype)
+    return as_dtype(dx, x.dtype), as_dtype(active * dz, y.dtype)
 
 
 class _Glu(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fla.backends.torch.fused._common import autocast, creating_graph, gradients_with_graph, wide_dtype
+from fla.backends.torch.fused._common import as_dtype, autocast, creating_graph, gradients_with_graph, wide_dtype
 from fla.backends.torch.fused.glu import ACTIVATIONS
 
 
@@ -27,12 +27,12 @@ class _RootNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, sum_scale):
         u = x.to(wide_dtype(x))
-        # nothing in place: PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward has that
+        # nothing in place: see `as_dtype`
         inverse_root = torch.rsqrt(torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() * sum_scale + eps)
         ctx.save_for_backward(x, weight, inverse_root)
         ctx.eps, ctx.sum_scale = eps, sum_scale
         y = u * inverse_root
-        return y if weight is None else (y * weight).to(y.dtype)
+        return y if weight is None else as_dtype(y * weight, y.dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -45,9 +45,9 @@ class _RootNorm(torch.autograd.Function):
         if weight is not None:
             if ctx.needs_input_grad[1]:
                 dweight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-            product, dy = product.mul_(weight), dy * weight
-        projection = product.sum(-1, keepdim=True).mul_(ctx.sum_scale)
-        return (dy - unit.mul_(projection)).mul_(inverse_root).to(x.dtype), dweight, None, None
+            product, dy = product * weight, dy * weight
+        projection = product.sum(-1, keepdim=True) * ctx.sum_scale
+        return as_dtype((dy - unit * projection) * inverse_root, x.dtype), dweight, None, None
 
 
 def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms: bool) -> Tensor:
