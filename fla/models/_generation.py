@@ -74,23 +74,23 @@ class DecoderGenerationMixin(GenerationMixin):
         """
         past_key_values = merge_cache(past_key_values, cache)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        size = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        embedded = inputs_embeds is not None and seen < inputs_embeds.shape[1]
+        tokens = inputs_embeds if embedded else input_ids
+        given = tokens.shape[1]
         if next_sequence_length is not None:
             new = next_sequence_length
         elif attention_mask is not None:
             new = attention_mask.shape[1] - seen
         else:
-            new = size - seen if size > seen and not is_first_iteration else size
-        inputs: dict[str, Any]
-        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
-            given, inputs = inputs_embeds.shape[1], {"inputs_embeds": inputs_embeds[:, -new:]}
-        else:
-            given, inputs = input_ids.shape[1], {"input_ids": input_ids[:, -new:].contiguous()}
+            new = given - seen if given > seen and not is_first_iteration else given
         if not 0 < new <= given:
             raise ValueError(
-                f"input_ids must hold every token that the cache has not seen ({new} of {seen + new} by the "
-                f"attention_mask), got {given}: pass the whole sequence, or a mask that covers the cached tokens too"
+                f"{'inputs_embeds' if embedded else 'input_ids'} must hold every token that the cache, which has seen "
+                f"{seen}, has not, got {given}: pass the whole sequence, or an attention_mask that covers the cached "
+                "tokens too"
             )
+        tokens = tokens[:, -new:]
+        inputs = {"inputs_embeds": tokens} if embedded else {"input_ids": tokens.contiguous()}
         # What the caller adds for itself (position_ids, cache_position, labels, flags of the loop) stays here.
         extra = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}
         inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
