@@ -28,7 +28,7 @@ class DecoderConfig(PreTrainedConfig):
     that no model can have.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields that do nothing: any other value raises
     # The smallest useful sizes, and further settings worth a test, by name: for all suites.
     tiny: ClassVar[Mapping[str, Any]] = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}

@@ -29,7 +29,7 @@ from fla.layers._mixer import TokenMixer, build_from_config
 from fla.layers.attn import Attention
 from fla.models._config import DecoderConfig
 from fla.models._generation import CACHE_NAME, DecoderGenerationMixin
-from fla.models._inputs import check_tokens, embed, lay_out, merge_cache, packing, refuse_unknown
+from fla.models._inputs import check_tokens, embed, lay_out, merge_cache, merge_packing, refuse_unknown
 from fla.models._loading import StrictLoading, register_causal_lm
 from fla.models._loss import IGNORE_INDEX, causal_lm_loss
 from fla.models.cache import Cache
@@ -248,7 +248,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """
         refuse_unknown(kwargs)
         name, x = embed(self.get_input_embeddings(), input_ids, inputs_embeds, self.config.hidden_size)
-        cu_seqlens = packing(cu_seqlens, cu_seq_lens_q, name, x)
+        cu_seqlens = merge_packing(cu_seqlens, cu_seq_lens_q, name, x)
         if output_attentions:
             logger.warning_once("output_attentions=True has no effect: linear attention forms no attention matrix")
         past, use_cache = self._cache(merge_cache(past_key_values, cache), use_cache)
@@ -259,11 +259,11 @@ class DecoderModel(DecoderPreTrainedModel):
         x = layout.join(x)
         hidden_states: Any = ()
         carry: tuple[Tensor | None, ...] = (None,)
-        tokens = {"cu_seqlens": layout.cu_seqlens, "padding": layout.padding}
+        packing = {"cu_seqlens": layout.cu_seqlens, "padding": layout.padding}
         for block, value in zip(self.layers, self.layer_inputs(), strict=True):
             hidden_states += (layout.split(x),) if output_hidden_states else ()
             extra = value if isinstance(value, tuple) else () if value is None else (value,)
-            x, _, past, *carried = block(x, layout.attention_mask, past, use_cache, False, *carry, *extra, **tokens)
+            x, _, past, *carried = block(x, layout.attention_mask, past, use_cache, False, *carry, *extra, **packing)
             carry = carried or carry
         x = layout.split(getattr(self, self.block_cls.names.norm)(x))
         fields: dict[str, Any] = {"last_hidden_state": x, CACHE_NAME: past}

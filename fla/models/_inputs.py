@@ -73,7 +73,7 @@ def embed(
     return "inputs_embeds", inputs_embeds
 
 
-def packing(cu_seqlens: Any, cu_seq_lens_q: Any, name: str, x: Tensor) -> Tensor | None:
+def merge_packing(cu_seqlens: Any, cu_seq_lens_q: Any, name: str, x: Tensor) -> Tensor | None:
     """`cu_seqlens` by either of its names, checked against the tokens `x` `[B, T, D]` of the argument `name`."""
     for key, bounds in (("cu_seqlens", cu_seqlens), ("cu_seq_lens_q", cu_seq_lens_q)):
         if bounds is None:

@@ -48,7 +48,8 @@ def test_classes_are_in_the_tables_of_names(model_type, monkeypatch):
     monkeypatch.setattr("transformers.pipelines.base.logger.error", said.append)
     TextGenerationPipeline.check_model_type(pipeline, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert not said
-    assert "past_key_values" in causal_lm._skip_keys_device_placement
+    for names in (causal_lm._skip_keys_device_placement, causal_lm.config_class.keys_to_ignore_at_inference):
+        assert {"past_key_values", "cache"} <= set(names)
 
 
 def with_prompt(model, prompt, mask_dtype):

@@ -10,6 +10,7 @@ from fla.models.utils import Cache
 from fla.testing import assert_within_budget
 
 from .tiny import (
+    HYBRID,
     REGISTRY,
     VOCAB,
     assert_same,
@@ -17,6 +18,7 @@ from .tiny import (
     every_case,
     every_side,
     every_type,
+    exhaustive,
     padding_mask,
     tiny_config,
     tokens,
@@ -243,14 +245,22 @@ def test_feature_maps_keep_their_own_initialisation():
 
 
 @every_type
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, *exhaustive(True)])
 def test_training_step_is_one_graph(model_type, packed):
-    fused = {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": True} if packed else {}
-    model, ids = build(model_type, {"num_hidden_layers": 1, **fused}).train(), tokens(1 if packed else 2, 20)
-    inputs = {"labels": ids, "cu_seqlens": torch.tensor([0, 7, 20]) if packed else None}
+    one_graph(build(model_type, {"num_hidden_layers": 1}), packed)
+
+
+def test_packed_training_step_of_a_hybrid_is_one_graph():
+    linear = {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": True}
+    one_graph(build("gla", {"num_hidden_layers": 2, "attn": HYBRID, **linear}), packed=True)
+
+
+def one_graph(model, packed):
+    ids, cu_seqlens = tokens(1 if packed else 2, 20), torch.tensor([0, 7, 20]) if packed else None
+    inputs = {"input_ids": ids, "labels": ids, "cu_seqlens": cu_seqlens}
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, **inputs)
-    torch.testing.assert_close(compiled.loss, model(ids, **inputs).loss)
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")(**inputs)
+    torch.testing.assert_close(compiled.loss, model(**inputs).loss)
     compiled.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
