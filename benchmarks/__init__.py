@@ -1,1 +1,1 @@
-"""Speed, with records: `python -m benchmarks.ops` (see its `--help`). Not part of the installed package."""
+"""Programs that measure speed and record it, `python -m benchmarks.ops` first. Not part of the installed package."""

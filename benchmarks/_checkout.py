@@ -1,6 +1,7 @@
-"""`python benchmarks/_checkout.py FOLDER`: answers `benchmarks.host` with the library of the checkout in FOLDER.
+"""`python benchmarks/_checkout.py FOLDER`: a process in which `benchmarks.host` times another checkout.
 
-The benchmarks stay this checkout's: what is timed in turn differs in the library alone. Run as a file, never with -m.
+`fla` comes from the checkout in FOLDER and the benchmarks from this one, so the two sides of a comparison differ in the
+library alone. This file must be run as a file, never with -m.
 """
 
 import sys
@@ -10,7 +11,10 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def take(checkout: Path) -> None:
-    """Import `fla` from a checkout, and everything else as from this one. Raises RuntimeError where it has none."""
+    """Import `fla` from a checkout; later imports come from this one.
+
+    Raises RuntimeError if that checkout has no `fla`.
+    """
     sys.path[0] = str(checkout)
     import fla
 

@@ -1,4 +1,4 @@
-"""The regression guard: records beside those of before, and whether an op lost more than a tenth."""
+"""The regression guard: it compares new records with earlier ones and fails if an op takes over a tenth longer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from benchmarks import _records as records
 from benchmarks._progress import say
 
-LOSS = 0.10  # an op that takes this share longer has lost
-NOISE = 0.03  # below this nothing is said of a row
+LOSS = 0.10  # an op whose time grew by more than this share has lost
+NOISE = 0.03  # changes below this share are not listed
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row then and now."""
+    """One row (an op at a shape, in a dtype and a mode) in the earlier records and in the new ones."""
 
     before: dict[str, Any]
     after: dict[str, Any]
@@ -29,23 +29,26 @@ class Change:
 
 
 def changes(base: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[Change]:
-    """Every row of `new` that `base` has too, each by its last number, the greatest loss first."""
+    """The rows that `base` and `new` both have, with the last number of each side.
+
+    The greatest slowdown comes first.
+    """
     before = {records.key(r): r for r in records.latest(base)}
     found = [Change(before[records.key(r)], r) for r in records.latest(new) if records.key(r) in before]
     return sorted(found, key=lambda change: -change.longer)
 
 
 def table(found: list[Change]) -> str:
-    """What became slower or faster, and how many rows did neither."""
-    rows = [("op", "shape", "dtype", "mode", "then ms", "commit", "now ms", "commit", "time", "")]
+    """A table of the rows that became slower or faster, and a line that counts the others."""
+    rows = [("op", "shape", "dtype", "mode", "before, ms", "commit", "now, ms", "commit", "change of time", "")]
     for change in found:
         if abs(change.longer) < NOISE:
             continue
         old, new = change.before, change.after
-        said = "LOST" if change.lost else "slower" if change.longer > 0 else "faster"
+        verdict = "LOST" if change.lost else "slower" if change.longer > 0 else "faster"
         what = (new["op"], new["shape"], new["dtype"], new["mode"])
         times = (f"{old['ms']:.4g}", old["commit"], f"{new['ms']:.4g}", new["commit"], f"{change.longer:+.1%}")
-        rows.append((*what, *times, said))
+        rows.append((*what, *times, verdict))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -57,7 +60,7 @@ def table(found: list[Change]) -> str:
 
 
 def guard(base: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
-    """Print the comparison; 1 where an op lost more than a tenth or where no row could be compared, else 0."""
+    """Print the comparison and return the exit code: 1 if an op lost more than a tenth or no row could be compared."""
     found = changes(base, new)
     say("")
     if not found:
@@ -65,9 +68,9 @@ def guard(base: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
         return 1
     say(table(found))
     known = {records.key(change.after) for change in found}
-    fresh = [r for r in records.latest(new) if records.key(r) not in known]
-    if fresh:
-        say(f"{len(fresh)} rows are not in --base")
+    added = [r for r in records.latest(new) if records.key(r) not in known]
+    if added:
+        say(f"{len(added)} rows are not in --base")
     lost = [change for change in found if change.lost]
     say(f"LOST more than {LOSS:.0%}: {len(lost)} rows" if lost else f"no row lost more than {LOSS:.0%}")
     return int(bool(lost))

@@ -1,6 +1,6 @@
-"""A goal: what must be reached, what is aimed at, and how a record answers. H200, bfloat16.
+"""Goals: numbers that the records of the ops must reach on an H200 in bfloat16, and better ones that are aimed at.
 
-The goals themselves are data of each family: `benchmarks/families/<family>.py`.
+The goals themselves stand in `benchmarks/families/<family>.py`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,16 +19,16 @@ GROUPS = {
     "packing": "1,000 packed sequences of skewed lengths, over the time of one long sequence",
     "decode": "Decoding one token: share of copy bandwidth on the state, and time per call in a CUDA graph",
 }
-# quantity -> unit behind a value
+# quantity -> the unit that is written after a value
 UNITS = {
     "ratio": "x",  # the peer's time over ours
     "floor_x": " floors",  # time over the memory floor
     "softmax_x": "x",  # time of cuDNN's softmax attention over ours
     "work_x": "x",  # working memory over the peer's
     "first_call_s": " s",
-    "packed_x": "x",  # time of packed sequences over that of one
+    "packed_x": "x",  # time of packed sequences over that of one sequence with as many tokens
     "us": " us",
-    "bandwidth": " of copy",  # share of copy bandwidth
+    "bandwidth": " of copy",  # share of the copy bandwidth
 }
 LARGER_IS_BETTER = ("ratio", "softmax_x", "bandwidth")
 Key = tuple[str, str, str]  # op, shape, mode
@@ -37,7 +37,7 @@ Records = Mapping[Key, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Goal:
-    """One number that a record has to reach."""
+    """A quantity that must reach `must`, and is to reach `aim` if one is given."""
 
     group: str
     op: str
@@ -49,20 +49,20 @@ class Goal:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """The records that it is read from."""
+        """The records from which its value is computed."""
         own = (self.op, self.shape, self.mode)
-        beside = self._beside
-        return (own,) if beside is None else (own, beside)
+        second = self._second_key
+        return (own,) if second is None else (own, second)
 
     @property
-    def _beside(self) -> Key | None:
-        """The record that the goal's own is compared with, where it is not part of it."""
+    def _second_key(self) -> Key | None:
+        """A second record that the value needs: softmax attention's, or that of one long sequence. Else None."""
         if self.quantity == "softmax_x":
             return (SOFTMAX, self.shape, self.mode)
         return (self.op, self.shape, self.mode.replace("packed", "whole")) if self.quantity == "packed_x" else None
 
     def value(self, records: Records) -> float | None:
-        """What was measured, or None."""
+        """The measured value, or None if a record is missing."""
         own = records.get((self.op, self.shape, self.mode))
         if own is None or own["ms"] is None:
             return None
@@ -74,13 +74,13 @@ class Goal:
             return 1 / own["floor_x"] if own["floor_x"] else None
         if self.quantity == "work_x":
             return own["work_mb"] / own["peer_work_mb"] if own["peer_work_mb"] and own["work_mb"] is not None else None
-        beside = records.get(self._beside) if self._beside else None
-        if beside is None or not beside["ms"]:
+        second = records.get(self._second_key) if self._second_key else None
+        if second is None or not second["ms"]:
             return None
-        return own["ms"] / beside["ms"] if self.quantity == "packed_x" else beside["ms"] / own["ms"]
+        return own["ms"] / second["ms"] if self.quantity == "packed_x" else second["ms"] / own["ms"]
 
     def verdict(self, records: Records) -> str:
-        """ "met", "not met" or "no record"; "met, and the aim" where there is one and it is reached."""
+        """One of "no record", "not met", "met" and, where there is an aim and it is reached, "met, and the aim"."""
         value = self.value(records)
         if value is None:
             return "no record"
@@ -92,7 +92,7 @@ class Goal:
         return value >= bar if self.quantity in LARGER_IS_BETTER else value <= bar
 
     def shown(self, bar: float | None) -> str:
-        """A bar with its direction and unit."""
+        """`must` or `aim` as it is written in tables: its direction, number and unit."""
         if bar is None:
             return ""
         sign = "≥" if self.quantity in LARGER_IS_BETTER else "≤"
@@ -113,7 +113,11 @@ def speed(
     both: tuple[float, float | None],
     floors: tuple[float, float] | None = None,
 ) -> list[Goal]:
-    """Ratios (must, aim) of forward and forward+backward, and the most floors of each."""
+    """Goals of ops for one shape.
+
+    `forward` and `both` (forward and backward) are ratios (must, aim) of the peer's time to ours; `floors` are how many
+    times the memory floor each of the two may take at most.
+    """
     made = []
     for op in ops:
         for number, (mode, (must, aim)) in enumerate((("fwd", forward), ("fwdbwd", both))):

@@ -1,6 +1,6 @@
-"""One checkout's side of `benchmarks.host`: makes the calls of an op ready, and times rounds of them.
+"""One checkout's side of `benchmarks.host`: it prepares the calls of an op, and times rounds of them.
 
-In the command's own process, or with `--against` in one process for each checkout: `benchmarks/_checkout.py`.
+This runs in the command's own process or, with `--against`, in a process for each checkout (`_checkout.py`).
 """
 
 import contextlib
@@ -12,12 +12,15 @@ from benchmarks._idle import idle
 from benchmarks._local import why_not
 from benchmarks._ours import checked, prepared
 
-_calls: dict[str, timing.Call] = {}  # by mode, of the op at hand
+_calls: dict[str, timing.Call] = {}  # mode -> call of the op that is prepared
 _idling = contextlib.ExitStack()
 
 
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
-    """Make the calls of an op ready, in every mode. It is checked first, unless the backend is to compute nothing."""
+    """Prepare the calls of an op in every mode.
+
+    Its results are checked first, unless the backend is to compute nothing.
+    """
     release(request)
     try:
         if request["idle"]:
@@ -36,16 +39,16 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def time_round(request: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds of a call in one loop of calls."""
+    """Time one loop of calls. Returns microseconds a call."""
     call = _calls[request["mode"]]
-    # a backend that computes nothing waits for nothing: processor time is what a call takes, whoever else is at work
+    # a backend that computes nothing never waits: its processor time is its time, and other programs do not disturb it
     clock = time.process_time if request["idle"] else time.perf_counter
     seconds = timing.per_call(call.run, request["device"], request["seconds"], 1, clock)
     return {"status": "ok", "us": seconds * 1e6}
 
 
 def release(request: dict[str, Any]) -> dict[str, Any]:
-    """Let go of the op at hand: its backend computes again."""
+    """Forget the op that is prepared. Its backend computes again."""
     _calls.clear()
     _idling.close()
     return {"status": "ok"}

@@ -1,8 +1,9 @@
-"""A backend that computes nothing: what is then left of a call's time is the Python around the kernels.
+"""A backend that computes nothing, so that the time of a call is that of the Python code around the kernels.
 
-It serves both shapes that a family's backend has had: `forward(problem, output_final_state, keep)` with
-`backward(problem, saved, do, dht, needs) -> dict`, and before it `forward(problem, output_final_state)` with
-`backward(problem, do, dht, needs_gates) -> Gradients`. Outputs and gradients are memory that nobody writes.
+Outputs and gradients are memory that nobody writes. So that older checkouts can be timed too, the stand-ins come with
+both interfaces that a backend has had. Today's is `forward(problem, output_final_state, keep)` with
+`backward(problem, saved, do, dht, needs) -> dict`; the earlier one is `forward(problem, output_final_state)` with
+`backward(problem, do, dht, needs_gates) -> Gradients`.
 """
 
 import contextlib
@@ -20,11 +21,11 @@ Function = Callable[..., Any]
 
 @contextlib.contextmanager
 def idle(family: str, backend: str = "torch") -> Iterator[None]:
-    """Within it, `backend` computes nothing for `family`. For calls whose outputs all have one shape."""
+    """A block in which `backend` computes nothing for `family`. All calls in it must have outputs of one shape."""
     module = importlib.import_module(f"fla.backends.{backend}.{family}")
     before = module.forward, module.backward
-    current = "keep" in inspect.signature(module.forward).parameters
-    module.forward, module.backward = _stand_ins() if current else _stand_ins_of_before(family)  # type: ignore[attr-defined]
+    is_current = "keep" in inspect.signature(module.forward).parameters
+    module.forward, module.backward = _stand_ins() if is_current else _earlier_stand_ins(family)  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -33,7 +34,7 @@ def idle(family: str, backend: str = "torch") -> Iterator[None]:
 
 def _stand_ins() -> tuple[Function, Function]:
     saved_of = importlib.import_module("fla.backends._recurrence").Saved
-    outputs: list[Tensor] = []  # one like those that are asked for, so that a call makes its own in one step
+    outputs: list[Tensor] = []  # one, made by the first call: later calls need a single `empty_like`
 
     def forward(problem: Any, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, Any]:
         if not outputs:
@@ -48,7 +49,7 @@ def _stand_ins() -> tuple[Function, Function]:
     return forward, backward
 
 
-def _stand_ins_of_before(family: str) -> tuple[Function, Function]:
+def _earlier_stand_ins(family: str) -> tuple[Function, Function]:
     gradients: ModuleType = importlib.import_module(f"fla.backends.{family}").Gradients
 
     def forward(problem: Any, output_final_state: bool) -> tuple[Tensor, Tensor | None]:

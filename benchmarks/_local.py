@@ -1,4 +1,4 @@
-"""What the smaller benchmarks share: they run in one process, and write the same records as `benchmarks.ops`."""
+"""What the benchmarks beside `benchmarks.ops` share. They run in one process, and write the same records as it does."""
 
 import argparse
 import datetime
@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Recorder:
-    """The machine, and a file to which records go. `path` None: they are only shown."""
+    """Prints records, and appends them to the file of this machine in the folder `out` (None: only prints them)."""
 
     def __init__(self, device: str, out: Path | None, commit: str | None = None) -> None:
         self.info = info({"device": device})
@@ -29,7 +29,7 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, **fields: Any) -> dict[str, Any]:
-        """Complete, write and print a record."""
+        """Make a record of `fields`, the date and the machine; append and print it."""
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         stamp = {name: self.info[name] for name in ("gpu", "torch", "triton")}
         made = records.record(date=now, commit=self.commit, **stamp, **fields)
@@ -42,7 +42,7 @@ class Recorder:
 
 def op_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of a benchmark of ops."""
-    p.add_argument("--op", nargs="+", help=f"of {', '.join(REGISTRY)}; default all that have the form")
+    p.add_argument("--op", nargs="+", help=f"among {', '.join(REGISTRY)}; default all that have the form")
     p.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, float32 otherwise")
     p.add_argument("--backend", choices=BACKENDS, help="default: Triton for GPU tensors, PyTorch otherwise")
     common_arguments(p)
@@ -51,13 +51,13 @@ def op_arguments(p: argparse.ArgumentParser) -> None:
 
 def common_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of every benchmark."""
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a GPU")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--commit", help="what the record names; default git's, or unknown")
+    p.add_argument("--commit", help="commit that the records name; default git's, or unknown")
 
 
 def settle(a: argparse.Namespace) -> None:
-    """Fill in device and dtype. Raises ValueError for a device that is not there."""
+    """Fill in device and dtype where none is given. Raises ValueError for `cuda` without a GPU."""
     a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if a.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU")
@@ -74,7 +74,10 @@ def with_form(names: list[str] | None, form: str) -> list[str]:
 
 
 def why_not(error: Exception) -> tuple[str, bool]:
-    """What a row's note says of an error, and whether it is a failure of ours and no declared limit."""
+    """The note of a row that raised `error`, and whether that is a failure.
+
+    A ValueError or a NotImplementedError is no failure: it says what an op declares not to do.
+    """
     failed = not isinstance(error, (ValueError, NotImplementedError))
     text = " ".join(str(error).split())[:200]
     return (f"FAILED: {type(error).__name__}: {text}" if failed else f"not run: {text}"), failed

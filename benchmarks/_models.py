@@ -1,4 +1,4 @@
-"""What the benchmarks of whole models share: which model, from which sizes, and on which tokens."""
+"""What the benchmarks of whole models share: the model, its sizes, and the tokens that it reads."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ BYTES = 256
 def model_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of a benchmark of models."""
     for name in SIZES:
-        option(p, name, type=int, help="of a model made from its type; default the config's")
+        option(p, name, type=int, help="of a model that is made from its type; default the config's")
     p.add_argument("--data", type=Path, help="a text file: its bytes are the tokens; default random tokens")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--backend", choices=BACKENDS, help="default: Triton for GPU tensors, PyTorch otherwise")
@@ -34,12 +34,12 @@ def model_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def option(p: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
-    """An option under its name with underscores, and with dashes."""
+    """Add an option that may be written with underscores or with dashes."""
     p.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **keywords)
 
 
 def settle(a: argparse.Namespace) -> None:
-    """Fill in device, dtype and the folder of records. Raises ValueError for what is not there."""
+    """Fill in device, dtype and the folder of records. Raises ValueError for a GPU or a file that is not there."""
     _local.settle(a)
     if a.out is None and a.device == "cuda":
         a.out = _local.RESULTS
@@ -80,7 +80,7 @@ def build_config(name: str, a: argparse.Namespace, tokens: int, where: str) -> A
 
 
 def build_model(name: str, config: Any, a: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
-    """A saved model with its weights, or a seeded random one, on the device."""
+    """A saved model with its weights, or a new one with random weights from the seed, on the device."""
     torch.manual_seed(a.seed)
     if name in model_types():
         model = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -90,7 +90,7 @@ def build_model(name: str, config: Any, a: argparse.Namespace, dtype: torch.dtyp
 
 
 class Codec:
-    """Text to tokens and back: the saved model's tokenizer, or bytes where it has none."""
+    """Text to tokens and back, by the saved model's tokenizer; without a tokenizer, bytes are the tokens."""
 
     def __init__(self, name: str, vocab: int) -> None:
         self.vocab, local = vocab, Path(name)
@@ -106,14 +106,17 @@ class Codec:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens; what is no byte is shown as `?`."""
+        """The text of tokens. Without a tokenizer, a token that is not a byte is shown as `?`."""
         if self.tokenizer is not None:
             return str(self.tokenizer.decode(ids))
         return bytes(i if i < BYTES else ord("?") for i in ids).decode(errors="replace")
 
 
 def draw(codec: Codec, data: Path | None, shape: tuple[int, int], seed: int) -> Tensor:
-    """Tokens `[rows, T]`: seeded random ones, or windows of a text at seeded places. ValueError: it is too short."""
+    """Tokens `[rows, T]` from the seed: random ones, or pieces of a text.
+
+    Raises ValueError if the text is too short.
+    """
     generator = torch.Generator().manual_seed(seed)
     if data is None:
         return torch.randint(codec.vocab, shape, generator=generator)
@@ -125,40 +128,40 @@ def draw(codec: Codec, data: Path | None, shape: tuple[int, int], seed: int) -> 
 
 
 def on_backend(a: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """The block in which the ops run on `--backend`."""
+    """A block in which the ops run on `--backend`."""
     return contextlib.nullcontext() if a.backend is None else fla.use_backend(a.backend)
 
 
 def wait(device: str) -> None:
-    """Until the GPU has done what it was given."""
+    """Wait until the GPU has finished all work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def memory_mb(device: str) -> float | None:
-    """MiB in use at this moment; None on a CPU."""
+    """MiB of GPU memory in use now; None on a CPU."""
     return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else None
 
 
 def peak_mb(device: str) -> float | None:
-    """The most MiB in use since the last call of `torch.cuda.reset_peak_memory_stats`; None on a CPU."""
+    """The most MiB of GPU memory in use since `torch.cuda.reset_peak_memory_stats` was called; None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
 
 
 def note(described: str, a: argparse.Namespace, *how: str) -> str:
-    """What a record says of a run."""
+    """The note of a record: the model, the backend if one was named, and how it ran."""
     return "; ".join([described, *([f"{a.backend} backend"] if a.backend else []), *how])
 
 
 def describe(config: Any, parameters: int) -> str:
-    """A model in a few words, for notes."""
+    """The size of a model in a few words."""
     sizes = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers"
     heads = getattr(config, "num_heads", None)
     return f"{parameters / 1e6:.4g}M parameters, {sizes}" + (f", {heads} heads" if heads else "")
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:
-    """Names and values, a line each."""
+    """Print names and values, one pair a line."""
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), flush=True)
 

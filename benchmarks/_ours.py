@@ -1,8 +1,8 @@
-"""Our side's process: `python -m benchmarks._ours`. Checks a row against its reference, then times it.
+"""The process that checks our ops and times them: `python -m benchmarks._ours`.
 
-Correct first: the beginning of the row's own inputs is computed in float64 by the naive recurrence, and outputs and
-all gradients of the timed function must be within the error budget of `fla.testing`; then the output of the full size
-must begin the same and be finite throughout, and so must the full size's gradients. Only then is anything timed.
+A row is timed only after it was found right. The naive recurrence computes the first tokens of the row's own inputs in
+float64; output and gradients of the timed function on these tokens must be within the error budget of `fla.testing`.
+Then the output of the whole inputs must begin with the same values, and it and all gradients must be finite.
 """
 
 import platform
@@ -24,7 +24,7 @@ from fla.testing import assert_within_budget
 
 
 def info(request: dict[str, Any]) -> dict[str, Any]:
-    """The machine, the versions, and the copy bandwidth that floors are counted with."""
+    """The machine, the versions, and the copy bandwidth from which memory floors are computed."""
     device = request["device"]
     try:
         import triton
@@ -44,7 +44,7 @@ def info(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Check and time one op at one shape. Status `ok`, `unsupported` (a declared limit) or `failed`."""
+    """Check and time one op at one shape. The status is `ok`, `unsupported` (a declared limit) or `failed`."""
     target = find(request["op"], request["form"], request["backend"])
     reply: dict[str, Any] = {"status": "ok", "why": "", "name": target.name, "settings": target.settings, "rows": {}}
     try:
@@ -58,12 +58,12 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         status = "failed" if target.family else "unsupported"
         reply |= {"status": status, "why": one_line(error), "fatal": True}
     if request["device"] == "cuda":
-        torch.cuda.empty_cache()  # the peer's turn: leave it the memory
+        torch.cuda.empty_cache()  # the peer is next, and needs the memory
     return reply
 
 
 def _run(target: Target, request: dict[str, Any], reply: dict[str, Any]) -> None:
-    """Fill the reply step by step, so that a step that raises leaves what came before it."""
+    """Fill the reply step by step: what the first steps wrote stays if a later one raises."""
     clock = _Clock(request["device"], reply.setdefault("seconds", {}))
     shapes = sizes(target.shapes, request["dims"])
     tensors, replaced = _inputs(target, shapes, getattr(torch, request["dtype"]), request)
@@ -88,7 +88,7 @@ def _run(target: Target, request: dict[str, Any], reply: dict[str, Any]) -> None
 
 
 class _Clock:
-    """Where a row's seconds go."""
+    """Writes into `laps` how many seconds each step of a row took."""
 
     def __init__(self, device: str, laps: dict[str, float]) -> None:
         self.device, self.laps, self.last = device, laps, time.perf_counter()
@@ -100,7 +100,10 @@ class _Clock:
 
 
 def checked(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor], str]:
-    """A target, inputs on which it was found right, and its backend. Raises AssertionError where it is wrong."""
+    """A target, inputs on which its results were found right, and its backend.
+
+    Raises AssertionError for a wrong result.
+    """
     target, tensors = prepared(request)
     backend = _backend(target, tensors, request["backend"])
     _check(target, tensors, _reference(target, tensors, request), backend, request)
@@ -108,13 +111,13 @@ def checked(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor], str]:
 
 
 def prepared(request: dict[str, Any]) -> tuple[Target, dict[str, Tensor]]:
-    """A target and legal inputs of its own for the shape that was asked for."""
+    """A target, and legal inputs for it at the shape of the request."""
     target = find(request["op"], request["form"], request["backend"])
     return target, _inputs(target, sizes(target.shapes, request["dims"]), getattr(torch, request["dtype"]), request)[0]
 
 
 def _inputs(target: Target, shapes: dict[str, list[int]], dtype: torch.dtype, request: dict[str, Any]):
-    """Legal inputs, and those of them that are not plain seeded noise (the gates)."""
+    """Legal inputs, and those among them that are not the seeded noise itself (the gates)."""
     noise = timing.noise(shapes, dtype, request["device"], request["seed"])
     legal = target.inputs(dict(noise))
     tensors = {name: legal[name].to(dtype).contiguous() for name in shapes}
@@ -127,18 +130,19 @@ def _backend(target: Target, tensors: dict[str, Tensor], backend: str | None) ->
     try:
         return resolve(target.family, next(iter(tensors.values())), backend)
     except ValueError:
-        return backend  # the call itself says why it cannot run
+        return backend  # the call will raise the same error, with its reason
 
 
 def _reference(target: Target, tensors: dict[str, Tensor], request: dict[str, Any]) -> dict[str, Tensor]:
-    """The beginning's output, and where a backward is timed its gradients, by the naive recurrence in float64."""
-    begin = first_tokens(target.shapes, tensors)
+    """The output of the first tokens by the naive recurrence in float64, and if a backward is timed, their
+    gradients."""
+    first = first_tokens(target.shapes, tensors)
     with_gradients = target.checked and "fwdbwd" in request["modes"]
-    return _results(target.reference, begin, torch.float64, with_gradients, request["seed"])
+    return _results(target.reference, first, torch.float64, with_gradients, request["seed"])
 
 
 def _handed_to_peer(tensors: dict[str, Tensor], replaced: dict[str, Tensor], reference: Tensor, scratch: Path):
-    """What the peer's process needs to draw the same inputs and to be compared with the same reference."""
+    """What the peer's process needs so that it has the same inputs and can compare its output with the reference."""
     torch.save(replaced, scratch / "replaced.pt")
     torch.save(reference, scratch / "reference.pt")
     return {
@@ -155,13 +159,13 @@ def _check(
     backend: str | None,
     request: dict[str, Any],
 ) -> Tensor:
-    """Raise AssertionError unless the row is right; returns its full-size output."""
-    begin = first_tokens(target.shapes, tensors)
+    """Return the output of the whole inputs. Raises AssertionError if any result of the row is wrong."""
+    first = first_tokens(target.shapes, tensors)
     with_gradients = "fwdbwd" in request["modes"]
-    dtype = next(iter(begin.values())).dtype
+    dtype = next(iter(first.values())).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    naive = _results(target.reference, begin, wide, with_gradients, request["seed"])
-    actual = _results(target.call, begin, dtype, with_gradients, request["seed"])
+    naive = _results(target.reference, first, wide, with_gradients, request["seed"])
+    actual = _results(target.call, first, dtype, with_gradients, request["seed"])
     for name, value in actual.items():
         gate = name.removeprefix("d") in target.gates
         assert_within_budget(name, value, reference[name], naive[name].to(dtype), backend=backend or "torch", gate=gate)
@@ -178,7 +182,8 @@ def _check(
 
 
 def _results(function, tensors: dict[str, Tensor], dtype: torch.dtype, with_gradients: bool, seed: int):
-    """`o`, and the gradient of every tensor for a seeded incoming gradient, computed in `dtype`."""
+    """`o`, computed in `dtype`; `with_gradients` also the gradient of every tensor, for an incoming gradient from the
+    seed."""
     leaves = {name: x.to(dtype).detach().clone().requires_grad_(with_gradients) for name, x in tensors.items()}
     o = timing.first_output(function(**leaves))
     results = {"o": o.detach()}
@@ -198,7 +203,7 @@ def _assert_finite(name: str, x: Tensor | None) -> None:
 
 
 def warm(request: dict[str, Any]) -> dict[str, Any]:
-    """Run forward and backward once on every set of sizes, the smallest first, so that all kernels are compiled."""
+    """Run every mode once at every set of sizes, the smallest first, so that all kernels are compiled."""
     start = time.perf_counter()
     for dims in sorted(request["all_dims"], key=work):
         target, tensors = prepared(request | {"dims": dims})
@@ -212,7 +217,7 @@ def warm(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_call(request: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the first forward and backward in this process. Imports, inputs and the CUDA context come before."""
+    """Seconds of the first forward and backward in this process. Imports, inputs and the CUDA context do not count."""
     target, tensors = prepared(request)
     backend = _backend(target, tensors, request["backend"])
     if target.family and backend:

@@ -1,7 +1,9 @@
-"""The peer's process: `python benchmarks/_peer.py --path FOLDER`, FOLDER being where the peer was installed.
+"""The peer's process: `python benchmarks/_peer.py --path FOLDER`.
 
-Run as a file, never with -m: this folder is then on the path, and the repository with our own `fla` is not. Only what
-the peer publishes is called; which function, and by which names, the request says (`benchmarks/families`).
+The peer is another linear-attention library, which our ops are timed beside; FOLDER is where it was installed. Its
+package is called `fla` as well. So this file must be run as a file, never with -m: then this folder is on the path, and
+the repository with our own `fla` is not. Only functions that the peer publishes are called. The request says which
+function and with which arguments, as `benchmarks/families` declares.
 """
 
 import argparse
@@ -24,7 +26,7 @@ MODES = ("fwd", "fwdbwd")
 
 
 def meet(path: Path) -> dict[str, Any]:
-    """Name and version of what was installed, and whether its guard against this Triton was lifted."""
+    """Name and version of the installed peer, and whether its guard against this version of Triton was lifted."""
     import fla
 
     if path not in Path(fla.__file__ or "").resolve().parents:
@@ -32,13 +34,16 @@ def meet(path: Path) -> dict[str, Any]:
     found: dict[str, str] = {d.name: d.version for d in importlib.metadata.distributions(path=[str(path)]) if d.name}
     known = [name for name in ("flash-linear-attention", "fla-core") if name in found] + sorted(found)
     name, version = (known[0], found[known[0]]) if known else ("fla", getattr(fla, "__version__", "unknown"))
-    # It hands its work to these where they are installed: a row must say so.
+    # The peer hands its work to these packages if they are installed: a row must name them.
     used = "".join(f" with {x}" for x in ("tilelang", "flash_qla", "flash_kda") if importlib.util.find_spec(x))
     return {"status": "ok", "peer": f"{name} {version}{used}", "guard_lifted": _lift_guard()}
 
 
 def _lift_guard() -> bool:
-    """The peer refuses gated backward passes on some Tritons; for timing alone that refusal is lifted."""
+    """Lift the peer's refusal of gated backward passes on some versions of Triton, for timing only.
+
+    Returns whether it refused them.
+    """
     try:
         common = importlib.import_module("fla.ops.common.chunk_o")
     except ImportError:
@@ -67,7 +72,7 @@ def _inputs(request: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, 
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Time the function on the inputs that ours was timed on, and compare its first tokens with the reference."""
+    """Time the peer's function on the inputs of ours, and compare its first tokens with the reference."""
     tensors = _inputs(request, request["shapes"])
     if timing.checksums(tensors) != request["checksums"]:
         raise RuntimeError("the peer's process drew other inputs than ours")
@@ -90,18 +95,21 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def warm(request: dict[str, Any]) -> dict[str, Any]:
-    """Run forward and backward once on every set of shapes: the peer tunes itself and keeps what it found on disk."""
+    """Run forward and backward once at every set of shapes.
+
+    The peer tunes itself then, and keeps the result on disk.
+    """
     function, start = _function(request), time.perf_counter()
     for shapes in sorted(request["all_shapes"], key=lambda x: sum(math.prod(size) for size in x.values())):
-        # The gates of a warm-up are noise made negative: tuning depends on sizes, not on values.
+        # The gates are negative noise here: tuning depends on sizes, not on values.
         tensors = {name: -x.abs() if name in request["gates"] else x for name, x in _inputs(request, shapes).items()}
         for mode in MODES:
             try:
                 timing.make_call(function, tensors, mode, request["seed"])()
             except torch.OutOfMemoryError:
-                raise  # another warm-up took the memory: this one is not done
+                raise  # another process took the memory: this warm-up must be run again
             except Exception:
-                traceback.print_exc()  # a mode that the peer refuses is reported when it is timed
+                traceback.print_exc()  # a mode that the peer refuses gets its note when it is timed
         if request["device"] == "cuda":
             torch.cuda.synchronize()
         _free()

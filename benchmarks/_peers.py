@@ -1,4 +1,7 @@
-"""What an op is timed beside, as data of its family: `PEERS` in `benchmarks/families/<family>.py`."""
+"""How the peer, the other library that our ops are timed beside, computes an op.
+
+The entries are data of each family: `PEERS` in `benchmarks/families/<family>.py`.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """How the peer computes an op: its module, and what is called otherwise there than here.
+    """The peer's module for an op, and the names that are not the same there as here.
 
-    A form without an entry in `functions`, and an argument without one in `arguments`, has our name there too.
-    `settings` are added to those of the row; one that is None is left out of the call.
+    `functions` and `arguments` translate our names into the peer's; a name without an entry is the same in both.
+    `settings` are added to those of the row; a setting that is None here is left out of the call.
     """
 
     module: str
@@ -18,17 +21,17 @@ class Peer:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def call(self, function: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """What the peer's process is told of the call of one of our functions."""
+        """The request for the peer's call that corresponds to one of ours."""
         given = {self.arguments.get(name, name): value for name, value in (settings | self.settings).items()}
-        left = {name for name, value in self.settings.items() if value is None}
+        left_out = {name for name, value in self.settings.items() if value is None}
         return {
             "module": self.module,
             "function": self.functions.get(function, function),
             "arguments": self.arguments,
-            "settings": {name: value for name, value in given.items() if name not in left},
+            "settings": {name: value for name, value in given.items() if name not in left_out},
         }
 
 
 def same_names(*ops: str) -> dict[str, Peer]:
-    """Peers whose modules, functions and arguments are named as ours."""
+    """Entries for ops whose module, functions and arguments have the same names in the peer."""
     return {op: Peer(f"fla.ops.{op}") for op in ops}

@@ -1,4 +1,4 @@
-"""The order of rows: what was asked for first comes first, because a time limit cuts the end."""
+"""The rows of a run in order. What was asked for first is timed first, because a time limit drops the last rows."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks._shapes import FREE, SHAPES, show
 from benchmarks._targets import find
 
-NAIVE_ELEMENTS = 2**26  # updates of state elements above which nobody waits for the naive loop
+NAIVE_ELEMENTS = 2**26  # the naive loop is timed up to so many updates of state elements: more takes too long
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Job:
     """One op, form, shape and dtype. Its modes are checked together, then timed one after the other."""
 
     op: str
-    form: str  # "naive" for the loop over time, "" for softmax attention
+    form: str  # "naive" for the loop over tokens, "" for softmax attention
     dims: tuple[tuple[str, int], ...]  # the op's own axes
     dtype: str
     baseline: bool
@@ -29,12 +29,12 @@ class Job:
 
     @property
     def compile_key(self) -> tuple[object, ...]:
-        """What ours compiles for: op and head sizes."""
+        """Jobs with an equal key run the same compiled kernels of ours: the key has op, dtype and head sizes."""
         return (self.op, self.form, self.dtype, *(pair for pair in self.dims if pair[0] not in FREE))
 
     @property
     def tuning_key(self) -> tuple[object, ...]:
-        """What the peer tunes for: op, head count and head sizes."""
+        """Jobs with an equal key need one tuning of the peer: the key has op, dtype, number of heads and head sizes."""
         return (self.op, self.form, self.dtype, *(pair for pair in self.dims if pair[0] not in ("B", "T")))
 
 
@@ -47,8 +47,8 @@ def jobs(
 ) -> list[Job]:
     """Every row in order of importance. `ops`: op -> forms.
 
-    A naive row comes before each op's own where its states have at most `naive_up_to` elements, over all tokens.
-    The ops come first, shape by shape in the order in which the shapes were asked for; the baselines after them.
+    The ops come first, shape by shape in the order in which the shapes were asked for, and the baselines after them.
+    Before each op comes its naive loop, if that updates at most `naive_up_to` elements of states over all tokens.
     """
     first: list[Job] = []
     last: list[Job] = []
@@ -62,10 +62,10 @@ def jobs(
                         continue
                     first.append(Job(op, form, tuple(dims.items()), dtype, form == "naive"))
             last += [Job(name, "", tuple(find(name, "").fit(written).items()), dtype, True) for name in baselines]
-    last.sort(key=lambda job: job.shape not in SHAPES["seed"])  # where softmax is compared with
+    last.sort(key=lambda job: job.shape not in SHAPES["seed"])  # the lengths at which the report compares them
     return list(dict.fromkeys(first + last))
 
 
 def work(dims: dict[str, int]) -> int:
-    """A size by which rows of one op are put in order, the smallest first."""
+    """A measure of the work of sizes, for sorting rows of one op."""
     return math.prod(dims.values())

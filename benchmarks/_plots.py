@@ -1,6 +1,6 @@
-"""The pictures of the report: log axes, labels at the data, colours that the colour-blind tell apart.
+"""The pictures of the report: logarithmic axes, labels beside the data, colours for colour-blind readers too.
 
-Nothing here reads records: `_report.py` hands over numbers.
+Nothing here reads records: `_report.py` passes in the numbers.
 """
 
 import math
@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 matplotlib.use("Agg")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the palette of Okabe and Ito
 MARKERS = "osD^vP"
 GREYS = {"sdpa_flash": "#888888", "sdpa_cudnn": "#222222"}
 TITLES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 TEXT = 11
-LABEL_GAP = 0.052  # of the height of the axes, between labels
+LABEL_GAP = 0.052  # least distance of two labels, as a share of the height of the axes
 
 
 @dataclass(frozen=True)
 class Line:
-    """Times of one function: `points` are (tokens, ms). `dashed` lines have no label: they belong to one that has."""
+    """Times of one function: `points` are (tokens, ms). A dashed line is the peer's, and is drawn without its label."""
 
     label: str
     colour: str
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """One number of an op at a shape, with what must be reached or None."""
+    """One number of an op at a shape, and the number that must be reached, if any."""
 
     op: str
     shape: str
@@ -44,7 +44,7 @@ class Bar:
 
 
 def style(op: str, ops: Sequence[str]) -> tuple[str, str]:
-    """Colour and marker of an op: by its place among `ops`, the same in every picture."""
+    """Colour and marker of an op. They follow from its place in `ops`, so they are the same in every picture."""
     if op in GREYS:
         return GREYS[op], "x"
     place = ops.index(op)
@@ -52,7 +52,7 @@ def style(op: str, ops: Sequence[str]) -> tuple[str, str]:
 
 
 def time_against_tokens(path: Path, modes: Mapping[str, Sequence[Line]], title: str) -> None:
-    """Milliseconds against sequence length, a panel per mode. Modes without lines say so."""
+    """Milliseconds against sequence length, a panel per mode. The panel of a mode without lines says "no record"."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     figure.suptitle(title, fontsize=TEXT + 2)
     panels = figure.subplots(1, len(modes), squeeze=False)[0]
@@ -75,7 +75,7 @@ def time_against_tokens(path: Path, modes: Mapping[str, Sequence[Line]], title: 
         for line in lines:
             xs, ys = zip(*line.points, strict=True)
             width, dash = (1.1, (0, (4, 3))) if line.dashed else (2.0, "solid")
-            mark = line.marker if not line.dashed or len(xs) == 1 else None  # one point makes no line
+            mark = line.marker if not line.dashed or len(xs) == 1 else None  # a single point needs one to be seen
             fill = "none" if line.dashed else "full"
             axes.plot(xs, ys, color=line.colour, lw=width, ls=dash, marker=mark, markersize=5.5, fillstyle=fill)
         _label_ends(axes, [line for line in lines if not line.dashed])
@@ -83,13 +83,13 @@ def time_against_tokens(path: Path, modes: Mapping[str, Sequence[Line]], title: 
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """The name of every line at its right end, pushed apart where ends meet."""
+    """Write the name of every line at its right end. Names that would overlap are moved apart."""
     low, high = (math.log(y) for y in axes.get_ylim())
     ends = sorted(lines, key=lambda line: max(line.points)[1])
     places = [(math.log(max(line.points)[1]) - low) / (high - low) for line in ends]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + LABEL_GAP)
-    for i in range(len(places) - 1, -1, -1):  # and back, where that led out of the axes
+    for i in range(len(places) - 1, -1, -1):  # downwards again, if the last ones left the axes
         places[i] = min(places[i], (places[i + 1] if i + 1 < len(places) else 1 + LABEL_GAP) - LABEL_GAP)
     for place, line in zip(places, ends, strict=True):
         axes.text(1.015, place, line.label, transform=axes.transAxes, color=line.colour, fontsize=TEXT, va="center")
@@ -98,9 +98,9 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
 def bars(
     path: Path, modes: Mapping[str, Sequence[Bar]], ops: Sequence[str], title: str, unit: str, line: tuple[float, str]
 ) -> None:
-    """Horizontal bars, grouped by shape, a panel per mode; `line` is a value to compare with, and its name.
+    """Horizontal bars, grouped by shape, a panel per mode. `line` is a value to compare with, and its name.
 
-    A black tick is the `must` of a row. Bars begin at the line, so that their direction says which side wins.
+    Bars begin at this line, so that their direction shows which side wins. A black tick is the `must` of a bar.
     """
     rows: list[tuple[str, str]] = []
     for given in modes.values():
@@ -109,11 +109,11 @@ def bars(
     rows.sort(key=lambda row: (shapes.index(row[0]), ops.index(row[1])))
     place = 0.0
     places: dict[tuple[str, str], float] = {}
-    heads: dict[str, float] = {}
+    headings: dict[str, float] = {}
     for row in rows:
-        if row[0] not in heads:
-            place += 0.9 if heads else 0.0
-            heads[row[0]] = place
+        if row[0] not in headings:
+            place += 0.9 if headings else 0.0
+            headings[row[0]] = place
             place += 1.0
         places[row] = place
         place += 1.0
@@ -121,7 +121,7 @@ def bars(
     figure.suptitle(title, fontsize=TEXT + 2)
     panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
     values = [x for given in modes.values() for bar in given for x in (bar.value, bar.must) if x is not None]
-    crowded = (max(values) / min(values)) ** 0.15
+    width_of_number = (max(values) / min(values)) ** 0.15  # as a factor on the logarithmic axis
     for axes, (mode, given) in zip(panels, modes.items(), strict=True):
         _bare(axes, TITLES[mode])
         axes.set_xscale("log")
@@ -132,11 +132,11 @@ def bars(
         for bar in given:
             y, colour = places[bar.shape, bar.op], style(bar.op, ops)[0]
             axes.plot([line[0], bar.value], [y, y], color=colour, linewidth=7, solid_capstyle="butt")
-            shift = max(bar.value, line[0])
-            if bar.must is not None and shift * 0.98 < bar.must < shift * crowded:
-                shift = bar.must  # the number would stand on the tick
+            number_at = max(bar.value, line[0])
+            if bar.must is not None and number_at * 0.98 < bar.must < number_at * width_of_number:
+                number_at = bar.must  # behind the tick, which the number would hide
             axes.annotate(
-                f"{bar.value:.3g}", (shift, y), (5, 0), textcoords="offset points", va="center", fontsize=TEXT - 1
+                f"{bar.value:.3g}", (number_at, y), (5, 0), textcoords="offset points", va="center", fontsize=TEXT - 1
             )
             if bar.must is not None:
                 axes.plot([bar.must, bar.must], [y - 0.42, y + 0.42], color="black", linewidth=2.2)
@@ -146,8 +146,8 @@ def bars(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.tick_params(axis="x", labelsize=TEXT - 1)
         axes.tick_params(axis="y", length=0, labelsize=TEXT - 1)
-        axes.set_yticks([*heads.values(), *places.values()], [*heads, *(op for _, op in places)])
-        for label in axes.get_yticklabels()[: len(heads)]:
+        axes.set_yticks([*headings.values(), *places.values()], [*headings, *(op for _, op in places)])
+        for label in axes.get_yticklabels()[: len(headings)]:
             label.set_fontweight("bold")
         axes.grid(axis="x", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""Progress on a terminal, lines above it, and work in parallel."""
+"""Progress bars, printed lines that do not disturb them, and work in parallel."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def in_parallel(function: Callable[[Any], Any], items: list[Any], workers: int, what: str) -> list[Any]:
-    """`function` of every item, in order, some at a time."""
+    """Apply `function` to every item, up to `workers` at a time. The results have the order of the items."""
     pool = ThreadPoolExecutor(max_workers=max(1, workers))
     try:
         return list(progress(pool.map(function, items), what, len(items)))
@@ -16,7 +16,7 @@ def in_parallel(function: Callable[[Any], Any], items: list[Any], workers: int, 
 
 
 def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """A progress bar on a terminal, where tqdm is installed."""
+    """The items, with a progress bar if stderr is a terminal and tqdm is installed."""
     if not sys.stderr.isatty():
         return items
     try:
@@ -27,7 +27,7 @@ def progress(items: Iterable[Any], what: str, total: int | None = None) -> Itera
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bar, at once."""
+    """Print a line above the progress bar, without delay."""
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         print(text, flush=True)

@@ -1,4 +1,7 @@
-"""Records: `benchmarks/results/<gpu>.jsonl`, one object a line, only appended to. Claims are read from here."""
+"""Records: `benchmarks/results/<gpu>.jsonl`, one JSON object a line. Files are only appended to.
+
+Whatever the documentation says about speed is read from here.
+"""
 
 import json
 import re
@@ -11,7 +14,7 @@ FIELDS = (
     *("ms", "floor_x", "peak_mb", "first_call_s", "peer", "peer_ms", "ratio", "note"),
     *("work_mb", "peer_work_mb"),
 )
-LATER = ("work_mb", "peer_work_mb")  # the first records have no such fields: they are read as None
+LATER = ("work_mb", "peer_work_mb")  # the oldest records lack these fields, which are then read as None
 KEY = ("gpu", "op", "shape", "dtype", "mode")
 _NUMBERS = ("ms", "floor_x", "peak_mb", "first_call_s", "peer_ms", "ratio", "work_mb", "peer_work_mb")
 COLUMNS = {
@@ -20,11 +23,11 @@ COLUMNS = {
     "dtype": "dtype",
     "mode": "mode",
     "ms": "ms",
-    "floor_x": "x floor",
+    "floor_x": "floors",
     "peak_mb": "peak MiB",
     "work_mb": "work MiB",
     "peer_work_mb": "peer work MiB",
-    "first_call_s": "first s",
+    "first_call_s": "first call s",
     "peer_ms": "peer ms",
     "ratio": "peer/ours",
     "note": "note",
@@ -32,7 +35,7 @@ COLUMNS = {
 
 
 def record(**fields: Any) -> dict[str, Any]:
-    """A record with every field (absent ones None), numbers to four digits. `ms` is None where a row got no number."""
+    """A record with every field. Numbers have four digits; a field that is not given is None."""
     unknown = fields.keys() - set(FIELDS)
     if unknown:
         raise ValueError(f"a record has the fields {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
@@ -43,20 +46,23 @@ def record(**fields: Any) -> dict[str, Any]:
 
 
 def slug(gpu: str) -> str:
-    """The file's name for a GPU: "NVIDIA H200" -> "h200"; all CPUs share "cpu"."""
+    """The name of a GPU's file: "NVIDIA H200" -> "h200". All CPUs share "cpu"."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
     return "cpu" if name.startswith("cpu") else name
 
 
 def append(path: Path, fields: dict[str, Any]) -> None:
-    """Write one record at the end of a file, made if need be; on disk when this returns."""
+    """Append one record to a file, which is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(fields) + "\n")
 
 
 def read(path: Path, **where: Any) -> list[dict[str, Any]]:
-    """The records of a file in order whose fields equal `where`. Raises ValueError naming a line that is no record."""
+    """The records of a file whose fields equal `where`.
+
+    Raises ValueError naming the first line that is not a record.
+    """
     unknown = where.keys() - set(FIELDS)
     if unknown:
         raise ValueError(f"a record has the fields {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
@@ -65,7 +71,7 @@ def read(path: Path, **where: Any) -> list[dict[str, Any]]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} line {number} is no JSON object: {error}") from None
+            raise ValueError(f"{path.name} line {number} is not a JSON object: {error}") from None
         if not isinstance(fields, dict) or set(fields) | set(LATER) != set(FIELDS):
             raise ValueError(f"{path.name} line {number} must have exactly the fields {', '.join(FIELDS)}")
         fields = {name: fields.get(name) for name in FIELDS}
@@ -90,26 +96,26 @@ def backend(fields: dict[str, Any]) -> str:
 
 
 def key(fields: dict[str, Any]) -> tuple[str, ...]:
-    """What makes two records comparable: gpu, op, shape, dtype and mode, and the backend."""
+    """Records with an equal key are comparable: gpu, op, shape, dtype, mode and backend are the same."""
     return (*(fields[name] for name in KEY), backend(fields))
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last record with a number of every key, in the order in which the keys first came.
+    """The last record of every key that has a time, in the order in which the keys first appear.
 
-    Of one commit, a record with the peer's figures stays the last: a later run without the peer knows less.
+    A record with the peer's time is not replaced by a later one of the same commit without it.
     """
     last: dict[tuple[str, ...], dict[str, Any]] = {}
     for r in records:
         before = last.get(key(r))
-        knows_less = before is not None and before["commit"] == r["commit"] and before["peer_ms"] and not r["peer_ms"]
-        if r["ms"] is not None and not knows_less:
+        lacks_peer = before is not None and before["commit"] == r["commit"] and before["peer_ms"] and not r["peer_ms"]
+        if r["ms"] is not None and not lacks_peer:
             last[key(r)] = r
     return list(last.values())
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A plain-text table of records; columns that are empty throughout are left out."""
+    """A plain-text table of records, without the columns that are empty."""
     names = [name for name in COLUMNS if any(r[name] not in (None, "") for r in records)]
     rows = [[COLUMNS[name] for name in names]] + [[_cell(name, r[name]) for name in names] for r in records]
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
@@ -126,10 +132,10 @@ def table(records: list[dict[str, Any]]) -> str:
 def line(fields: dict[str, Any]) -> str:
     """A record as one line of progress."""
     what = f"{fields['op']:<28} {fields['shape']:<24} {fields['dtype']:<9} {fields['mode']:<11}"
-    parts = [f"{_cell('ms', fields['ms']):>9} ms" if fields["ms"] is not None else "no number"]
-    parts += [f"{_cell('floor_x', fields['floor_x'])} x floor"] if fields["floor_x"] is not None else []
+    parts = [f"{_cell('ms', fields['ms']):>9} ms" if fields["ms"] is not None else "not timed"]
+    parts += [f"{_cell('floor_x', fields['floor_x'])} memory floors"] if fields["floor_x"] is not None else []
     parts += [f"peer {_cell('peer_ms', fields['peer_ms'])} ms"] if fields["peer_ms"] is not None else []
-    parts += [f"peer/ours {_cell('ratio', fields['ratio'])}"] if fields["ratio"] is not None else []
+    parts += [f"peer's time over ours {_cell('ratio', fields['ratio'])}"] if fields["ratio"] is not None else []
     parts += [fields["note"]] if fields["note"] else []
     return f"{what} " + "; ".join(parts)
 

@@ -1,7 +1,8 @@
-"""`docs/benchmarks.md` and its plots, from the records alone: nothing is run, nothing is typed by hand.
+"""Writes `docs/benchmarks.md` and its plots from the records alone: nothing is run, and no number is typed by hand.
 
-Every table holds records of one commit and says which: the newest that has any of its rows (or `--commit`). Quick
-looks, runs of a named other backend, uncommitted code and rows without a number are left out. A gap says "no record".
+Every table holds records of one commit, which it names: `--commit`, or the newest commit that has any of its rows. Left
+out are runs with `--quick`, runs on another backend than the usual one, runs of uncommitted code, and rows without a
+time. A gap says "no record".
 """
 
 import re
@@ -28,20 +29,20 @@ Written by `python -m benchmarks.ops --report` from `benchmarks/results/*.jsonl`
 `python -m benchmarks.ops` and its neighbours `benchmarks.host`, `.packed`, `.decode`, `.benchmark_generation`
 and `.benchmark_training_throughput`, which check a result before they time it.
 
-- **ms**: median time of a call with a cold L2 cache, in the quietest of several rounds; `fwd` without autograd,
-  `fwdbwd` with the gradient of every input, computed in the calling thread.
-- **floors**: time over the memory floor, which is to read every input once and write every output once at the copy
-  bandwidth of the same run.
-- **peer**: the library that the records name, timed in the same run on the same inputs, its autotuning finished before.
-  **peer/ours** above 1: ours is faster.
-- **work**: peak memory of a call less inputs, outputs and gradients, in MiB.
-- **first call**: seconds of forward and backward on an empty compile cache.
-- Every table holds records of one commit. "no record": nothing was measured there on that commit.
+- **ms**: the median time of a call with a cold L2 cache, in the quietest of several rounds. `fwd` is a forward without
+  autograd; `fwdbwd` is a forward and the gradient of every input, computed in the calling thread.
+- **floors**: the time over the memory floor. The memory floor is the time that it takes to read every input once and to
+  write every output once, at the copy bandwidth that the same run measured. The closer to 1, the better.
+- **peer**: another linear-attention library, which the tables name. It is timed in the same run on the same inputs,
+  after its autotuning. **peer/ours** is its time over ours: above 1, ours is faster.
+- **work**: the working memory of a call in MiB, which is its peak memory without inputs, outputs and gradients.
+- **first call**: the seconds of the first forward and backward with an empty compile cache.
+- Every table holds records of one commit. "no record" means that nothing was measured there on that commit.
 """
 
 
 def write(everything: list[Record], docs: Path, commit: str | None = None) -> list[Path]:
-    """Write the page and its pictures into `docs`; the files. Pictures of an earlier report are removed."""
+    """Write the page and its pictures into `docs`. Returns the files. Pictures of an earlier report are removed."""
     docs.mkdir(parents=True, exist_ok=True)
     page, pictures = build(everything, commit)
     for old in docs.glob("benchmarks-*.png"):
@@ -54,7 +55,7 @@ def write(everything: list[Record], docs: Path, commit: str | None = None) -> li
 
 
 def build(everything: list[Record], commit: str | None = None) -> tuple[str, dict[str, Callable[[Path], None]]]:
-    """The page's text, and for every picture's file name what draws it."""
+    """The text of the page, and for the file name of every picture a function that draws it."""
     parts: list[str] = [HEAD]
     pictures: dict[str, Callable[[Path], None]] = {}
     gpus = sorted(dict.fromkeys(r["gpu"] for r in everything), key=lambda gpu: (gpu == "cpu", gpu))
@@ -88,7 +89,7 @@ def family_names() -> list[str]:
 
 
 def family_of(name: str) -> str:
-    """The family of an op as records call it; "" for what is of none: softmax attention, and models."""
+    """The family of the op that records call `name`; "" for softmax attention and models, which have none."""
     for spec in REGISTRY.values():
         if name == f"naive_{spec.name}" or name in (function.__name__ for function in spec.forms.values()):
             return spec.family
@@ -101,7 +102,7 @@ def with_targets(family: str) -> list[str]:
 
 
 def op_names(family: str) -> list[str]:
-    """What records call the ops of a family, by their chunk form or else their first; those with targets first."""
+    """The names of a family's ops in records: their chunk form, or else their first. Those with targets come first."""
     forms = [spec.forms for spec in REGISTRY.values() if spec.family == family]
     names = [found.get("chunk", next(iter(found.values()))).__name__ for found in forms]
     first = with_targets(family)
@@ -109,7 +110,7 @@ def op_names(family: str) -> list[str]:
 
 
 class Section:
-    """The part of the page about one family on one GPU. `rows` also holds softmax attention's."""
+    """The part of the page about one family on one GPU. `rows` also holds the records of softmax attention."""
 
     def __init__(self, rows: list[Record], slug: str, commit: str | None, family: str) -> None:
         self.rows, self.slug, self.commit, self.family = rows, slug, commit, family
@@ -117,12 +118,16 @@ class Section:
         self.pictures: dict[str, Callable[[Path], None]] = {}
 
     def of_one_commit(self, wanted: Callable[[Record], bool]) -> tuple[str, list[Record]]:
-        """A line that says where the rows come from, and the last of each; empty where there is none."""
+        """A line that says where the wanted rows come from, and the last record of each.
+
+        The list is empty if there is none.
+        """
         found = [r for r in self.rows if wanted(r)]
         commit = self.commit
         if commit is None:
             clean = [r for r in found if not r["commit"].endswith("-dirty")]
-            clean = [r for r in clean if family_of(r["op"])] or clean  # softmax attention's may be of another day
+            # softmax attention may have been timed on another commit
+            clean = [r for r in clean if family_of(r["op"])] or clean
             commit = max(clean, key=lambda r: r["date"])["commit"] if clean else None
         found = [r for r in found if r["commit"] == commit]
         if not found:
@@ -135,7 +140,7 @@ class Section:
         return f"{where}{f'; peer: {peers}' if peers else ''}.\n", records.latest(found)
 
     def targets(self) -> list[str]:
-        """What must be reached, group by group, with met or not."""
+        """The goals, group by group, each with what was measured and whether it is met."""
         parts = ["### Targets\n"] if self.goals else []
         for group, about in GROUPS.items():
             goals = [goal for goal in self.goals if goal.group == group]
@@ -147,7 +152,7 @@ class Section:
         return parts
 
     def lengths(self) -> list[str]:
-        """Time against sequence length, beside softmax attention and the peer."""
+        """Time against sequence length, for the ops, softmax attention and the peer."""
         parts = ["### Time against sequence length (B8 H32 D128)\n"]
         chosen = {*self.ops, *SOFTMAX}
         said, rows = self.of_one_commit(
@@ -192,7 +197,7 @@ class Section:
         return lines
 
     def shapes(self) -> list[str]:
-        """Every op at every shape: ratio to the peer and multiple of the floor, as pictures and in one table."""
+        """Every op at every shape, beside the peer and the memory floor, as pictures and in one table."""
         parts = ["### Every op and shape\n"]
         said, rows = self.of_one_commit(lambda r: r["mode"] in MODES)
         parts.append(said)
@@ -236,12 +241,12 @@ class Section:
             ("Host overhead", "Wall time per call in a loop on tiny inputs.", ("host_",)),
             (
                 "Packed sequences",
-                "Many sequences of skewed lengths in one row, and as many tokens as one sequence.",
+                "`packed`: many sequences of skewed lengths in one row. `whole`: one sequence of as many tokens.",
                 ("packed", "whole"),
             ),
             (
                 "Decoding",
-                "One token from a state and back; bandwidth: share of copy bandwidth on the state.",
+                "One token, from a state to the next. Bandwidth: that of the state's bytes, over copy bandwidth.",
                 ("decode",),
             ),
         ):
@@ -257,7 +262,7 @@ class Section:
         return parts
 
     def models(self) -> list[str]:
-        """Whole models."""
+        """Training steps and generated tokens of whole models."""
         said, rows = self.of_one_commit(lambda r: r["mode"] in MODELS)
         parts = ["### Models\n", "`train`: one optimizer step. `generate`: one token of every sequence.\n", said]
         if not rows:
@@ -302,7 +307,7 @@ def _all_rows(rows: Sequence[Record]) -> str:
 
 
 def _remarks(rows: Sequence[Record]) -> list[str]:
-    """What the records note, each remark once with the ops and modes that it is about."""
+    """The notes of the records, each once, with the ops and modes that have it."""
     about: dict[str, dict[str, None]] = {}
     for r in rows:
         for remark in filter(None, (r["note"] or "").split("; ")):
@@ -318,7 +323,7 @@ def _key(r: Record) -> tuple[str, str, str]:
 
 
 def _tokens(r: Record) -> int:
-    """T of a row of the comparison by sequence length."""
+    """T of a row whose shape is one of the comparison by sequence length."""
     match = LENGTH.fullmatch(r["shape"])
     assert match is not None
     return int(match[1])
@@ -336,7 +341,7 @@ def _time(r: Record | None) -> str:
 
 
 def markdown(table: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A Markdown table; the columns `numbers` to the right."""
+    """A Markdown table. The columns `numbers` are aligned to the right."""
     rows = [list(row) for row in table]
     ruler = ["---:" if i in numbers else "---" for i in range(len(rows[0]))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ruler, *rows[1:]]) + "\n"

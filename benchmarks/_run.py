@@ -1,4 +1,4 @@
-"""One run of the benchmark: workers, the peer, and a record for every row as it ends."""
+"""One run of `benchmarks.ops`: its processes, and a record of every row as soon as it ends."""
 
 import datetime
 import os
@@ -21,7 +21,7 @@ from benchmarks._worker import ROOT, Worker, WorkerError, WorkerTimeout
 
 @dataclass
 class Run:
-    """Runs the jobs in order. `run()` returns the exit code."""
+    """Runs the jobs in order: `run()`."""
 
     settings: Settings
     jobs: list[Job]
@@ -35,10 +35,10 @@ class Run:
         self.warm: dict[Any, float] = {}
         self.first_calls: dict[Any, float] = {}
         self.naive_ms: dict[Any, float] = {}
-        self.beside_naive: list[tuple[dict[str, Any], float]] = []  # records, and milliseconds of the loop
+        self.beside_naive: list[tuple[dict[str, Any], float]] = []  # record, and milliseconds of its naive loop
 
     def run(self) -> int:
-        """Everything; the table at the end also after Ctrl-C or the time limit."""
+        """Run all jobs and return the exit code. The table is printed also after Ctrl-C or the time limit."""
         code, left = 0, 0
         with tempfile.TemporaryDirectory(dir=in_memory()) as scratch:
             self.sides.scratch = scratch
@@ -68,7 +68,7 @@ class Run:
         self.commit = self.settings.commit or git_commit()
         say(
             f"{self.info['machine']}; torch {self.info['torch']}, triton {self.info['triton']}, commit {self.commit}; "
-            f"copy {self.info['bandwidth'] / 1e12:.3g} TB/s; records in {self.path.name}"
+            f"copy bandwidth {self.info['bandwidth'] / 1e12:.3g} TB/s; records in {self.path.name}"
         )
         if self.settings.first_call:
             self.first_calls = _warming.first_calls(self.sides, self.jobs)
@@ -80,10 +80,13 @@ class Run:
         if self.settings.device == "cuda":
             self.warm = _warming.warm_up(self.sides, self.jobs)
         if self.sides.peer_name is not None:
-            self.peer = self.sides.start_peer()  # it imports while ours has the first row
+            self.peer = self.sides.start_peer()  # it imports while our process computes the first row
 
     def _ask_ours(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A reply of our process; a failed one where it died or hung. It is started afresh after anything fatal."""
+        """Our process's reply; if it died or hung, one with the status `failed`.
+
+        After a failure the next request starts a new process.
+        """
         if self.ours is None:
             self.ours = self.sides.start_ours()
         try:
@@ -109,7 +112,7 @@ class Run:
             try:
                 peer = self._ask_peer(job, ours)
             except (WorkerTimeout, KeyboardInterrupt) as error:
-                stop = error  # ours is done: its records are written first
+                stop = error  # our side is done: its records are written before the run ends
         if ours["status"] == "failed":
             self.failures += not job.baseline
         for mode in self.settings.modes:
@@ -179,7 +182,7 @@ class Run:
             yield f"peer: {peer['why']}"
 
     def _ask_peer(self, job: Job, ours: dict[str, Any]) -> dict[str, Any]:
-        """The peer's times for a job. A WorkerTimeout leaves only when the whole run is out of time."""
+        """The peer's times for a job. Raises WorkerTimeout only when the time of the whole run is over."""
         none: dict[str, Any] = {"rows": {}, "why": ""}
         if self.settings.device == "cuda" and job.tuning_key not in self.warm:
             return none | {"why": "not tuned within --peer-warm-limit"}
@@ -203,12 +206,15 @@ class Run:
         say("")
         say(records.table(self.rows))
         say(
-            "ms: median; x floor: over the time to read inputs and write outputs once at copy bandwidth; peak MiB: "
-            "beyond the inputs; work MiB: of that neither outputs nor gradients; first s: forward+backward on an empty "
-            "compile cache"
+            "ms: median time of a call\n"
+            "floors: this time over the memory floor, the time to read every input and write every output once at copy "
+            "bandwidth\n"
+            "peak MiB: memory beyond the inputs; work MiB: the part of it that is neither outputs nor gradients\n"
+            "first call s: first forward and backward with an empty compile cache\n"
+            "peer: the other library, in the folder of --peer, on the same inputs; peer/ours: its time over ours"
         )
         if self.failures:
-            say(f"FAILED: {self.failures}")
+            say(f"FAILED: {self.failures} (the lines above say why)")
 
 
 def _naive_key(job: Job, mode: str) -> Any:
@@ -216,14 +222,14 @@ def _naive_key(job: Job, mode: str) -> Any:
 
 
 def in_memory(least: int = 8 * 2**30) -> str | None:
-    """A folder in memory for what the two sides hand over (gates of a gigabyte), where the machine has a roomy one."""
+    """A folder in memory with `least` bytes free, if any, for what our process hands to the peer's (gates of 1 GB)."""
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= least
     return str(shared) if roomy else None
 
 
 def git_commit(folder: Path = ROOT) -> str:
-    """The short commit, with `-dirty` where the library differs from it; "unknown" outside a checkout."""
+    """The short commit, with `-dirty` if the library differs from it; "unknown" outside a checkout."""
     try:
         found = [
             subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,6 +1,6 @@
-"""Shapes as they are written on command lines and in records, "B4 T4096 H64 D128", and what an op makes of them.
+"""Shapes as command lines and records have them, "B4 T4096 H64 D128", and the sizes that an op takes from them.
 
-A shape is written once for all ops. Each op takes from it the sizes of the axes that its `OpSpec` names: `fit`.
+A shape is written once for all ops. `fit` takes from it the sizes of the axes that the `OpSpec` of an op names.
 """
 
 import re
@@ -29,11 +29,14 @@ SHAPES = {
     "cpu": ["B1 T2048 H4 D64"],
 }
 ORDER = ("B", "T", "H", "HV", "K", "V", "D")
-FREE = ("B", "T", "H", "HV")  # axes that no kernel is compiled for
+FREE = ("B", "T", "H", "HV")  # axes whose size is no constant of a kernel: another size compiles nothing
 
 
 def parse(text: str) -> dict[str, int]:
-    """The sizes in a written shape, "B1 T512 H4 D64" or "B1 T512 H4 K64 V128", by axis. Raises ValueError."""
+    """Axis -> size of a written shape, "B1 T512 H4 D64" or "B1 T512 H4 K64 V128".
+
+    Raises ValueError for anything else.
+    """
     words = text.split()
     found = [re.fullmatch(r"([A-Z]+)([1-9]\d*)", word) for word in words]
     if not all(found):
@@ -45,7 +48,7 @@ def parse(text: str) -> dict[str, int]:
 
 
 def show(sizes: dict[str, int]) -> str:
-    """Sizes as they are written in records: D stands for equal K and V, and as many value heads as heads go unsaid."""
+    """Sizes as records have them: K and V of one size are written as D, and HV is left out where it equals H."""
     shown = dict(sizes)
     if shown.get("HV") == shown.get("H"):
         shown.pop("HV", None)
@@ -60,14 +63,14 @@ def _in_order(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def expand(names: list[str]) -> list[dict[str, int]]:
-    """Set names and written shapes to sizes, each once, in order."""
+    """The sizes of written shapes and of named sets of shapes, each once, in order."""
     texts = [text for name in names for text in SHAPES.get(name, [name])]
     found = {show(sizes): sizes for sizes in map(parse, texts)}
     return list(found.values())
 
 
 def axes(shapes: Iterable[str]) -> list[str]:
-    """The axes of tensors, each once. Not N: the number of states follows from the batch or the pack."""
+    """The axes of tensors, each once, without N: the number of states follows from the batch or the pack."""
     letters = {axis for shape in shapes for axis in shape.split() if not axis.isdigit()} - {"N"}
     return list(_in_order(dict.fromkeys(letters, 0)))
 
@@ -75,8 +78,8 @@ def axes(shapes: Iterable[str]) -> list[str]:
 def fit(written: dict[str, int], wanted: list[str], declared: dict[str, int], op: str) -> dict[str, int]:
     """The sizes of an op's axes (`wanted`) from a written shape. Raises ValueError for an axis without a size.
 
-    K and V are D where they are not written, and HV is H. D of an op without heads is that of all heads, H times D.
-    An axis of the op's own (slots, states a channel) has the size that the op declares, where it is not written.
+    Where they are not written, K and V equal D, and HV equals H. An op without heads gets as D the width of all heads,
+    H times V. Axes that only this op has (slots, states a channel) get the size that it declares, unless written.
     """
     known = {axis: size for axis, size in declared.items() if axis not in ORDER}
     if "D" in written:
@@ -104,7 +107,10 @@ def sizes(shapes: dict[str, str], dims: dict[str, int]) -> dict[str, list[int]]:
 
 
 def with_few(dims: dict[str, int], batch: int, tokens: int, heads: int) -> dict[str, int]:
-    """The same sizes for this batch, tokens and heads, of those axes that there are. Value heads stay in proportion."""
+    """`dims` with another batch, number of tokens and number of heads, where it has such axes.
+
+    HV stays in proportion to H.
+    """
     changed = {"B": batch, "T": tokens, "H": heads}
     if "H" in dims and "HV" in dims:
         changed["HV"] = heads * dims["HV"] // dims["H"]

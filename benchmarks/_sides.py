@@ -1,4 +1,4 @@
-"""The two sides of a run, ours and the peer's: how their processes start, what they are asked, how long they have."""
+"""The two sides of a run, our ops and the peer: how their processes start, what they are asked, their time limits."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks._plan import Job
 from benchmarks._worker import ROOT, Worker, WorkerError, WorkerTimeout
 
-ROW_LIMIT = {"cuda": 150.0, "cpu": 600.0}  # seconds for one side of one job; what takes longer is broken
+ROW_LIMIT = {"cuda": 150.0, "cpu": 600.0}  # seconds that a side may take for a job: one that takes longer is broken
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line, resolved."""
+    """The command line, with its defaults filled in."""
 
     device: str
     modes: tuple[str, ...]
@@ -30,12 +30,12 @@ class Settings:
     peer: Path | None
     peer_jobs: int | None
     peer_warm_limit: float
-    peer_tuned: bool = False  # its tuning came from a file
+    peer_tuned: bool = False  # whether its tuning came from a file
     save_peer_cache: Path | None = None
 
 
 class Sides:
-    """What both sides of a run share: the settings, the time that is left, and a folder for what they hand over."""
+    """What both sides share: the settings, the time that is left, and `scratch`, a folder for exchanging files."""
 
     def __init__(self, settings: Settings, scratch: str = "") -> None:
         self.settings, self.scratch = settings, scratch
@@ -55,25 +55,25 @@ class Sides:
         return min(self.remaining(), ROW_LIMIT[self.settings.device])
 
     def request(self, job: Job, **fields: Any) -> dict[str, Any]:
-        """What either side's process is asked about a job."""
+        """The request about a job that either side's process gets."""
         s = self.settings
         common = {"op": job.op, "form": job.form, "dims": job.sizes, "dtype": job.dtype, "backend": s.backend}
         return common | {"device": s.device, "modes": s.modes, "seed": s.seed, "budget": s.budget} | fields
 
     def start_ours(self, env: dict[str, str] | None = None) -> Worker:
-        """A process of ours."""
+        """Start a process for our ops."""
         return Worker([sys.executable, "-m", "benchmarks._ours"], str(ROOT), env)
 
     def start_peer(self) -> Worker:
-        """A process of the peer's."""
+        """Start a process for the peer."""
         path = str(self.settings.peer)
-        behind = os.environ.get("PYTHONPATH")
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (path, behind)))}
+        inherited = os.environ.get("PYTHONPATH")
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (path, inherited)))}
         script = str(Path(__file__).with_name("_peer.py"))
         return Worker([sys.executable, script, "--path", path], self.scratch, env)
 
     def meet_peer(self) -> str:
-        """Ask the peer who it is, in a process of its own. Returns why it cannot be run, or ""."""
+        """Ask the peer for its name, in a process of its own. Returns "", or the reason why it cannot be run."""
         worker = self.start_peer()
         try:
             who = worker.ask({"do": "info"}, self.patience())

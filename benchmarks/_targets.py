@@ -1,4 +1,4 @@
-"""What can be timed: every form of every registered op, its naive loop, and softmax attention beside them."""
+"""The functions that can be timed: every form of every registered op, its naive loop, and softmax attention."""
 
 import contextlib
 import inspect
@@ -28,7 +28,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Target:
-    """One row's function. `call(**tensors)` is timed; `reference(**tensors)` is what it must return."""
+    """A function to time: `call(**tensors)`. `reference(**tensors)` computes what it must return."""
 
     name: str
     op: str
@@ -38,11 +38,11 @@ class Target:
     states: dict[str, str] = field(default_factory=dict)  # the parts of the initial state
     inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda x: x
     gates: tuple[str, ...] = ()
-    declared: dict[str, int] = field(default_factory=dict)  # sizes of axes of the op's own
-    family: str | None = None  # None: not ours, so a failure is a missing baseline and no error of ours
+    declared: dict[str, int] = field(default_factory=dict)  # sizes of axes that only this op has
+    family: str | None = None  # None for softmax attention: if it fails, a baseline is missing, no more
     settings: dict[str, Any] = field(default_factory=dict)
-    checked: bool = True
-    linear: bool = True  # moving bytes bounds it: the memory floor means something
+    checked: bool = True  # whether its results are compared with the reference
+    linear: bool = True  # whether the memory floor tells how good it is: not a naive loop, not softmax attention
 
     def fit(self, written: dict[str, int]) -> dict[str, int]:
         """The sizes of the op's axes from a written shape. Raises ValueError for an axis without a size."""
@@ -50,14 +50,17 @@ class Target:
         return _shapes.fit(written, wanted, self.declared, self.op)
 
     def state_elements(self, dims: dict[str, int]) -> int:
-        """Elements of the states of one sequence; of an op without states, what a token's tensors hold."""
+        """Elements of the states of one sequence; for an op without states, the product of a token's axes."""
         parts = _shapes.sizes(self.states, dims | {"N": 1}) if self.states else {}
         of_a_token = [axis for axis in dims if axis not in ("B", "T")]
         return sum(map(math.prod, parts.values())) or math.prod(dims[axis] for axis in of_a_token)
 
 
 def find(op: str, form: str, backend: str | None = None) -> Target:
-    """The target of an op's form ("chunk", "naive", ...) or of a softmax baseline. Raises ValueError naming those."""
+    """The target of an op's form ("chunk", "naive", ...) or of a softmax baseline.
+
+    A ValueError lists those that exist.
+    """
     if op in SOFTMAX:
         return _softmax(op)
     if op not in REGISTRY:
@@ -98,7 +101,7 @@ def _naive(spec: OpSpec) -> Target:
 
 
 def _settings(variant: Variant, function: Function) -> dict[str, Any]:
-    """Those of the variant; a normaliser is left out, so that every row times the recurrence itself."""
+    """The variant's settings, without a normalizer, so that every row times the recurrence itself."""
     settings = dict(variant.settings)
     if "normalize" in inspect.signature(function).parameters:
         settings["normalize"] = False
@@ -106,7 +109,10 @@ def _settings(variant: Variant, function: Function) -> dict[str, Any]:
 
 
 def _described(spec: OpSpec, variant: Variant, function: Function) -> dict[str, Any]:
-    """What a target takes from the spec: the tensors that a call gets are those of the variant that the form takes."""
+    """The fields of a target that follow from the spec.
+
+    A call gets the tensors of the variant that `function` takes.
+    """
     present = {name: shape for name, shape in spec.shapes.items() if name not in variant.without}
     states = {name: shape for name, shape in present.items() if shape.split()[0] == "N"}
     taken = inspect.signature(function).parameters
@@ -115,8 +121,14 @@ def _described(spec: OpSpec, variant: Variant, function: Function) -> dict[str, 
         "states": states,
         "inputs": spec.inputs,
         "gates": spec.gates,
-        "declared": getattr(spec, "sizes", None) or {},
+        "declared": _declared_sizes(spec),
     }
+
+
+def _declared_sizes(spec: OpSpec) -> dict[str, int]:
+    """The sizes of axes that only this op has, of several the first."""
+    first = {axis: sizes[0] if isinstance(sizes, tuple) else sizes for axis, sizes in spec.axes.items()}
+    return {axis: int(size) for axis, size in first.items() if str(size).isdigit()}
 
 
 def _reference(spec: OpSpec, settings: dict[str, Any]) -> Function:
@@ -142,14 +154,14 @@ def _softmax(name: str) -> Target:
 
 
 def causal_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention by its formula, scale K ** -0.5."""
+    """Causal softmax attention by its formula, with the scale K ** -0.5."""
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~causal, -torch.inf).softmax(-1), v)
 
 
 def cut(shapes: dict[str, str], tensors: dict[str, Tensor], rows: slice, tokens: slice) -> dict[str, Tensor]:
-    """These rows and tokens of the first heads, up to four; of heads that others share, all that belong together."""
+    """These rows and tokens of the first heads, at most four. Heads that share another head stay together."""
     found = [pair for name, x in tensors.items() for pair in zip(shapes[name].split(), x.shape, strict=True)]
     heads = {axis: size for axis, size in found if axis.startswith("H")}
     fewest = min(heads.values(), default=1)
@@ -162,8 +174,9 @@ def cut(shapes: dict[str, str], tensors: dict[str, Tensor], rows: slice, tokens:
 
 
 def first_tokens(shapes: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """256 tokens of up to four heads of the last batch row. Ops are causal and heads independent: `o` begins the same.
+    """The first 256 tokens of the last batch row, in up to four heads.
 
-    The last row, because an offset that overflows shows there; the first heads, because constants follow their number.
+    Ops are causal and heads independent, so their output is the same part of the whole output. It is the last row,
+    because an offset that overflows shows there, and the first heads, because a head's constants depend on its number.
     """
     return cut(shapes, tensors, slice(-1, None), slice(256))

@@ -1,6 +1,6 @@
-"""How a call is timed: seeded inputs, CUDA events with a cold L2, medians, peak memory, copy bandwidth.
+"""How a call is timed: inputs from a seed, CUDA events with a cold L2 cache, medians, peak memory, copy bandwidth.
 
-Imports torch and nothing of ours: the peer is also called `fla`, and its process times with this same file.
+This file imports torch and nothing of this project, because the peer's process uses it too and has another `fla`.
 """
 
 import gc
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
-WARM_SECONDS = 0.1  # of calls before any counts: the clocks of a processor that was idle take their time to rise
-ROUNDS, LEAST = 5, 5  # rounds of runs, of which the quietest counts, and runs of a round at least
-LOOPS = 7  # loops of calls, of which the quickest counts, where only a whole loop is long enough to time
-FLUSH_BYTES = 128 * MIB  # more than any L2: every run starts with its inputs in device memory
+WARM_SECONDS = 0.1  # of calls that do not count: the clocks of a processor that was idle rise slowly
+ROUNDS, LEAST = 5, 5  # rounds of runs, of which the quietest counts, and the fewest runs of a round
+LOOPS = 7  # loops of calls, of which the quickest counts, where a single call is too short to time
+FLUSH_BYTES = 128 * MIB  # more than any L2 cache holds: every run finds its inputs in device memory
 BANDWIDTH_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a mode times, and the bytes of what it makes: the output, and with a backward every gradient."""
+    """The call that a mode times, and the bytes of its results: of the output, and in a backward of the gradients."""
 
     run: Callable[[], Any]
     result_bytes: int
@@ -35,14 +35,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one row may be timed: at most `runs` runs, and about `seconds` (but always a few runs)."""
+    """How long one row is timed: at most `runs` runs and about `seconds`, but always a few runs."""
 
     seconds: float = 0.3
     runs: int = 500
 
 
 def noise(shapes: dict[str, list[int]], dtype: torch.dtype, device: str, seed: int) -> dict[str, Tensor]:
-    """Standard normal tensors. Each depends on name and seed alone: two processes on one device draw the same."""
+    """Standard normal tensors.
+
+    Each depends only on its name, shape and seed: two processes on one device draw the same.
+    """
     tensors = {}
     for name, shape in shapes.items():
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
@@ -51,7 +54,7 @@ def noise(shapes: dict[str, list[int]], dtype: torch.dtype, device: str, seed: i
 
 
 def checksums(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """One number per tensor that shows whether another process holds the same values."""
+    """One number per tensor, by which two processes find out whether they hold the same values."""
     return {name: x.sum(dtype=torch.float64).item() for name, x in tensors.items()}
 
 
@@ -61,16 +64,16 @@ def first_output(result: Any) -> Tensor:
 
 
 def beginning(o: Tensor, shape: list[int]) -> Tensor:
-    """The part of an output `[B, T, ...]` that belongs to the reference of the first tokens of the last batch row."""
+    """The part of an output `[B, T, ...]` that a reference of this shape is for: first tokens of the last batch row."""
     return o[(slice(-shape[0], None), *map(slice, shape[1:]))]
 
 
 def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: str, seed: int = 0) -> Call:
     """The call that a mode times: `fwd` without autograd, `fwdbwd` with the gradient of every tensor.
 
-    Gradients are returned, not accumulated. The incoming gradient is drawn here, outside of what is timed. The backward
-    runs in the calling thread: to wake the autograd engine's own, which a training step does once and not once an op,
-    takes 20 to 300 us as the machine pleases, more than a small op.
+    Gradients are returned, not accumulated. The incoming gradient is drawn before anything is timed. The backward runs
+    in the calling thread: waking the autograd engine's own thread takes 20 to 300 us, more than a small op, and a
+    training step does it once, not once an op.
     """
 
     def forward() -> Tensor:
@@ -94,10 +97,10 @@ def make_call(function: Callable[..., Any], tensors: dict[str, Tensor], mode: st
 
 
 def measure(call: Callable[[], Any], device: str, budget: Budget) -> dict[str, Any]:
-    """Median milliseconds, number of runs, and peak memory in MiB beyond what was allocated before (None on CPU).
+    """Median milliseconds, number of runs, and peak memory in MiB beyond what was allocated before (None on a CPU).
 
-    On a GPU the median is that of the quietest round: small rows are the host's time, which its neighbours disturb.
-    Of a `Call` also the working memory: the peak without outputs and gradients.
+    On a GPU the median is that of the quietest round, because small rows take the host's time, which other programs
+    disturb. A `Call` also has its working memory measured: the peak without outputs and gradients.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -121,8 +124,8 @@ def per_call(
     loops: int = LOOPS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds per call, of wall time unless another clock is given: the least of some loops, each long enough to time,
-    that end synchronised."""
+    """Seconds per call, of wall time unless another clock is given: those of the quickest of several loops of calls.
+    Each loop waits at its end until the GPU has finished."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     wait()
@@ -148,7 +151,7 @@ def per_call(
 
 
 def _cpu_times(call: Callable[[], Any], budget: Budget) -> list[float]:
-    first = _seconds(call)  # warms caches and thread pools, and does not count
+    first = _seconds(call)  # it fills caches and starts threads, and does not count
     least = 3 if first < 30 * budget.seconds else 1
     times: list[float] = []
     end = time.perf_counter() + budget.seconds
@@ -164,7 +167,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _gpu_times(call: Callable[[], Any], budget: Budget) -> tuple[list[float], float]:
-    call()  # compiles, loads, fills the allocator's cache
+    call()  # compiles and loads the kernels, and fills the allocator's cache
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -193,7 +196,10 @@ def event_times(call: Callable[[], Any], flush: Tensor, runs: int) -> list[float
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, counting bytes read plus bytes written: what the memory floor divides by."""
+    """Bytes per second of a large copy, where bytes read and bytes written both count.
+
+    The memory floor divides by it.
+    """
     source = torch.ones(BANDWIDTH_BYTES[device], dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     median = measure(lambda: target.copy_(source), device, Budget(0.1, 30))["ms"]
@@ -201,7 +207,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def floor_bytes(tensors: dict[str, Tensor], output: Tensor, mode: str) -> int:
-    """Fewest bytes the call can move: every input read once, every output written once.
+    """The fewest bytes that the call can move: every input is read once, every output is written once.
 
     Forward reads the tensors and writes `o`. Backward reads the tensors and `do`, and writes every tensor's gradient.
     """

@@ -1,6 +1,6 @@
-"""What the peer's tuning found, as a file: `*.autotune.json` of Triton's cache folder, so that no run tunes twice.
+"""Keeps what the peer's tuning found: the files `*.autotune.json` in Triton's cache folder, so that no run tunes twice.
 
-Our own kernels are not tuned by timing: all such files in the cache are the peer's.
+Our own kernels are not tuned by timing, so all such files are the peer's.
 """
 
 import io
@@ -13,14 +13,15 @@ SUFFIX = ".autotune.json"
 
 
 def triton_cache() -> Path:
-    """The folder where Triton keeps what it compiled and tuned."""
+    """The folder in which Triton keeps what it compiled and tuned."""
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
 
 
 def unpack(source: Path, cache: Path) -> tuple[int, int]:
-    """Put the tuning results of a folder or a tar file into `cache`: (written, already there).
+    """Copy the tuning results of a folder or a tar file into `cache`. Returns how many were written and already there.
 
-    What is in `cache` stays as it is. Raises ValueError for what is neither, holds none, or leads out of the folder.
+    A file that is in `cache` already stays. Raises ValueError if `source` is neither a folder nor a tar file, if it has
+    no results, or if one of them would be written outside of `cache`.
     """
     written = kept = 0
     for name, data in _members(source):
@@ -40,7 +41,7 @@ def unpack(source: Path, cache: Path) -> tuple[int, int]:
 
 
 def save(file: Path, cache: Path) -> int:
-    """Write the tuning results in `cache` as a tar.gz; how many there were."""
+    """Write the tuning results in `cache` as a tar.gz. Returns how many there are."""
     found = sorted(cache.glob(f"*/*{SUFFIX}"))
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w:gz") as archive:

@@ -1,4 +1,7 @@
-"""Workers: processes that answer JSON lines. A crash or a hang costs one row, and ours never meets the peer's `fla`."""
+"""Worker processes, which answer requests of one JSON line each.
+
+A crash or a hang costs one row, and no process holds both packages that are called `fla`, ours and the peer's.
+"""
 
 import contextlib
 import json
@@ -18,7 +21,7 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class WorkerError(RuntimeError):
-    """A worker died or did not answer in time. It has been ended; a new one may be started."""
+    """A worker died or did not answer in time. It is ended, and a new one may be started."""
 
 
 class WorkerTimeout(WorkerError):
@@ -26,7 +29,7 @@ class WorkerTimeout(WorkerError):
 
 
 def serve(handlers: dict[str, Handler], setup: Callable[[], None] | None = None) -> None:
-    """Answer requests on stdin, one JSON line each: `{"do": name, ...}`. What they print goes to stderr."""
+    """Answer requests on stdin, one JSON line each: `{"do": name, ...}`. What handlers print goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if setup is not None:
@@ -49,7 +52,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Worker:
-    """The asking side. `command` must call `serve`."""
+    """A process that answers, as the asking side sees it. `command` must call `serve`."""
 
     def __init__(self, command: list[str], cwd: str, env: dict[str, str] | None = None) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
@@ -67,7 +70,10 @@ class Worker:
         self.replies.put(None)
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The reply to one request. Raises WorkerTimeout after `timeout` seconds, WorkerError when the worker died."""
+        """The reply to one request.
+
+        Raises WorkerTimeout after `timeout` seconds, and WorkerError if the worker died.
+        """
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")

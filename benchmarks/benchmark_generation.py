@@ -1,4 +1,4 @@
-"""`python -m benchmarks.benchmark_generation`: see `benchmarks.generation`."""
+"""`python -m benchmarks.benchmark_generation` runs `benchmarks.generation`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.benchmark_training_throughput`: see `benchmarks.training`."""
+"""`python -m benchmarks.benchmark_training_throughput` runs `benchmarks.training`."""
 
 import sys
 

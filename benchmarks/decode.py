@@ -1,9 +1,11 @@
-"""Decoding: `python -m benchmarks.decode`. One token through `fused_recurrent_*`, from a state to the next.
+"""Decoding: `python -m benchmarks.decode` times one token through `fused_recurrent_*`, from a state to the next.
 
-Mode `decode`: one call with a cold L2; its floor is reading and writing the state once, so `1 / floor_x` is the share
-of copy bandwidth on state traffic. Mode `decode_graph`: time per call inside a CUDA graph of many calls, each fed the
-state of the one before; where there is no GPU it is a plain loop, mode `decode_loop`. Output and state are checked
-against the float64 recurrence first. Exit code 1: a row failed.
+- Mode `decode`: one call with a cold L2 cache. Its memory floor is the time to read and write the state once at copy
+  bandwidth, so `1 / floor_x` says at which share of the copy bandwidth the state moves.
+- Mode `decode_graph`: time per call in a CUDA graph of many calls, each of which gets the state of the one before.
+  Without a GPU it is a plain loop of calls, mode `decode_loop`.
+
+Output and state are compared with the float64 recurrence before anything is timed. Exit code 1: a row failed.
 """
 
 import argparse
@@ -35,7 +37,10 @@ Step = Callable[[State], tuple[Tensor, State]]
 
 
 def make_step(op: str, dims: dict[str, int], a: argparse.Namespace) -> tuple[Step, State, str]:
-    """`step(state) -> (o, next state)` on seeded inputs, a first state, and the backend; checked. AssertionError."""
+    """`step(state) -> (o, next state)` on inputs from the seed, a first state, and the backend.
+
+    Raises AssertionError if the output or the state of a step is wrong.
+    """
     spec, target = REGISTRY[op], find(op, FORM, a.backend)
     dtype = getattr(torch, a.dtype)
     noise = timing.noise(sizes(target.shapes, dims), dtype, a.device, a.seed)
@@ -69,12 +74,12 @@ def parts(state: State) -> tuple[Tensor, ...]:
 
 
 def whole(state: tuple[Tensor, ...]) -> State:
-    """A state as an op takes it."""
+    """A state as an op takes it: a tensor, or a tuple of its parts."""
     return state[0] if len(state) == 1 else state
 
 
 def wide_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
-    """One call on many states."""
+    """Time one call on many states."""
     dims = find(op, FORM).fit(parse(a.wide))
     step, state, backend = make_step(op, dims, a)
 
@@ -90,7 +95,7 @@ def wide_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
 
 
 def single_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
-    """Many calls one after the other on few states."""
+    """Time many calls one after the other on few states."""
     dims = find(op, FORM).fit(parse(a.single))
     step, state, backend = make_step(op, dims, a)
     with torch.no_grad():
@@ -104,11 +109,11 @@ def single_row(op: str, a: argparse.Namespace, recorder: Recorder) -> None:
 
 
 def graph_ms(step: Step, state: State) -> float:
-    """Milliseconds per call in a CUDA graph, each call fed the state of the one before."""
+    """Milliseconds per call in a CUDA graph. Each call gets the state of the one before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, and fills what is kept per stream
+        for _ in range(3):  # compiles the kernels, and fills the caches of this stream
             step(state)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -129,10 +134,10 @@ def add(op: str, dims: dict[str, int], mode: str, a: argparse.Namespace, recorde
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Time decoding, one token at a time.")
+    p = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Time decoding, one token per call.")
     _local.op_arguments(p)
-    p.add_argument("--wide", metavar="SHAPE", help=f"many states; default {WIDE['cuda']!r} on a GPU")
-    p.add_argument("--single", metavar="SHAPE", help=f"few states; default {SINGLE['cuda']!r} on a GPU")
+    p.add_argument("--wide", metavar="SHAPE", help=f"shape with many states; default {WIDE['cuda']!r} on a GPU")
+    p.add_argument("--single", metavar="SHAPE", help=f"shape with few states; default {SINGLE['cuda']!r} on a GPU")
     p.add_argument("--seconds", type=float, default=0.3, help="about how long a row is timed; default 0.3")
     a = p.parse_args(arguments)
     try:
@@ -160,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
                     recorder,
                     note=note,
                 )
-    say("\nus per call, and share of copy bandwidth on state traffic")
+    say("\nus per call, and how fast the state is read and written: share of copy bandwidth")
     for r in recorder.rows:
         time = "-" if r["ms"] is None else f"{r['ms'] * 1e3:.1f}"
         share = "" if not r["floor_x"] else f"{1 / r['floor_x']:.0%}"

@@ -1,8 +1,8 @@
 """Generation speed of a model: `python -m benchmarks.benchmark_generation --path FOLDER --prompt "..."`.
 
-A prompt (a text, part of one, or random tokens), then `--maxlen` sampled tokens. Prints what was written, the time of
-the prompt and of decoding, and memory; on a GPU a record with the milliseconds per decoded token goes to
-`benchmarks/results`. A first short generation, which compiles, is not counted.
+The model reads a prompt (a text, pieces of one, or random tokens) and samples `--maxlen` tokens. The program prints
+what the model wrote, the time of the prompt and of decoding, and the memory. On a GPU a record with the milliseconds
+per decoded token goes to `benchmarks/results`. A short generation comes first; it compiles, and does not count.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks._local import Recorder
 
 
 class Ticker(StoppingCriteria):
-    """Moves a progress bar with every token; never stops, and never waits for the GPU."""
+    """Moves a progress bar with every token. It never stops the generation and never waits for the GPU."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
@@ -31,7 +31,7 @@ class Ticker(StoppingCriteria):
 
 
 def prompt_of(codec: models.Codec, a: argparse.Namespace) -> Tensor:
-    """Prompts `[batch_size, T]`: `--prompt` in every row, or `--length` tokens of `--data`, or random ones."""
+    """Prompts `[batch_size, T]`: `--prompt` in every row, or else `--length` tokens of `--data` or random ones."""
     if a.prompt is None:
         return models.draw(codec, a.data, (a.batch_size, a.length), a.seed)
     ids = codec.encode(a.prompt)
@@ -41,7 +41,7 @@ def prompt_of(codec: models.Codec, a: argparse.Namespace) -> Tensor:
 
 
 def generate(model: Any, ids: Tensor, new: int, a: argparse.Namespace, what: str) -> tuple[Tensor, float]:
-    """The tokens after a generation of `new` tokens, and its seconds."""
+    """Prompt and `new` generated tokens, and the seconds that this took."""
     torch.manual_seed(a.seed)
     with tqdm(total=new, desc=what, disable=None, leave=False) as bar, torch.inference_mode():
         models.wait(a.device)
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--path", default="gla", help="a saved model's folder or hub name, or a model type; default gla")
     p.add_argument("--prompt", help="a text to go on with")
     p.add_argument(
-        "--length", type=int, default=128, help="tokens of a prompt from --data or of random ones; default 128"
+        "--length", type=int, default=128, help="tokens of a prompt from --data or of random tokens; default 128"
     )
     p.add_argument("--maxlen", type=int, default=128, help="tokens to generate; default 128")
     models.option(p, "batch_size", type=int, default=1, help="default 1")

@@ -1,14 +1,15 @@
-"""Host overhead of the ops: `python -m benchmarks.host`. Wall time per call in a loop on inputs too tiny to compute.
+"""Host overhead: `python -m benchmarks.host` times what a call of an op costs the host, in a loop on tiny inputs.
 
-Modes `host_fwd` (without autograd) and `host_fwdbwd` (forward, and the gradients of every input). On a GPU every op is
-first checked on the same inputs. On a CPU, where even a tiny input takes longer to compute than its call, the backend
-computes nothing and processor time is counted (`--no-idle` and `--backend` bring both back). The time of `import fla`
-comes last.
+Mode `host_fwd` is a forward without autograd; `host_fwdbwd` is a forward and the gradients of every input.
 
-`--against CHECKOUT` times the library of another checkout in the same run: each of the two in a process of its own,
-round by round in turn, and the quietest round of each counts.
+On a GPU the wall time of a call counts, and the results of every op are checked first. On a CPU, where even a tiny
+input takes longer to compute than its call, the backend computes nothing and processor time counts; `--no-idle` or
+`--backend` have it compute, and count wall time. The time of `import fla` comes last.
 
-Rows are printed in us and appended to the records (in ms). Exit code 1: a row failed.
+`--against CHECKOUT` also times the library of another checkout. Each of the two has a process of its own, they take
+turns round by round, and the quietest round of each counts.
+
+Rows are printed in us and recorded in ms. Exit code 1: a row failed.
 """
 
 import argparse
@@ -47,7 +48,7 @@ Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 @contextlib.contextmanager
 def sides(against: Path | None) -> Iterator[dict[str, Ask]]:
-    """Whom to ask for what is timed: this process alone, or a process for each of two checkouts."""
+    """Name of a side -> the function that answers its requests: in this process, or in a process for each checkout."""
     if against is None:
         try:
             yield {"now": lambda request: HANDLERS[request["do"]](request)}
@@ -65,7 +66,10 @@ def sides(against: Path | None) -> Iterator[dict[str, Ask]]:
 
 
 def time_op(op: str, asked: dict[str, Ask], a: argparse.Namespace, recorder: Recorder) -> tuple[dict[str, Any], bool]:
-    """Time one op on every side: the least microseconds by mode and side, and whether it failed here."""
+    """Time one op on every side.
+
+    Returns mode -> side -> microseconds of the quietest round, and whether the op failed.
+    """
     target = find(op, a.form)
     dims = target.fit(parse(a.shape))
     common = {"op": target.name, "shape": show(dims), "dtype": a.dtype}
@@ -79,7 +83,7 @@ def time_op(op: str, asked: dict[str, Ask], a: argparse.Namespace, recorder: Rec
     times: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in asked} for mode in a.mode}
     for number in range(ROUNDS):
         for mode in a.mode:
-            for name in list(asked) if number % 2 else reversed(asked):  # neither is always first
+            for name in list(asked) if number % 2 else reversed(asked):  # neither side is always first
                 if ready[name]["status"] == "ok":
                     more = {"do": "round", "mode": mode, "seconds": a.seconds / ROUNDS}
                     times[mode][name].append(asked[name](request | more)["us"])
@@ -95,7 +99,7 @@ def time_op(op: str, asked: dict[str, Ask], a: argparse.Namespace, recorder: Rec
 
 
 def table(found: dict[str, dict[str, Any]], modes: list[str], names: list[str]) -> str:
-    """Microseconds per call: a line for each op, and for each mode a column for each side and their quotient."""
+    """Microseconds per call: a line for each op, and for each mode a column for each side and one for their ratio."""
     columns = [(mode, name) for mode in modes for name in (*names, *(["now/before"] if len(names) > 1 else []))]
     lines = [" " * 32 + "".join(f"{f'{mode} {name}' if len(names) > 1 else mode:>20}" for mode, name in columns)]
     for op, of_op in found.items():
@@ -111,7 +115,10 @@ def table(found: dict[str, dict[str, Any]], modes: list[str], names: list[str]) 
 
 
 def import_times(folders: dict[str, Path]) -> dict[str, tuple[float, float]]:
-    """Milliseconds of processor time of `import fla`, and of `fla.ops` with it, after torch: the least of some."""
+    """Side -> milliseconds of processor time of `import fla`, and of `import fla.ops` from its start.
+
+    torch is imported before, and the least of several measurements counts.
+    """
     spent: dict[str, list[list[float]]] = {name: [] for name in folders}
     for _ in range(IMPORTS):
         for name, folder in folders.items():
@@ -133,9 +140,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--idle",
         action=argparse.BooleanOptionalAction,
-        help="on a backend that computes nothing; default on a CPU where no --backend is named",
+        help="use a backend that computes nothing; default on a CPU unless --backend is given",
     )
-    p.add_argument("--against", type=Path, metavar="CHECKOUT", help="time the library there too, in turn with this one")
+    p.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="time the library of this folder too, in turn with this one"
+    )
     p.add_argument("--imports", action=argparse.BooleanOptionalAction, default=True, help="time `import fla` too")
     return p
 
@@ -173,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         folders = {"before": a.against, "now": ROOT}
         for name, times in import_times({x: folder for x, folder in folders.items() if folder is not None}).items():
             say(
-                f"  import of fla, {name}: {times[0]:.0f} ms of processor time after torch, {times[1]:.0f} with fla.ops"
+                f"  import fla, {name}: {times[0]:.0f} ms of processor time after torch, {times[1]:.0f} ms with fla.ops"
             )
     return int(failures > 0)
 

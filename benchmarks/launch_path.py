@@ -1,12 +1,12 @@
-"""What a launch costs the host, by each way to the driver: `python -m benchmarks.launch_path`, on a CUDA GPU.
+"""What launching a kernel costs the host: `python -m benchmarks.launch_path`, on a CUDA GPU.
 
-A kernel that does next to nothing, with 12 arguments, is launched in two ways:
+A kernel with 12 arguments that does next to nothing is launched in two ways:
 
     triton    `kernel[grid](*args, **constants)`
     run       `fla.backends.triton._launch`, which calls the compiled kernel's `run`
 
-The ways take turns. A round is so few launches that the driver's queue never fills, and ends synchronised outside of
-what is timed. Of each way the quietest round counts. Times are printed as one table, and appended to the records.
+The ways take turns. A round has so few launches that the driver's queue never fills, and the program waits for the GPU
+between rounds. The quietest round of each way counts. Times are printed as one table, and appended to the records.
 """
 
 import argparse
@@ -33,13 +33,13 @@ WAYS = {
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
-def touch_kernel(q, k, v, g, h0, local, o, ht, scale, T, H, L, K: tl.constexpr, V: tl.constexpr):
-    """The arguments of the chunked forward, all but one; a number is stored, so that nothing is compiled away."""
+def touch_kernel(q, k, v, g, h0, sums, o, ht, scale, T, H, L, K: tl.constexpr, V: tl.constexpr):
+    """It has the arguments of the chunked forward but one, and stores a number, so that nothing is compiled away."""
     tl.store(o, scale + T + H + L + K + V)
 
 
 def ways(device: str) -> dict[str, Callable[[], None]]:
-    """A launch by each way, compiled and run once."""
+    """Name of a way -> a launch by it, which was compiled and run once."""
     tensors = [torch.zeros(64, device=device, dtype=torch.bfloat16) for _ in range(7)]
     args = (*tensors[:4], None, *tensors[4:], 0.5, 64, 1, 64)
     constants = {"K": 64, "V": 64}
@@ -52,7 +52,7 @@ def ways(device: str) -> dict[str, Callable[[], None]]:
 
 
 def quietest(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Seconds a launch of each, in its quietest round."""
+    """Name -> seconds per launch in its quietest round."""
     least = dict.fromkeys(calls, float("inf"))
     collecting = gc.isenabled()
     gc.disable()

@@ -1,13 +1,15 @@
 """Time the ops: `python -m benchmarks.ops`, one command for CPU and GPU.
 
-Every row is checked for correctness on its own inputs, timed, and with `--peer FOLDER` (into which the peer was
-installed) the peer is timed right after it on the same inputs with the same code. Rows are printed and appended to
-`<out>/<gpu>.jsonl` as they end; a table comes last. Exit code 1: a row was wrong or broke, no row got a number, or
-with `--base` an op lost more than a tenth against the records there; 2: bad arguments.
+Every row (an op at a shape) is checked on its own inputs, then timed. With `--peer FOLDER` another linear-attention
+library, the peer, is timed right after it on the same inputs with the same code; FOLDER is where it was installed. Rows
+are printed and appended to `<out>/<gpu>.jsonl` as they end, and a table of all comes last.
 
-`--against naive` times the ops beside their naive loops and nothing else, and says how many times as fast they are.
-Two things run no benchmark: `--base THEN --against NOW` compares records, `--report` writes `docs/benchmarks.md` and
-its plots from them.
+`--against naive` times the ops and their naive loops and nothing else, and says how many times as fast the ops are.
+Two options run no benchmark: `--base BEFORE --against NOW` compares records, and `--report` writes
+`docs/benchmarks.md` and its plots from records.
+
+Exit code 1: a row was wrong or broke, no row was timed, or with `--base` an op takes over a tenth longer than in the
+records there. Exit code 2: bad arguments.
 """
 
 import argparse
@@ -36,38 +38,54 @@ DOCS = Path(__file__).parent.parent / "docs"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.ops", description="Check and time the ops, beside softmax attention and a peer."
+        prog="python -m benchmarks.ops",
+        description="Check and time the ops, beside softmax attention and another library, the peer.",
     )
-    p.add_argument("--op", nargs="+", help=f"of {', '.join(REGISTRY)}; default all")
+    p.add_argument("--op", nargs="+", help=f"among {', '.join(REGISTRY)}; default all")
     p.add_argument("--form", nargs="+", default=["chunk"], help="forms of an op; default chunk")
     p.add_argument(
-        "--shapes", nargs="+", help=f"{', '.join(SHAPES)}, or 'B1 T512 H4 D64'; default peer on a GPU, cpu otherwise"
+        "--shapes",
+        nargs="+",
+        help=f"sets ({', '.join(SHAPES)}) or shapes like 'B1 T512 H4 D64'; default peer on a GPU, else cpu",
     )
     p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default bfloat16 on a GPU, float32 otherwise")
     p.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     p.add_argument("--backend", choices=BACKENDS, help="default: Triton for GPU tensors, PyTorch otherwise")
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
-    p.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True, help="softmax and naive rows")
-    p.add_argument("--peer", type=Path, help="folder into which the peer was installed; it runs in its own process")
-    p.add_argument("--peer-jobs", type=int, help="processes that warm the peer at once; default one per CPU, to 12")
-    p.add_argument("--peer-warm-limit", type=float, default=300.0, metavar="SECONDS", help="default 300")
-    p.add_argument("--peer-cache", type=Path, metavar="FOLDER_OR_TGZ", help="what the peer's tuning found before")
-    p.add_argument("--save-peer-cache", type=Path, metavar="FILE", help="write what the peer's tuning found, as a tgz")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a GPU")
+    p.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time softmax attention and naive loops too",
+    )
+    p.add_argument("--peer", type=Path, help="folder in which the peer is installed; it runs in a process of its own")
+    p.add_argument(
+        "--peer-jobs", type=int, help="processes that compile and tune at once; default one per core, at most 12"
+    )
+    p.add_argument(
+        "--peer-warm-limit", type=float, default=300.0, metavar="SECONDS", help="for compiling and tuning; default 300"
+    )
+    p.add_argument("--peer-cache", type=Path, metavar="FOLDER_OR_TGZ", help="what an earlier tuning of the peer found")
+    p.add_argument("--save-peer-cache", type=Path, metavar="FILE", help="write what the peer's tuning found to a tgz")
     p.add_argument(
         "--first-call",
         action=argparse.BooleanOptionalAction,
-        help="seconds of the first call with an empty compile cache; default on a GPU without --quick",
+        help="time the first call with an empty compile cache; default on a GPU without --quick",
     )
-    p.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop cleanly by then")
-    p.add_argument("--quick", action="store_true", help="a first look: 10 runs and 0.05 s a row at most")
+    p.add_argument(
+        "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop after so long, with the table"
+    )
+    p.add_argument("--quick", action="store_true", help="a first look: at most 10 runs and about 0.05 s a row")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--commit", help="what the record names; default git's, or unknown")
+    p.add_argument("--commit", help="commit that the records name; default git's, or unknown")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the records; default benchmarks/results")
-    p.add_argument("--base", type=Path, metavar="RESULTS", help="compare with the last records of a .jsonl or folder")
+    p.add_argument(
+        "--base", type=Path, metavar="RESULTS", help="compare with the last records of a .jsonl file or a folder"
+    )
     p.add_argument(
         "--against",
         metavar="naive|RESULTS",
-        help=f"{NAIVE}: time the ops beside their naive loops alone; else compare records with --base, and run nothing",
+        help=f"{NAIVE}: time only the ops and their naive loops. RESULTS: compare records with --base, run nothing",
     )
     p.add_argument("--report", action="store_true", help="write docs/benchmarks.md from the records, and run nothing")
     p.add_argument("--docs", type=Path, default=DOCS, help="folder of the report; default docs")
@@ -109,7 +127,7 @@ def _report(a: argparse.Namespace) -> int:
 
 
 def _prepare(a: argparse.Namespace) -> tuple[Settings, list[Job]]:
-    """What is to be run, and how. Raises ValueError for arguments that cannot be."""
+    """The settings and the jobs of a run. Raises ValueError for arguments that make no run."""
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
@@ -146,7 +164,7 @@ def _prepare(a: argparse.Namespace) -> tuple[Settings, list[Job]]:
 
 
 def _ops(names: list[str] | None, forms: list[str]) -> dict[str, list[str]]:
-    """Op -> forms. A form that only some of the ops have is left out of the others, unless the op was named."""
+    """Op -> its forms to time. A form that an op lacks is left out, or a ValueError if the op was named."""
     unknown = [name for name in names or [] if name not in REGISTRY]
     if unknown:
         raise ValueError(f"--op must be among {', '.join(REGISTRY)}, got {', '.join(unknown)}")

@@ -1,8 +1,8 @@
-"""Packed sequences: `python -m benchmarks.packed`. Many sequences of skewed lengths in one row, beside one long one.
+"""Packed sequences: `python -m benchmarks.packed` times many sequences of skewed lengths in one row, and one long one.
 
-Modes `packed_fwd` and `packed_fwdbwd`, and for the same tokens as one sequence `whole_fwd` and `whole_fwdbwd`, timed in
-turn. Output and gradients of some of the sequences are checked against the float64 recurrence first. Exit code 1: a
-row failed.
+Modes `packed_fwd` and `packed_fwdbwd` time the pack; `whole_fwd` and `whole_fwdbwd` time the same tokens as one
+sequence. Output and gradients of some of the sequences are compared with the float64 recurrence before anything is
+timed. Exit code 1: a row failed.
 """
 
 import argparse
@@ -29,7 +29,10 @@ LONGEST_CHECKED = 256
 
 
 def skewed_bounds(tokens: int, sequences: int, seed: int) -> Tensor:
-    """`cu_seqlens` of lengths that differ by orders of magnitude (log-normal), each at least 1. Raises ValueError."""
+    """`cu_seqlens` of lengths that differ by orders of magnitude (log-normal), each at least 1.
+
+    Raises ValueError for more sequences than tokens.
+    """
     if not 1 <= sequences <= tokens:
         raise ValueError(f"--sequences must be from 1 to the {tokens} tokens of a row, got {sequences}")
     weights = torch.randn(sequences, generator=torch.Generator().manual_seed(seed)).mul(1.5).exp()
@@ -39,7 +42,10 @@ def skewed_bounds(tokens: int, sequences: int, seed: int) -> Tensor:
 
 
 def check(target: Target, tensors: dict[str, Tensor], bounds: Tensor, backend: str, a: argparse.Namespace) -> None:
-    """Raise AssertionError unless the first, the last and a middle short sequence have the reference's values."""
+    """Compare three short sequences (the first, the middle and the last one) with the reference.
+
+    Raises AssertionError.
+    """
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     o = timing.first_output(target.call(**leaves, cu_seqlens=bounds))
     do = timing.noise({"do": list(o.shape)}, o.dtype, a.device, a.seed)["do"]
@@ -59,7 +65,7 @@ def check(target: Target, tensors: dict[str, Tensor], bounds: Tensor, backend: s
 
 
 def _alone(target: Target, tensors: dict[str, Tensor], do: Tensor, tokens: slice, dtype: torch.dtype):
-    """The reference's output of a stretch of tokens, and the gradients of what belongs to tokens."""
+    """The reference's output for these tokens, and its gradients for the inputs that have an axis T."""
     part = cut(target.shapes, tensors, slice(None), tokens)
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in part.items()}
     o = target.reference(**leaves)
@@ -70,7 +76,7 @@ def _alone(target: Target, tensors: dict[str, Tensor], do: Tensor, tokens: slice
 
 
 def time_op(op: str, a: argparse.Namespace, recorder: Recorder) -> bool:
-    """Check and time one op; whether it failed."""
+    """Check and time one op. Returns whether it failed."""
     dims, dtype = find(op, "chunk").fit(parse(a.shape)), getattr(torch, a.dtype)
     common = {"op": REGISTRY[op].forms["chunk"].__name__, "shape": show(dims), "dtype": a.dtype}
     mode = f"packed_{a.mode[0]}"
@@ -106,7 +112,9 @@ def _time(target: Target, tensors: dict[str, Tensor], packing: dict[str, Tensor]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.packed", description="Time packed sequences beside one.")
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.packed", description="Time packed sequences, and one long sequence."
+    )
     _local.op_arguments(p)
     p.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     p.add_argument("--shape", help=f"with B1; default {SHAPE['cuda']!r} on a GPU")

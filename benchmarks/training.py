@@ -1,8 +1,10 @@
 """Training throughput of a model: `python -m benchmarks.benchmark_training_throughput --name gla`.
 
-Optimizer steps (AdamW, cosine schedule, bfloat16 by autocast with float32 weights) on random tokens or the bytes of a
-text; `--varlen` packs as many tokens into one row of sequences of random lengths. Prints parameters, memory, tokens/s
-and ms per step; on a GPU a record with the median step goes to `benchmarks/results`.
+The program times optimizer steps (AdamW, cosine schedule, bfloat16 by autocast with float32 weights) on random tokens
+or the bytes of a text. With `--varlen` a step has as many tokens in one row, as packed sequences of random lengths.
+
+It prints parameters, memory, tokens/s and ms per step. On a GPU a record with the median step goes to
+`benchmarks/results`.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from benchmarks._local import Recorder
 
 @dataclass
 class Measured:
-    """A run: seconds of every timed step, and memory in MiB."""
+    """What a run measured: seconds of every timed step, and memory in MiB."""
 
     initial_mb: float | None
     warmup_seconds: float = 0.0
@@ -32,7 +34,7 @@ class Measured:
 
 
 def packing(tokens: int, sequences: int, context_len: int | None, generator: torch.Generator) -> Tensor:
-    """Bounds `cu_seqlens` of `sequences` sequences of random lengths, none longer than `context_len`."""
+    """`cu_seqlens` of `sequences` sequences of random lengths; those longer than `context_len` are cut into several."""
     cuts = (torch.randperm(tokens - 1, generator=generator)[: sequences - 1] + 1).sort().values.tolist()
     bounds: list[int] = []
     for start, end in zip([0, *cuts], [*cuts, tokens], strict=True):
@@ -41,7 +43,7 @@ def packing(tokens: int, sequences: int, context_len: int | None, generator: tor
 
 
 def batches(codec: models.Codec, a: argparse.Namespace, count: int) -> list[dict[str, Tensor]]:
-    """The inputs of every step, drawn ahead. No sequence of a pack has the next one's first token as its target."""
+    """The inputs of every step. The last token of a packed sequence has no target, as the next token is not its own."""
     made = []
     for step in range(count):
         seed = a.seed * 1_000_003 + step
@@ -58,7 +60,7 @@ def batches(codec: models.Codec, a: argparse.Namespace, count: int) -> list[dict
 
 
 def train(model: nn.Module, steps: list[dict[str, Tensor]], a: argparse.Namespace) -> Measured:
-    """Warm-up steps, then timed ones. Raises RuntimeError when the loss is no number: nothing wrong is timed."""
+    """Run warm-up steps, then timed ones. Raises RuntimeError if the loss is not finite: a wrong run gets no number."""
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, len(steps))

@@ -1,8 +1,9 @@
 """Train a byte-level language model on real text, save it, load it again and let it write.
 
-The text is the source of Python's own standard library, which every machine has, or what `--text` names; every tenth
-file is held out for validation. The model is one of `fla.models`: GLA unless `--model` says otherwise. Into `--out` go
-`checkpoint/` (a Hugging Face checkpoint, and the trainer's state), `loss.png`, `metrics.json` and `report.txt`.
+The text is the source of Python's own standard library, which every machine has, or the files of `--text`. Every tenth
+file is held out for validation. The model is one of `fla.models`, GLA unless `--model` names another. The folder
+`--out` gets `checkpoint/` (a Hugging Face checkpoint, and the trainer's state), `loss.png`, `metrics.json` and
+`report.txt`.
 
     python examples/train_and_generate.py                                  # under four minutes on two CPU cores
     python examples/train_and_generate.py --model retnet --text book.txt   # another model, your own text
@@ -27,6 +28,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from _arguments import SIZES, learning_rate, positive, seed
 from _text import UserError, baselines, read_files, split
 from _threads import Threads
 from torch import Tensor, nn
@@ -54,7 +56,9 @@ DEFAULTS = {
     "device": None, "threads": None, "backend": None, "out": "runs/demo", "resume": False, "prompt": None,
     "new_bytes": 400,
 }  # fmt: skip
-FREE_ON_RESUME = {"device", "threads", "backend", "out", "resume", "prompt", "new_bytes"}  # all else decides the curve
+RESULTS = ("checkpoint", "checkpoint.new", "checkpoint.old", "loss.png", "metrics.json", "report.txt")
+# what may change when a run is resumed; all other arguments decide the loss curve
+FREE_ON_RESUME = {"device", "threads", "backend", "out", "resume", "prompt", "new_bytes"}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -65,7 +69,10 @@ def as_tensor(text: bytes) -> Tensor:
 
 
 def batch(data: Tensor, args: argparse.Namespace, step: int) -> Tensor:
-    """Batch number `step`, `[batch_size, seq_len]`. Only seed and step decide it, so a resumed run keeps the order."""
+    """Batch number `step`, `[batch_size, seq_len]`.
+
+    It depends only on seed and step, so a resumed run keeps the order.
+    """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     starts = torch.randint(len(data) - args.seq_len + 1, (args.batch_size,), generator=generator)
     return torch.stack([data[s : s + args.seq_len] for s in starts.tolist()]).long().to(args.device)
@@ -73,7 +80,7 @@ def batch(data: Tensor, args: argparse.Namespace, step: int) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, data: Tensor, args: argparse.Namespace) -> float:
-    """Mean code length of `data` under the model: of every byte but the first, given those before it in its window."""
+    """Mean bits per byte under the model, of all of `data` but its first byte, given what precedes in the window."""
     model.eval()
     nats = 0.0
     windows = zip(data[:-1].view(-1, args.seq_len).split(16), data[1:].view(-1, args.seq_len).split(16), strict=True)
@@ -94,7 +101,7 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     }
     fields |= {"bos_token_id": None, "eos_token_id": None}  # bytes have no such tokens
     if hasattr(config_class, "use_short_conv"):
-        fields["use_short_conv"] = True  # a few bytes of exact context: over half a bit at this size
+        fields["use_short_conv"] = True  # it saves over half a bit per byte at this size
     torch.manual_seed(args.seed)
     try:
         return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])
@@ -102,13 +109,19 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
         raise UserError(str(error)) from None
 
 
+def check_finite(loss: float, name: str, step: int) -> None:
+    """End a run that diverged; the checkpoint of an earlier run stays what it was."""
+    if not math.isfinite(loss):
+        raise UserError(f"training diverged: {name} is {loss} after {step} steps; try a smaller --lr")
+
+
 class Run:
-    """A model in training, with everything that has to be kept for going on exactly as if nothing had happened."""
+    """A model in training, with all that a checkpoint must hold so that a resumed run goes on exactly as before."""
 
     def __init__(self, model: PreTrainedModel, args: argparse.Namespace) -> None:
         self.model = model
         self.weights = list(model.parameters())
-        # a bf16 weight has too few bits for small updates to arrive: the optimizer works on float32 copies
+        # bfloat16 weights have too few bits for small updates, so the optimizer works on float32 copies
         self.masters = [w if w.dtype == torch.float32 else nn.Parameter(w.detach().float()) for w in self.weights]
         groups = [  # matrices decay; biases and norms do not
             {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": 0.1},
@@ -141,7 +154,7 @@ class Run:
         return loss.item()
 
     def save(self, folder: Path, args: argparse.Namespace, fingerprint: str) -> None:
-        """Write the checkpoint beside the old one, then put it in its place: there is a whole one at any moment."""
+        """Write the checkpoint beside the old one, then replace that: a complete one exists at any moment."""
         new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(new, ignore_errors=True)
         self.model.save_pretrained(new)
@@ -160,7 +173,7 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def load(self, state: dict) -> None:
-        """Take up the state that `save` wrote; the weights are those of `model` already."""
+        """Restore the state that `save` wrote. `model` has the saved weights already."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         with torch.no_grad():
@@ -175,7 +188,10 @@ class Run:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that fills on Ctrl-C (or SIGTERM), so that the step in hand can end well. A second one stops at once."""
+    """A list that is no longer empty after Ctrl-C (or SIGTERM), so that the running step can end.
+
+    A second one stops at once.
+    """
     caught: list[int] = []
 
     def handler(number: int, _frame: object) -> None:
@@ -191,9 +207,9 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> bool:
-    """Train until the last step (True) or Ctrl-C (False)."""
+    """Train. Returns True after the last step, and False after Ctrl-C."""
     every = max(1, args.steps // 10)
-    glance = held_out[: max(1, len(held_out) // 16 // args.seq_len) * args.seq_len + 1]  # the curve needs no more
+    glance = held_out[: max(1, len(held_out) // 16 // args.seq_len) * args.seq_len + 1]  # enough for the curve
     shape = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
     threads = choose_threads(args)
     bar = tqdm(total=args.steps, initial=run.step, bar_format=shape, dynamic_ncols=True)
@@ -201,27 +217,28 @@ def train(run: Run, training: Tensor, held_out: Tensor, args: argparse.Namespace
         while run.step < args.steps and not caught:
             start = time.perf_counter()
             loss = run.update(batch(training, args, run.step))
-            if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {run.step}: try a smaller --lr")
+            check_finite(loss, "the loss", run.step)
             run.losses.append(loss)
             run.seconds.append(time.perf_counter() - start)
             threads.seen(run.seconds[-1])
             if run.step % every == 0 or run.step == args.steps:
-                run.validation.append((run.step, bits_per_byte(run.model, glance, args)))
+                bits = bits_per_byte(run.model, glance, args)
+                check_finite(bits, "the validation loss", run.step)
+                run.validation.append((run.step, bits))
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second(run, args):,.0f} tokens/s", refresh=False)
             bar.update()
     return run.step == args.steps
 
 
 def choose_threads(args: argparse.Namespace) -> Threads:
-    """Threads as they are told, by `--threads` or OMP_NUM_THREADS; else, on a CPU, as many as make steps quicker."""
+    """As many threads as `--threads` or OMP_NUM_THREADS says; without them, on a CPU, as many as make steps quicker."""
     most = args.threads or torch.get_num_threads()
-    told = args.threads or "OMP_NUM_THREADS" in os.environ or not args.device.startswith("cpu")
-    return Threads(most, least=most if told else 1)
+    is_fixed = args.threads or "OMP_NUM_THREADS" in os.environ or not args.device.startswith("cpu")
+    return Threads(most, least=most if is_fixed else 1)
 
 
 def tokens_per_second(run: Run, args: argparse.Namespace) -> float:
-    """The median over the last hundred steps: neither the first call's compiling nor a validation is in it."""
+    """By the median time of the last hundred steps, so that neither compiling nor validation counts."""
     return args.batch_size * args.seq_len / statistics.median(run.seconds[-100:])
 
 
@@ -229,7 +246,7 @@ def tokens_per_second(run: Run, args: argparse.Namespace) -> float:
 
 
 def table(bits: dict[str, float], model: str, held_out: bytes) -> str:
-    """The model beside the baselines, worst first, and an honest line about who wins."""
+    """The bits per byte of the model and the baselines, worst first, and a line about those that beat the model."""
     lines = [f"bits per byte of {len(held_out):,} held-out bytes"]
     lines += [f"  {name:<20} {value:5.2f}" for name, value in sorted(bits.items(), key=lambda row: -row[1])]
     winners = [name.split()[0] for name in ("gzip -9", "xz -9e") if bits[name] < bits[model]]
@@ -241,7 +258,7 @@ def table(bits: dict[str, float], model: str, held_out: bytes) -> str:
 
 
 def plot(run: Run, bits: dict[str, float], title: str, file: Path) -> None:
-    """Training and validation curve in bits per byte, with gzip and xz as landmarks."""
+    """Draw the training and validation curves in bits per byte, with lines for the baselines."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = range(1, run.step + 1), [loss / math.log(2) for loss in run.losses]
     half = run.step // 80
@@ -266,9 +283,16 @@ def choose_prompt(args: argparse.Namespace, held_out: bytes) -> bytes:
     return held_out[:64] if args.text else b'def main(args):\n    """'
 
 
+def load(checkpoint: Path, args: argparse.Namespace) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {checkpoint}: {first_line(error)}") from None
+
+
 def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
-    """What the reloaded checkpoint writes after `prompt`."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device).eval()
+    """The text that the reloaded checkpoint writes after `prompt`."""
+    model = load(checkpoint, args).eval()
     torch.manual_seed(args.seed)
     ids = torch.tensor([list(prompt)], device=args.device)
     written = model.generate(ids, max_new_tokens=args.new_bytes, do_sample=True, top_p=0.95, top_k=0, pad_token_id=0)
@@ -276,7 +300,7 @@ def generate(checkpoint: Path, prompt: bytes, args: argparse.Namespace) -> str:
 
 
 def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
-    """The record of a run, for `metrics.json`."""
+    """The content of `metrics.json`."""
     gpu = args.device.startswith("cuda")
     return {
         "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "prompt", "new_bytes")},
@@ -290,8 +314,46 @@ def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def read_state(out: Path) -> dict:
+    """The state of the run in `out`; UserError where there is none, or it is no run of this program."""
+    file = out / "checkpoint" / "trainer.pt"
+    if not file.is_file():
+        raise UserError(f"nothing to resume: there is no {file}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no state at all may raise anything
+        raise UserError(f"cannot read {file}: {first_line(error)}") from None
+    if not (isinstance(state, dict) and {"args", "text", "optimizer", "rng"} <= set(state)):
+        raise UserError(f"{file} is no state of a run of this program")
+    return state
+
+
+def check_out(out: Path) -> None:
+    """UserError unless results can be written to `out` without overwriting anything that is not of such a run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} must be a folder for the results: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} must be a folder for the results: Permission denied")
+    if there := [name for name in RESULTS if (out / name).exists()]:
+        try:
+            read_state(out)
+        except UserError:
+            raise UserError(
+                f"--out {out} already has {', '.join(there)}, not of a run of this program: choose another folder"
+            ) from None
+
+
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """The settings: defaults, then those of the run to resume, then the command line. And that run's state, if any."""
+    """The settings, and the state of the run to resume, if any.
+
+    A setting comes from the command line, else from that run, else from the defaults.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], argument_default=argparse.SUPPRESS)
 
     def option(name: str, text: str, **keywords) -> None:
@@ -300,37 +362,29 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
             f"--{name}", help=text if default in (None, [], False) else f"{text} (default: {default})", **keywords
         )
 
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
-
-    option("model", "which model", choices=CONFIGS)
+    option("model", "type of the model", choices=CONFIGS)
     option(
         "text",
-        "files or folders to train on (default: Python's standard library)",
+        "files or folders with text to train on (default: Python's standard library)",
         nargs="+",
         action="extend",
         metavar="PATH",
     )
     option("threads", "threads on a CPU (default: as many as make steps quicker)", type=positive, metavar="N")
-    for name in ("steps", "hidden-size", "layers", "heads", "seq-len", "batch-size", "new-bytes"):
-        option(name, name.replace("-", " "), type=positive, metavar="N")
-    option("lr", "peak learning rate", type=float)
+    for name, text in SIZES.items():
+        option(name, text, type=positive, metavar="N")
+    option("lr", "highest learning rate", type=learning_rate)
     option("dtype", "dtype of the weights; the optimizer's copies are float32", choices=DTYPES)
     option("device", "cpu or cuda (default: cuda if there is a GPU)")
     option("backend", "compute the ops with this backend (default: fla's choice)", choices=("triton", "torch"))
-    option("seed", "of weights, data order and sampling", type=int)
-    option("prompt", "what the model goes on writing from (default: a line of Python, or how the held-out text begins)")
+    option("seed", "seed of weights, data order and sampling", type=seed)
+    option("prompt", "text that the model continues (default: Python; with --text, the held-out beginning)")
     option("out", "folder for the results", metavar="FOLDER")
     option("resume", "go on with the run in --out", action="store_true")
     given = vars(parser.parse_args(argv))
     state, saved = None, {}
     if given.get("resume"):
-        file = Path(given.get("out", DEFAULTS["out"])) / "checkpoint" / "trainer.pt"
-        if not file.is_file():
-            raise UserError(f"nothing to resume: there is no {file}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_state(Path(given.get("out", DEFAULTS["out"])))
         saved = state["args"]
         if changed := [name for name in given if name in saved and given[name] != saved[name]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -340,7 +394,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     try:
         probe = torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {args.device}: {first_line(error)}") from None
+    if probe.device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: must be cpu or cuda")
     try:
         args.backend = resolve("decay", probe, args.backend)
     except ValueError as error:
@@ -355,8 +411,8 @@ def how_to_resume(args: argparse.Namespace) -> str:
 
 
 def demo(args: argparse.Namespace, state: dict | None) -> int:
-    """The whole story; 0 when it was told to its end, 130 after Ctrl-C."""
-    disable_progress_bar()  # of saving and loading: one bar is enough
+    """Train, save, reload and generate. Returns 0, or 130 after Ctrl-C."""
+    disable_progress_bar()  # those of saving and loading: one bar is enough
     out = Path(args.out)
     checkpoint = out / "checkpoint"
     texts = read_files(args.text)
@@ -364,11 +420,11 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
     fingerprint = hashlib.sha256(training + held_out).hexdigest()
     if state is not None and state["text"] != fingerprint:
         raise UserError("--resume goes on with the run as it was begun, but the text has changed since")
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out)
     if state is None:
         model = build_model(args)
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint).to(args.device)
+        model = load(checkpoint, args)
     run = Run(model.train(), args)
     if state is not None:
         run.load(state)
@@ -387,6 +443,7 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
 
     bits = baselines(training, held_out)
     bits[args.model] = bits_per_byte(model, as_tensor(held_out), args)
+    check_finite(bits[args.model], "the validation loss", run.step)
     plot(run, bits, title, out / "loss.png")
     (out / "metrics.json").write_text(json.dumps(metrics(run, bits, args), indent=1) + "\n")
     prompt = choose_prompt(args, held_out)
@@ -400,17 +457,22 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code."""
+    """Run the program and return the exit code."""
     try:
         args, state = parse(argv)
         with fla.use_backend(args.backend):
             return demo(args, state)
-    except UserError as error:
-        print(f"train_and_generate.py: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message = f"out of memory, take smaller sizes: {first_line(error)}"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    print(f"train_and_generate.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Teach transformers' Auto classes our model types, without importing transformers.
+"""Make our model types known to transformers' Auto classes without importing transformers.
 
-`import fla` puts a finder before Python's import system that waits for the module of transformers that maps model
-types to configs. When that has run (or at once, if it already has), every module of `fla/models` is announced under
-its name, which is its model type, with a stand-in that imports `fla.models` on first use; `fla.models` then registers
-the real classes. A type that transformers knows itself is never taken over.
+A model type has the name of its module in `fla/models`. `import fla` adds a finder to `sys.meta_path`, which waits for
+the import of the module of transformers that maps model types to configs. Once that module has run (at once, if it
+already has), every model type of ours is registered there with a placeholder, `LazyConfig`. The first use of a
+placeholder imports `fla.models`, which registers the real classes. A model type that transformers has itself is left
+alone.
 """
 
 import importlib
@@ -18,17 +19,17 @@ from typing import Any
 
 _MAPPING_MODULE = "transformers.models.auto.configuration_auto"
 _MODELS = Path(__file__).with_name("models")
-_NO_MODEL = ("cache", "utils")
+_NOT_MODELS = ("cache", "utils")
 
 
 def model_types() -> list[str]:
     """Our model types: the public modules of `fla/models`."""
     names = (module.name for module in pkgutil.iter_modules([str(_MODELS)]))
-    return [name for name in names if not name.startswith("_") and name not in _NO_MODEL]
+    return [name for name in names if not name.startswith("_") and name not in _NOT_MODELS]
 
 
 class LazyConfig:
-    """Stands for a config class until somebody needs it."""
+    """Placeholder of a config class. Calling it or reading an attribute imports the real class."""
 
     __module__ = "fla.models"
 
@@ -54,7 +55,7 @@ class LazyConfig:
 
 
 class _AfterImport(Loader):
-    """Runs a module with its own loader, then announces our model types in it."""
+    """Runs a module with the module's own loader, then registers our model types in it."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -70,6 +71,8 @@ class _AfterImport(Loader):
 
 
 class _Finder(MetaPathFinder):
+    """Finds the module that maps model types to configs as all other finders do, but with `_AfterImport` as loader."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -91,8 +94,9 @@ def _announce(module: ModuleType) -> None:
 
 
 def register_lazily() -> None:
-    """Announce our model types now if transformers' mapping is loaded, else as soon as it is. Cheap, and safe to
-    repeat.
+    """Register our model types now if transformers' mapping is loaded, else as soon as it is.
+
+    The call is cheap and may be repeated.
     """
     module = sys.modules.get(_MAPPING_MODULE)
     if module is not None and hasattr(module, "CONFIG_MAPPING"):

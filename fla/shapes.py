@@ -1,7 +1,7 @@
 """The shape language, and the checks that every public function runs first.
 
-A shape is a string of axes, "B T H K": a letter stands for one size across all tensors of a call, a number for itself.
-`N` is the number of states: the batch, or the sequences of a pack when `cu_seqlens` is given.
+A shape is a string of axes such as "B T H K". A letter has the same size in all tensors of a call; a number is the size
+itself. `N` is the number of states: the batch size, or with `cu_seqlens` the number of packed sequences.
 """
 
 import functools
@@ -22,21 +22,28 @@ def check_shapes(
     scale: float | None = None,
     **tensors: Tensor | None,
 ) -> dict[str, int]:
-    """Check the tensors of a call against each other and return the size of every axis (to be read only: it is kept).
+    """Check the tensors of a call against each other and return the size of every axis.
 
-    Raises TypeError for what is no floating tensor or has another dtype than it must, ValueError for ranks, sizes,
-    devices, `scale` and the form of `cu_seqlens`. Its values are checked where they are read (`fla.varlen`).
+    The result is cached: read it, never change it. The first tensor sets the device and, for the names in `same_dtype`,
+    the dtype. The values in `cu_seqlens` are checked where they are read (`fla.varlen`).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, has another dtype than the first tensor although its name is
+            in `same_dtype`, or `scale` is no number.
+        ValueError: a shape, a device, `scale` or the shape of `cu_seqlens` does not fit.
     """
     if not is_compiling():
-        dims = _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors)
+        dims = _sizes_if_valid(shapes, same_dtype, required, cu_seqlens, scale, tensors)
         if dims is not None:
             return dims
     return _check_one_by_one(shapes, same_dtype, required, cu_seqlens, scale, tensors)
 
 
-def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int] | None:
-    """The sizes of the axes when all is as it must be, and None when something may not be: in a third of the time of
-    the checks that can say what. Every rule here is one of `_check_one_by_one`."""
+def _sizes_if_valid(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int] | None:
+    """The sizes of the axes, or None if an argument may be wrong.
+
+    It applies the rules of `_check_one_by_one` in a third of the time, and cannot say which rule is broken.
+    """
     first_dtype = None
     found: list[Any] = []
     for name, x in tensors.items():
@@ -46,7 +53,7 @@ def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[s
             return None
         dtype = x.dtype
         if first_dtype is None:
-            first_dtype, device = dtype, x.device
+            first_dtype, device, index = dtype, x.device, x.get_device()
             if not dtype.is_floating_point:
                 return None
             if cu_seqlens is not None:
@@ -56,7 +63,7 @@ def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[s
                     return None
                 found.append(cu_seqlens.shape[0] - 1)
         else:
-            if x.device != device:
+            if x.get_device() != index or (index < 0 and x.device != device):  # the index of a GPU is quicker to read
                 return None
             if dtype is not first_dtype and (name in same_dtype or not dtype.is_floating_point):
                 return None
@@ -64,21 +71,23 @@ def _fitting(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[s
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         return None
     try:
-        return _sizes(*found)
-    except TypeError:  # sizes that are symbols have no hash
-        return _sizes.__wrapped__(*found)
+        return _match_axes(*found)
+    except TypeError:  # symbolic sizes cannot be hashed
+        return _match_axes.__wrapped__(*found)
 
 
 @functools.lru_cache(maxsize=4096)
-def _sizes(*found: Any) -> dict[Any, int] | None:
-    """The size of every axis, of the strings and sizes of the tensors in turn, or None where they contradict. First
-    may come N."""
+def _match_axes(*found: Any) -> dict[Any, int] | None:
+    """The size of every axis, or None if two tensors contradict each other.
+
+    `found`: the shape string and the sizes of every tensor in turn. If their count is odd, the first is the size of N.
+    """
     dims: dict[Any, int] = {}
     start = len(found) % 2
     if start:
         dims["N"] = found[0]
     for shape, sizes in zip(found[start::2], found[start + 1 :: 2], strict=True):
-        axes = _AXES.get(shape) or _parse(shape)
+        axes = _parsed_shapes.get(shape) or _parse(shape)
         if len(sizes) != len(axes):
             return None
         for axis, size in zip(axes, sizes, strict=True):
@@ -98,14 +107,15 @@ def _sizes(*found: Any) -> dict[Any, int] | None:
 
 def _parse(shape: str) -> tuple[str | int, ...]:
     axes = tuple(int(axis) if axis.isdigit() else axis for axis in shape.split())
-    _AXES[shape] = axes
+    _parsed_shapes[shape] = axes
     return axes
 
 
-_AXES: dict[str, tuple[str | int, ...]] = {}  # of every shape string met
+_parsed_shapes: dict[str, tuple[str | int, ...]] = {}  # shape string -> its axes
 
 
 def _check_one_by_one(shapes, same_dtype, required, cu_seqlens, scale, tensors) -> dict[str, int]:
+    """The sizes of the axes; raises for the first argument that is wrong."""
     dims: dict[str, int] = {}
     first = None
     for name, x in tensors.items():
@@ -149,32 +159,62 @@ def _check_axes(shape: str, name: str, x: Tensor, dims: dict[str, int]) -> None:
 
 
 def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    check_bounds("cu_seqlens", cu_seqlens, x, name, x.device)
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device} like {name}, got {cu_seqlens.device}")
+
+
+def check_bounds(argument: str, bounds: Tensor, x: Tensor, name: str, device: torch.device | str) -> None:
+    """TypeError or ValueError unless `bounds` has the form of the bounds of sequences packed into the one row of `x`,
+    an argument called `name`. `device`: where a message says to make them."""
+    if not isinstance(bounds, Tensor):
+        raise TypeError(
+            f"{argument} must be an int32 or int64 tensor, got {type(bounds).__name__}; "
+            f"make one with torch.tensor({argument}, dtype=torch.int32, device='{device}')"
+        )
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{argument} must be an int32 or int64 tensor, got {bounds.dtype}")
+    if bounds.dim() != 1 or bounds.shape[0] < 2:
+        raise ValueError(f"{argument} must have shape [N + 1] with N >= 1, got {list(bounds.shape)}")
     if x.shape[0] != 1:
         raise ValueError(
-            f"cu_seqlens packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
+            f"{argument} packs all sequences into one row: {name} must have batch size 1, got {x.shape[0]}; "
             "flatten the batch with x.reshape(1, -1, *x.shape[2:])"
         )
 
 
 def merge_cu_seqlens(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
-    """One packing from its two names. Both given must be one tensor: comparing values would wait for the GPU."""
+    """The packing of a call that takes it under two names.
+
+    Raises ValueError if both are given and are not the same tensor. Their values are not compared, since that would
+    wait for the GPU.
+    """
     if cu_seqlens is None or cu_seq_lens_q is None:
         return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seq_lens_q", cu_seq_lens_q)):
+        if not isinstance(bounds, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(bounds).__name__}; make one with torch.tensor({name}, "
+                "dtype=torch.int32)"
+            )
     same = cu_seqlens.shape == cu_seq_lens_q.shape and cu_seqlens.data_ptr() == cu_seq_lens_q.data_ptr()
     if cu_seqlens is not cu_seq_lens_q and not same:
-        raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument, got two different tensors")
+        raise ValueError(
+            "cu_seqlens and cu_seq_lens_q are two names of one argument: give one of them, got two tensors"
+        )
     return cu_seqlens
 
 
+def check_chunk_size(chunk_size: int) -> None:
+    """TypeError or ValueError unless another program's chunk could have this size. Results depend on none."""
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be 16, 32, 64 or 128, or None, got {type(chunk_size).__name__}")
+    if chunk_size not in (16, 32, 64, 128):
+        raise ValueError(f"chunk_size must be 16, 32, 64 or 128, or None, got {chunk_size}")
+
+
 def pool_shapes(shapes: dict[str, str], state_indices: Tensor | None) -> dict[str, str]:
-    """The shapes of an op's arguments; with indices its states are a pool of P slots."""
+    """The shapes of an op's arguments. With `state_indices` its states are a pool of P slots: axis N becomes P."""
     if state_indices is None:
         return shapes
     return {name: "P" + shape[1:] if shape.startswith("N ") else shape for name, shape in shapes.items()}

@@ -1,9 +1,9 @@
 """Packed sequences: the only place that knows how `cu_seqlens`, masks and chunk tables relate.
 
 `cu_seqlens` `[N + 1]` (int32 or int64) starts at 0, never decreases and ends at the number of packed tokens `T`:
-sequence `n` owns tokens `cu_seqlens[n] : cu_seqlens[n + 1]`. Results keep its dtype and device. Functions that return
-a Python number or whose result's size depends on values (`prepare_chunk_indices`, `prepare_token_indices`) wait for a
-GPU; the kernels use none of them.
+sequence `n` owns the tokens `cu_seqlens[n] : cu_seqlens[n + 1]`. Results have its dtype and device. Functions that
+return a Python number, or a result whose size depends on values (`prepare_chunk_indices`, `prepare_token_indices`),
+wait for the GPU; the kernels use none of them.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,10 @@ _check_on_device = False
 
 @contextmanager
 def check_packing() -> Iterator[None]:
-    """Check the values of GPU `cu_seqlens` too, on the device and without waiting for it (`torch._assert_async`).
+    """Within this context the values of `cu_seqlens` on a GPU are checked too, on the device (`torch._assert_async`).
 
-    Off by default because it costs a few launches a call; CPU tensors are always checked.
+    The check does not wait for the GPU. It is off by default because it costs a few launches in every call; values on
+    the CPU are always checked.
     """
     global _check_on_device
     before, _check_on_device = _check_on_device, True
@@ -30,33 +31,45 @@ def check_packing() -> Iterator[None]:
         _check_on_device = before
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Raise ValueError unless `cu_seqlens` starts at 0, never decreases and ends at `num_tokens`."""
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, name: str = "cu_seqlens") -> None:
+    """Raise ValueError unless `cu_seqlens` starts at 0, never decreases and ends at `num_tokens`. `name`: what its
+    caller calls it."""
+    _check_tensor(name, cu_seqlens)
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+            raise ValueError(f"{name} must start at 0, got {bounds[0]}")
         if bounds[-1] != num_tokens:
-            raise ValueError(f"cu_seqlens must end at the number of tokens {num_tokens}, got {bounds[-1]}")
+            raise ValueError(f"{name} must end at the number of tokens {num_tokens}, got {bounds[-1]}")
         if any(b < a for a, b in pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must never decrease, got {bounds}")
+            raise ValueError(f"{name} must never decrease, got {bounds}")
     elif _check_on_device:
         ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
         torch._assert_async(ends & (cu_seqlens.diff() >= 0).all(), "cu_seqlens must run from 0 to T without decreasing")
 
 
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(x).__name__}; make one with torch.tensor({name}, dtype=torch.int32)"
+        )
+
+
 def prepare_lens(cu_seqlens: Tensor) -> Tensor:
     """Length of every sequence, `[N]`."""
+    _check_tensor("cu_seqlens", cu_seqlens)
     return cu_seqlens.diff()
 
 
 def prepare_lens_from_mask(mask: Tensor) -> Tensor:
     """Tokens of every row of a padding mask `[B, T]` (1 = token), int32 `[B]`."""
+    _check_tensor("mask", mask)
     return mask.sum(dim=-1, dtype=torch.int32)
 
 
 def prepare_cu_seqlens_from_lens(lens: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
     """`cu_seqlens` `[N + 1]` of sequences of these lengths."""
+    _check_tensor("lens", lens)
     return torch.nn.functional.pad(lens.cumsum(0, dtype=dtype), (1, 0))
 
 
@@ -66,14 +79,18 @@ def prepare_cu_seqlens_from_mask(mask: Tensor, dtype: torch.dtype = torch.int32)
 
 
 def prepare_sequence_ids(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
-    """The sequence that every token belongs to, `[T]`; right after empty sequences too. `num_tokens` given: no wait."""
+    """Index of the sequence that every token belongs to, `[T]`. Sequences may be empty.
+
+    With `num_tokens` (which is T) the function does not wait for the GPU.
+    """
+    _check_tensor("cu_seqlens", cu_seqlens)
     num_tokens = int(cu_seqlens[-1]) if num_tokens is None else num_tokens
     tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).to(cu_seqlens.dtype)
 
 
 def prepare_position_ids(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
-    """0, 1, 2, ... restarting at every sequence, `[T]`."""
+    """Position of every token in its sequence, `[T]`: 0, 1, 2, ... from the start of every sequence."""
     sequence = prepare_sequence_ids(cu_seqlens, num_tokens)
     tokens = torch.arange(sequence.shape[0], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return tokens - cu_seqlens[sequence.long()]
@@ -85,7 +102,7 @@ def prepare_token_indices(cu_seqlens: Tensor) -> Tensor:
 
 
 def prepare_chunk_offsets(cu_seqlens: Tensor, chunk_size: int) -> Tensor:
-    """Running number of chunks before every sequence, `[N + 1]`."""
+    """Number of chunks in all sequences before each one, `[N + 1]`; the last is the number of all chunks."""
     chunks = -(-prepare_lens(cu_seqlens) // chunk_size)
     return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
 
@@ -98,13 +115,13 @@ def prepare_chunk_indices(cu_seqlens: Tensor, chunk_size: int, cu_seqlens_cpu: T
 
 
 def get_max_num_splits(cu_seqlens: Tensor, chunk_size: int, cu_seqlens_cpu: Tensor | None = None) -> int:
-    """Chunks of the longest sequence."""
+    """Number of chunks of the longest sequence."""
     lens = prepare_lens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
     return -(-int(lens.max()) // chunk_size)
 
 
 def pack_sequence(x: Tensor, cu_seqlens: Tensor, padding_side: str = "left") -> Tensor:
-    """Drop the padding of `x` `[N, S, ...]`: `[T, ...]`. Differentiable."""
+    """Drop the padding of `x`: `[N, S, ...]` -> `[T, ...]`. Differentiable."""
     rows, columns = _padded_positions(cu_seqlens, x.shape[1], padding_side)
     return x[rows, columns]
 
@@ -112,14 +129,17 @@ def pack_sequence(x: Tensor, cu_seqlens: Tensor, padding_side: str = "left") -> 
 def unpack_sequence(
     x: Tensor, cu_seqlens: Tensor, padding_side: str = "left", desired_shape: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Zero-pad packed `x` `[T, ...]` to `[N, S, ...]`, `S` the longest sequence or `desired_shape[1]`.
-    Differentiable."""
+    """Pad packed `x` with zeros: `[T, ...]` -> `[N, S, ...]`. Differentiable.
+
+    `S` is `desired_shape[1]`, or the length of the longest sequence.
+    """
     size = int(prepare_lens(cu_seqlens).max()) if desired_shape is None else desired_shape[1]
     rows, columns = _padded_positions(cu_seqlens, size, padding_side)
     return x.new_zeros(cu_seqlens.shape[0] - 1, size, *x.shape[1:]).index_put((rows, columns), x)
 
 
 def _padded_positions(cu_seqlens: Tensor, size: int, padding_side: str) -> tuple[Tensor, Tensor]:
+    """Row and column of every token in the padded batch `[N, size]`, each `[T]`."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     rows, columns = prepare_token_indices(cu_seqlens).long().unbind(1)
@@ -130,6 +150,7 @@ def _padded_positions(cu_seqlens: Tensor, size: int, padding_side: str) -> tuple
 
 def mask_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Flat positions `[T]` of the tokens of a padding mask `[B, S]`, and the int32 `cu_seqlens` of its rows."""
+    _check_tensor("mask", mask)
     return mask.flatten().nonzero().flatten(), prepare_cu_seqlens_from_mask(mask)
 
 
@@ -139,5 +160,5 @@ def unpad(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def repad(x: Tensor, indices: Tensor, batch_size: int, size: int) -> Tensor:
-    """Inverse of `unpad`: `[1, T, ...]` -> `[batch_size, size, ...]`, zeros at padding."""
+    """Inverse of `unpad`: `[1, T, ...]` -> `[batch_size, size, ...]`, with zeros at padding."""
     return x.new_zeros(batch_size * size, *x.shape[2:]).index_copy(0, indices, x[0]).unflatten(0, (batch_size, size))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch._dynamo
+import torch._functorch.aot_autograd  # both keep functions of torch when they are imported: before any is replaced
 
 from fla.testing import poisoned_allocation
 from tests import times

@@ -7,6 +7,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -22,18 +23,21 @@ FOLDERS = ("fla", "tests", "benchmarks", "examples", "tools")
 LIBRARY = sorted((ROOT / "fla").rglob("*.py"))
 ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 NAMES = ROOT / "tests" / "snapshots" / "public_names.txt"
-PUBLIC = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models", "fla.varlen", "fla.testing")
+PACKAGES = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models")
+PUBLIC = (*PACKAGES, "fla.varlen", "fla.utils", "fla.ops.utils", "fla.testing")
 
-# what a part of the library may import of the others; `shapes` and `varlen` are leaves
+# what a part of the library may import of the others; `shapes`, `varlen`, `utils` and `_names` are leaves
 MAY_IMPORT = {
     "varlen": (),
     "shapes": (),
-    "ops._spec": (),
+    "utils": (),
+    "_names": (),
+    "ops._spec": ("ops._spec", "_names"),
     "backends": ("backends", "varlen", "shapes"),
-    "ops": ("ops", "ops._spec", "shapes", "backends", "varlen"),
-    "modules": ("modules", "shapes", "backends", "varlen"),
+    "ops": ("ops", "ops._spec", "shapes", "backends", "varlen", "_names"),
+    "modules": ("modules", "shapes", "backends", "varlen", "_names"),
     "layers": ("layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
-    "models": ("models", "layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
+    "models": ("models", "layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen", "_names"),
     "testing": ("testing", "ops", "ops._spec", "shapes", "backends", "varlen"),
     "_auto": (),
     "_version": (),
@@ -75,7 +79,7 @@ def imports(path: Path) -> set[str]:
 def part(module: str) -> str:
     """The part of the library that a module belongs to: a key of MAY_IMPORT."""
     names = module.split(".")[1:]
-    if names[:2] == ["ops", "_spec"]:
+    if names[:2] in (["ops", "_spec"], ["ops", "_names"]):
         return "ops._spec"
     return names[0] if names and names[0] in MAY_IMPORT else ""
 
@@ -238,9 +242,9 @@ def add(path: Path, text: str, line: str) -> None:
     listing.write_text(listing.read_text() + line)
 
 
-def suite(scratch: Path, *arguments: str) -> subprocess.CompletedProcess:
+def suite(scratch: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", *arguments]
-    return subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, **options)
 
 
 def passed(done: subprocess.CompletedProcess) -> int:
@@ -252,10 +256,10 @@ def passed(done: subprocess.CompletedProcess) -> int:
 def test_an_op_is_one_file_and_one_line(scratch):
     """The suite finds, runs and passes it; and fails it when it computes something else than its reference."""
     add(scratch / "fla/ops/toy.py", toys.OP, toys.OP_LINE)
-    only = ("tests/ops/test_contract.py", "-k", "toy and not compiles and not gradcheck")
-    assert passed(suite(scratch, *only)) > 100
+    only = ("tests/ops/test_contract.py", "-m", "not exhaustive", "-k")
+    assert passed(suite(scratch, *only, "toy and not compiles and not gradcheck")) > 100
     (scratch / "fla/ops/toy.py").write_text(toys.OP.replace("FORGET = 0.5", "FORGET = 0.5001"))
-    wrong = suite(scratch, *only[:2], "toy and (values or pieces or row)", "-x")
+    wrong = suite(scratch, *only, "toy and (values or ways)", "-x")
     assert wrong.returncode == 1 and "over the budget" in wrong.stdout
 
 
@@ -285,6 +289,22 @@ def test_a_layer_is_one_file_and_one_line(scratch):
     change(file, 'call.state.get("recurrent_state")', "None")
     refused = failed(suite(scratch, *only[:2], "-k", "toy and (row_alone or token_by_token)"))
     assert refused == {"test_token_by_token[toy]", "test_token_by_token[toy-wide]"}
+
+
+@pytest.mark.slow
+def test_a_family_without_heads_is_one_file_and_one_of_each_backend(scratch):
+    """Its op, one file and one line, passes all that an op must; suites of a backend that lacks it say so."""
+    assert toys.SCAN_FAMILY.count("\n") <= 80
+    (scratch / "fla/backends/toyscan.py").write_text(toys.SCAN_FAMILY)
+    (scratch / "fla/backends/torch/toyscan.py").write_text(toys.SCAN_TORCH)
+    add(scratch / "fla/ops/toyscan.py", toys.SCAN_OP, toys.SCAN_LINE)
+    assert passed(suite(scratch, "tests/ops", "-k", "toyscan", "-m", "not exhaustive")) > 150
+    interpreting = {**os.environ, "TRITON_INTERPRET": "1"}
+    said = suite(
+        scratch, "tests/triton_interpreter/test_ops.py", "-k", "bad_calls", "-m", "not exhaustive", env=interpreting
+    )
+    assert passed(said) > 100
+    assert "no Triton backend: toyscan (toyscan)" in said.stdout
 
 
 @pytest.mark.slow

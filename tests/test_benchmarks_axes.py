@@ -226,7 +226,7 @@ def test_the_peer_s_process_maps_functions_and_arguments(tmp_path, monkeypatch):
 
 
 def test_beside_the_naive_loop(tmp_path, monkeypatch, capsys):
-    """`--against naive`: the issue's comparison on a CPU, without any other row."""
+    """`--against naive`: the op and its naive loop on a CPU, without any other row."""
     handlers = {"info": _ours.info, "run": _ours.run}
     monkeypatch.setattr(Run, "_ask_ours", lambda self, request: handlers[request["do"]](request))
     words = ["--op", "gla", "scan", "--device", "cpu", "--against", "naive", "--quick", "--out", str(tmp_path)]

@@ -96,7 +96,7 @@ def test_goals_are_of_ops_that_there_are(family):
         assert better, goal
 
 
-def test_goals_are_the_issue_s():
+def test_goals_name_what_is_measured():
     assert {goal.group for goal in GOALS} == set(_goals.GROUPS)
     assert {goal.quantity for goal in GOALS} == set(_goals.UNITS)
     speed = [goal for goal in GOALS if goal.group == "speed"]

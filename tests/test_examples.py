@@ -168,7 +168,7 @@ def test_every_model_trains_and_writes(program, model, text, tmp_path, capsys):
 def test_bfloat16_keeps_float32_copies(program, text, tmp_path):
     assert program.main(arguments(text, tmp_path, "--dtype", "bfloat16", "--new-bytes", "5")) == 0
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 1
-    state = torch.load(tmp_path / "checkpoint" / "trainer.pt", weights_only=True)
+    state = torch.load(tmp_path / "checkpoint" / "trainer.pt", weights_only=True, map_location="cpu")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert {master.dtype for master in state["masters"]} == {torch.float32}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
@@ -188,11 +188,29 @@ def test_bfloat16_keeps_float32_copies(program, text, tmp_path):
         (["--backend", "triton", "--device", "cpu"], "--backend triton: backend='triton' needs GPU tensors"),
         (["--steps", "0"], "argument --steps: "),
         (["--model", "lstm"], "argument --model: "),
+        (["--lr", "nan"], "argument --lr: must be a number between 1e-30 and 1e30, got nan"),
+        (["--lr", "0"], "argument --lr: must be a number"),
+        (["--lr", "-0.1"], "argument --lr: must be a number"),
+        (["--lr", "fast"], "argument --lr: must be a number between 1e-30 and 1e30, got fast"),
+        (["--seq-len", "1.5"], "argument --seq-len: must be an integer of at least 1, got 1.5"),
+        (["--seed", "9" * 30], "argument --seed: must be an integer between"),
+        (["--out", "README.md"], "--out README.md must be a folder for the results: File exists"),
+        (["--out", "README.md/run"], "--out README.md/run must be a folder for the results: Not a directory"),
+        (["--resume", "--out", "README.md"], "nothing to resume: there is no README.md/checkpoint/trainer.pt"),
+        (["--text", "binaries/1.bin"], "--text binaries/1.bin is no text: it holds zero bytes"),
+        (["--text", "binaries"], "--text binaries: there is no text in it, only empty files and files with zero bytes"),
+        (["--text", "empty.txt"], "--text empty.txt: there is no text in it"),
+        (["--device", "meta"], "--device meta: must be cpu or cuda"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_ends_with_one_line_and_exit_code_2(program, flags, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+    files = {"binaries/1.bin": bytes(9), "binaries/2.bin": b"a" + bytes(9), "empty.txt": b""}
+    files |= {name: (ROOT / name).read_bytes() for name in ("README.md", "LICENSE")}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
     try:
@@ -203,6 +221,65 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(program, flags, says, tmp_
     assert code == 2
     assert says in message[-1]
     assert len(message) == 1 or message[0].startswith("usage:")
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+
+
+def test_a_run_that_diverges_says_so(program, whole, text, tmp_path, capsys):
+    """And leaves the checkpoint of an earlier run alone."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "checkpoint" / "trainer.pt").read_bytes()
+    assert program.main([*arguments(text, tmp_path), "--lr", "1e30"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"train_and_generate.py: training diverged: the (validation )?loss is (nan|inf) after \d+ steps; "
+        "try a smaller --lr",
+        last,
+    )
+    assert (tmp_path / "checkpoint" / "trainer.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint/model.bin", "loss.png", "metrics.json", "checkpoint/trainer.pt"])
+def test_nothing_is_overwritten_that_another_program_made(program, name, text, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert program.main(arguments(text, tmp_path)) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert f"--out {tmp_path} already has {name.split('/')[0]}, not of a run of this program" in message
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_what_cannot_be_resumed_is_named(program, whole, text, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint" / "config.json").unlink()
+    assert program.main(["--resume", "--out", str(tmp_path)]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert f"cannot load {tmp_path / 'checkpoint'}: " in message
+    for content, says in ((b"x", "cannot read "), (None, "is no state of a run of this program")):
+        file = tmp_path / "checkpoint" / "trainer.pt"
+        file.write_bytes(content) if content else torch.save({"args": {}}, file)
+        assert program.main(["--resume", "--out", str(tmp_path)]) == 2
+        (message,) = capsys.readouterr().err.splitlines()
+        assert says in message and str(file) in message
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError("disk full")])
+def test_a_machine_that_is_too_small_is_named(program, error, text, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(program, "build_model", fail)
+    assert program.main(arguments(text, tmp_path)) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("train_and_generate.py: ")
+    assert ("out of memory, take smaller sizes: " in message) == (not isinstance(error, OSError))
+
+
+def test_help_says_what_numbers_count(program, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--seq-len N bytes of a training sequence (default: 256)" in text
+    assert "--new-bytes N bytes to generate (default: 400)" in text
 
 
 def test_resuming_on_another_text_is_refused(program, whole, text, tmp_path, capsys):

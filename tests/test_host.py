@@ -19,7 +19,7 @@ import fla.backends
 from fla.backends import decay
 from fla.ops import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla
 from fla.ops._spec import REGISTRY, current_names
-from fla.shapes import _check_one_by_one, _fitting, _sizes
+from fla.shapes import _check_one_by_one, _match_axes, _sizes_if_valid
 
 
 class Idle:
@@ -242,19 +242,19 @@ def test_the_fast_check_of_shapes_agrees_with_the_one_that_explains():
         except (TypeError, ValueError):
             expected = None
         good += expected is not None
-        assert _fitting(*call) == expected, call
+        assert _sizes_if_valid(*call) == expected, call
     assert 500 < good < 2500
 
 
 def test_remembered_shapes_are_bounded_and_keep_no_tensor(monkeypatch):
     """One entry per sizes, whatever the tensors; a contradiction that was met once is met again."""
-    _sizes.cache_clear()
+    _match_axes.cache_clear()
     x = inputs()
     for _ in range(3):
         assert chunk_linear_attn(x.q.clone(), x.k, x.v, normalize=False)[0].shape == x.v.shape
         with pytest.raises(ValueError, match="k must have shape"):
             chunk_linear_attn(x.q, x.k[:, 1:], x.v, normalize=False)
-    assert _sizes.cache_info().currsize == 2 and _sizes.cache_info().maxsize == 4096
+    assert _match_axes.cache_info().currsize == 2 and _match_axes.cache_info().maxsize == 4096
 
 
 def test_shapes_may_be_symbols():

@@ -55,7 +55,7 @@ def compiled(machine, monkeypatch):  # noqa: F811
     def see(kernel):
         found.append((kernel.fn.__name__, threading.current_thread().name))
 
-    monkeypatch.setattr(_launch, "compilers", lambda: found)
+    monkeypatch.setattr(_launch, "compiler_threads", lambda: found)
     monkeypatch.setattr(JITFunction, "_do_compile", instead_of_compiling(machine, see))
     monkeypatch.setattr(_launch, "_get_device", lambda x: -1 if x.is_meta else machine.tensors_on)
     monkeypatch.setattr(_launch, "_has_descriptors", lambda device: True)
@@ -88,7 +88,7 @@ def test_the_first_launch_of_a_call_has_all_of_it_compiled_in_threads(machine, c
     if form == "chunk":
         assert kernels["chunk_forward_kernel"] == kernels["chunk_backward_kernel"] == 1
         assert kernels["segment_states_kernel"] == 2  # forward and reverse
-    assert _ahead.under_way.call is None, "the call's tensors are kept alive"
+    assert _ahead.thread_state.call is None, "the call's tensors are kept alive"
     compiled.forget()
     decay.forward(problem(op, form=form), False, True)
     compiled.settle()

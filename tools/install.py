@@ -1,13 +1,13 @@
-"""Make a virtual environment and install this project into it: what the Makefile runs, with the standard library only.
+"""Make a virtual environment and install this project into it, for the Makefile. Needs only the standard library.
 
-Which PyTorch goes in:
+The environment gets one of these builds of PyTorch:
 
-- where `python3` has one that sees a GPU, that one is used;
-- where there is a GPU but no such PyTorch, pip resolves freely;
-- where there is no GPU, the CPU build at the versions of constraints.txt; where pip finds none, it resolves freely.
+- if the Python that runs this has a PyTorch that sees a GPU, the environment uses that one;
+- if there is a GPU but no such PyTorch, pip chooses;
+- if there is no GPU, the CPU build at the version in constraints.txt; if pip finds none, pip chooses.
 """
 
-from __future__ import annotations  # so that an older Python gets as far as being told so
+from __future__ import annotations  # so that an older Python gets as far as the message about its version
 
 import argparse
 import queue
@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
 SEES_GPU = "import torch; assert torch.cuda.is_available()"
-QUIET = 15.0  # seconds without a line after which one says that pip is still at it
+QUIET = 15.0  # after so many seconds without a line, one says that pip is still running
 
 
 def succeeds(*command: str) -> bool:
@@ -41,7 +41,7 @@ def this_python() -> str:
 
 
 def made_by(folder: Path) -> str:
-    """Which Python made the environment: "this" one, "another", or "none" yet."""
+    """Whether this Python made the environment ("this"), another one did ("another"), or there is none yet ("none")."""
     if not folder.exists():
         return "none"
     file = maker(folder)
@@ -49,20 +49,19 @@ def made_by(folder: Path) -> str:
 
 
 def make_environment(folder: Path, share: bool, by_this: bool = False) -> str:
-    """The environment's Python; it is made if it is not there, or, with `by_this`, if another Python made it.
+    """The environment's Python. The environment is made if there is none or, with `by_this`, if another Python made it.
 
-    With `share` it sees the packages of this Python.
+    With `share` the environment sees the packages of this Python.
     """
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     is_good = python.exists() and succeeds(str(python), "-m", "pip", "--version")
     if not is_good or (by_this and made_by(folder) == "another"):
         flags = ["--system-site-packages"] if share else []
         if subprocess.run([sys.executable, "-m", "venv", "--clear", *flags, str(folder)], check=False).returncode:
-            sys.exit(f"{sys.executable} -m venv failed: on Debian and Ubuntu, apt-get install python3-venv")
+            sys.exit(f"{sys.executable} -m venv failed; Debian and Ubuntu need: apt-get install python3-venv")
         maker(folder).write_text(this_python())
-    if (
-        share and sys.prefix != sys.base_prefix
-    ):  # from inside another environment, a new one sees only what lies below both
+    if share and sys.prefix != sys.base_prefix:
+        # this Python belongs to an environment, whose packages a new environment does not see by itself
         site = subprocess.run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                               capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
         (Path(site) / "parent_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -70,7 +69,7 @@ def make_environment(folder: Path, share: bool, by_this: bool = False) -> str:
 
 
 def constraints(**versions: str | None) -> tuple[str, str]:
-    """The text of constraints.txt, with other `versions` of the packages that have one, and the version of PyTorch."""
+    """The text of constraints.txt, with the given versions of packages in place of its own, and its PyTorch version."""
     text = (ROOT / "constraints.txt").read_text()
     for package, version in versions.items():
         if version:
@@ -87,7 +86,7 @@ FILE = re.compile(
 
 
 def news(line: str) -> str | None:
-    """The package that a line of pip's output is about, if it is to be told."""
+    """The line to print about a line of pip's output, or None."""
     line = line.strip()
     if found := FILE.match(line):
         how = "" if found[1] == "Downloading" else ", which is here already"
@@ -98,9 +97,9 @@ def news(line: str) -> str | None:
 
 
 def pip_install(python: str, *arguments: str) -> list[str]:
-    """`pip install`, told in a line a package, or in one that says that it goes on; pip's whole output.
+    """Run `pip install` and print a line for each package, or one that says that pip is still running.
 
-    Raises CalledProcessError if it fails.
+    Returns pip's whole output. Raises CalledProcessError if pip fails.
     """
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
     lines: queue.Queue[str] = queue.Queue()
@@ -141,14 +140,14 @@ def install(python: str, extras: str, free: bool, **versions: str | None) -> Non
             pip_install(python, "--constraint", str(pinned), *project)
             return
     print(
-        f"pip found no torch=={torch}+cpu (PyTorch's own index has it): taking what it finds, which may be large",
+        f"pip found no torch=={torch}+cpu (PyTorch's own index has it): installing what it finds, which may be large",
         flush=True,
     )
     pip_install(python, *project)
 
 
 def has_cpu_build(python: str, pinned: str, torch: str) -> bool:
-    """Install PyTorch's CPU build at the pinned version; whether pip found it."""
+    """Install PyTorch's CPU build at the pinned version. Returns whether pip found it."""
     try:
         pip_install(python, "--constraint", pinned, f"torch=={torch}+cpu")
     except subprocess.CalledProcessError:
@@ -165,14 +164,16 @@ def main() -> int:
     parser.add_argument(
         "--this-python", action="store_true", help="make the environment anew if another Python made it"
     )
-    parser.add_argument("--made-by", action="store_true", help="say whether this Python made it, another, or none yet")
+    parser.add_argument(
+        "--made-by", action="store_true", help="only print who made it: this Python, another, or none yet"
+    )
     args = parser.parse_args()
     if args.made_by:
         print(made_by(ROOT / args.venv))
         return 0
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(
-            f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 takes another"
+            f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 uses another one"
         )
     start = time.perf_counter()
     share = succeeds(sys.executable, "-c", SEES_GPU)

@@ -1,8 +1,8 @@
-"""Write the generated parts of README.md, between their `<!-- NAME -->` and `<!-- end NAME -->` lines.
+"""Write the generated parts of README.md, between the lines `<!-- NAME -->` and `<!-- end NAME -->`.
 
-python tools/readme.py                     # the table of what works, from the registries, and the demo's output
-python tools/readme.py --run runs/demo     # take the demo's output and picture from this run first
-python tools/readme.py --check             # exit code 1 if README.md is not current
+python tools/readme.py                  write the tables of what works, from the registries, and the demo's output
+python tools/readme.py --run runs/demo  the same, with the output and the picture of this run of the demo
+python tools/readme.py --check          write nothing; exit code 1 if README.md is not current
 """
 
 import argparse
@@ -25,7 +25,7 @@ def public(package: str, suffix: str = "") -> list[str]:
 
 
 def ops_table() -> str:
-    """One row per registered op: its forms, where it runs, and what does not work yet in the words of its spec."""
+    """One row per registered op: its forms, its backends, and what does not work yet in the words of its spec."""
     import fla.ops  # noqa: F401  registers them
     from fla.ops._spec import REGISTRY
 
@@ -43,7 +43,7 @@ def ops_table() -> str:
 
 
 def classes_table() -> str:
-    """The layers, models and modules that can be imported."""
+    """The classes of layers, models and modules that can be imported."""
     layers = [name for name in public("fla.layers") if name != "TokenMixer"]
     lists = {
         "fla.layers": layers,
@@ -60,7 +60,7 @@ def demo_block() -> str:
 
 
 def filled(text: str) -> str:
-    """README's text with every generated part replaced."""
+    """The text of README.md with every generated part written anew."""
     parts = {"what works": f"{ops_table()}\n\n{classes_table()}", "demo": demo_block()}
     for name, content in parts.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
@@ -73,7 +73,7 @@ def filled(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, help="the --out folder of a run of examples/train_and_generate.py")
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is current")
+    parser.add_argument("--check", action="store_true", help="only check whether README.md is current")
     args = parser.parse_args(argv)
     if args.run:
         shutil.copy(args.run / "report.txt", ROOT / "docs" / "demo.txt")

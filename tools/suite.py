@@ -1,15 +1,16 @@
-"""Run the test suite in processes side by side: what `make test`, `make test-all` and `make test-gpu` run.
+"""Run the test suite in several processes, for `make test`, `make test-all` and `make test-gpu`.
 
-    python tools/suite.py                     the CPU suite
-    python tools/suite.py --ops gla           of it what touches an op, its layers and its models
-    python tools/suite.py --all               with the tests marked `exhaustive`
-    python tools/suite.py --gpu               the GPU suite
+    python tools/suite.py               the CPU suite
+    python tools/suite.py --ops gla     only its tests of an op, of the op's layers and of their models
+    python tools/suite.py --all         with the tests marked `exhaustive`
+    python tools/suite.py --gpu         the GPU suite
 
-Triton decides at import whether it compiles or interprets, so the CPU suite is two runs of pytest. The second one runs
-even if the first fails, the exit code says whether both passed, and the last lines say where the seconds went.
+Triton decides at import whether it compiles or interprets kernels, so the CPU suite is two runs of pytest, the halves.
+The second half runs even if the first one fails, and the exit code says whether both passed. A table at the end says
+how many seconds the tests of every op, layer and model took.
 
-Plugins of pytest that happen to be installed stay out, but for pytest-xdist: warnings are errors here, and some
-plugins warn. Arguments that are not listed go to pytest, so that `-p NAME` lets a plugin in.
+No plugin of pytest is loaded but pytest-xdist: warnings are errors here, and some plugins warn. Arguments that are not
+listed below go to pytest, so `-p NAME` loads another plugin.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = "tests/triton_interpreter"
 NOTHING_COLLECTED = 5  # pytest's exit code
-CPU_JOBS, GPU_JOBS = 8, 14  # a process takes about a gigabyte; on a GPU, another half for its context
+CPU_JOBS, GPU_JOBS = 8, 14  # most processes: each takes about a gigabyte, and on a GPU half a gigabyte more there
 TABLE = (("op", "op"), ("layer", "layer"), ("model", "model"), ("family", "kernels of"), ("rest", "the rest"))
-SMALL = 2.0  # seconds: what took less is shown as one line
+SMALL = 2.0  # seconds; rows of the rest that took less are added up in one row
 
 
 @dataclass
@@ -42,12 +43,12 @@ class Half:
 
 
 def cores() -> int:
-    """The cores that this process may use: by its affinity, and by the quota of its control group."""
+    """The number of cores that this process may use, by its affinity and by the quota of its control group."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or no quota
+    except (OSError, ValueError):  # there is no such file, or no quota
         pass
     return count
 
@@ -57,7 +58,7 @@ def has_xdist() -> bool:
 
 
 def in_processes(jobs: int) -> list[str]:
-    """pytest's arguments for so many processes."""
+    """pytest's arguments for `jobs` processes."""
     if jobs < 2:
         return []
     if not has_xdist():
@@ -67,7 +68,7 @@ def in_processes(jobs: int) -> list[str]:
 
 
 def with_gpu_tests() -> list[str]:
-    """The GPU suite's folder, and other files that have tests for a GPU."""
+    """The folder of the GPU suite, and the other test files that have tests for a GPU."""
     marker = "pytest.mark." + "gpu"
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if marker in path.read_text(encoding="utf-8")]
     folder = Path("tests/gpu")
@@ -78,7 +79,7 @@ def halves(gpu: bool, everything: bool) -> list[Half]:
     """The runs of pytest that make up a suite."""
     some = "" if everything else " and not exhaustive"
     if gpu:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # it is not installed there
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # fla may not be installed
         return [Half("GPU suite", ["-m", f"gpu{some}", *with_gpu_tests()], {"PYTHONPATH": path})]
     compiled = ["-m", f"not gpu{some}", f"--ignore={INTERPRETED}", "tests"]
     interpreted = ["-m", f"not gpu{some}", INTERPRETED]
@@ -89,19 +90,19 @@ def halves(gpu: bool, everything: bool) -> list[Half]:
 
 
 def command(half: Half, jobs: int, ops: str, times: Path, rest: list[str]) -> list[str]:
-    """What a half runs."""
+    """The command line of a half."""
     chosen = [f"--ops={ops}"] if ops else []
     return [sys.executable, "-m", "pytest", *in_processes(jobs), f"--times={times}", *chosen, *rest, *half.arguments]
 
 
 def environment(half: Half) -> dict[str, str]:
-    """This process's variables, with what every half needs and without what only another one does."""
+    """The environment variables of a half: those of this process, without another half's, and its own."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | half.environment
 
 
 def joined(files: list[Path]) -> dict[tuple[str, str], tuple[float, float]]:
-    """(kind, name) -> seconds and tests, over what all halves wrote."""
+    """(kind, name) -> seconds and number of tests, added up over the files of the halves."""
     found: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for file in files:
         for kind, name, seconds, tests in json.loads(file.read_text()) if file.exists() else []:
@@ -111,7 +112,7 @@ def joined(files: list[Path]) -> dict[tuple[str, str], tuple[float, float]]:
 
 
 def table(found: dict[tuple[str, str], tuple[float, float]]) -> str:
-    """Seconds and tests of every op, layer and model, and of the rest, the longest first; then the sum of all."""
+    """Seconds and tests of every op, layer and model and of the rest, the longest first, and the sum of all."""
     lines = []
     for kind, title in TABLE:
         rows = sorted(
@@ -127,7 +128,7 @@ def table(found: dict[tuple[str, str], tuple[float, float]]) -> str:
 
 
 def check_ops(ops: str) -> str | None:
-    """What is wrong with the names of ops."""
+    """The error in `ops`, names of ops with commas between; None if there is none."""
     sys.path.insert(0, str(ROOT))
     from tests.touching import unknown_ops
 
@@ -135,14 +136,14 @@ def check_ops(ops: str) -> str | None:
 
 
 def check_gpu() -> str | None:
-    """Why the GPU suite cannot run."""
+    """The reason why the GPU suite cannot run, or None."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     seen = subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     return None if seen else f"{sys.executable} has no PyTorch that sees a GPU; make test runs everything else"
 
 
 def run(given: list[Half], jobs: int, ops: str, rest: list[str]) -> int:
-    """Run the halves one after the other, print the table; 0 if all passed."""
+    """Run the halves one after the other and print the table. Returns 0 if all passed, else 1."""
     failed, empty, start = [], 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.json" for i in range(len(given))]
@@ -153,7 +154,7 @@ def run(given: list[Half], jobs: int, ops: str, rest: list[str]) -> int:
                 empty += 1
             elif code:
                 failed.append(half.name)
-        print(f"\nseconds of tests (processes side by side: {jobs}), and their number\n{table(joined(files))}")
+        print(f"\nseconds that tests took, added up over {jobs} processes, and number of tests\n{table(joined(files))}")
     if empty == len(given):
         failed.append("no test was chosen")
     print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'passed'}, {time.perf_counter() - start:.0f} s")
@@ -162,10 +163,16 @@ def run(given: list[Half], jobs: int, ops: str, rest: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--gpu", action="store_true", help="the GPU suite, in place of the CPU suite")
-    parser.add_argument("--all", action="store_true", help="the tests marked `exhaustive` too")
-    parser.add_argument("--ops", default="", help="only what touches these ops, with commas between")
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, at most 8, or 14 with --gpu)")
+    parser.add_argument("--gpu", action="store_true", help="run the GPU suite in place of the CPU suite")
+    parser.add_argument("--all", action="store_true", help="run the tests marked `exhaustive` too")
+    parser.add_argument(
+        "--ops", default="", help="run only the tests of these ops, their layers and models (names with commas between)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="number of processes (default: one a core, at most 8; with --gpu two fewer than cores, at most 14)",
+    )
     args, rest = parser.parse_known_args(argv)
     ops = args.ops.replace(" ", "")
     if wrong := (ops and check_ops(ops)) or (args.gpu and check_gpu()):

@@ -1,7 +1,8 @@
-"""What the benchmarks know of a family of ops, a file each, found by the family's name.
+"""What the benchmarks know about each family of ops: a file per family, found by the family's name.
 
-`benchmarks/families/<family>.py` may hold `GOALS`, a tuple of `Goal`, and `PEERS`, a dict from op to `Peer`. A family
-without a file, or without one of the two, is timed and reported without targets or without a peer.
+`benchmarks/families/<family>.py` may hold `GOALS`, a tuple of `Goal`, and `PEERS`, a dict from op to `Peer`: how the
+peer, the library that the ops are timed beside, computes it. A family without `GOALS` is reported without targets, and
+one without `PEERS` is timed without a peer.
 """
 
 import importlib
@@ -13,7 +14,7 @@ from fla.ops._spec import REGISTRY
 
 
 def goals(family: str) -> tuple[Goal, ...]:
-    """What the ops of a family have to reach."""
+    """The goals of a family's ops."""
     return _declared(family, "GOALS") or ()
 
 
@@ -23,7 +24,7 @@ def peer(op: str) -> Peer | None:
 
 
 def why_no_peer(op: str) -> str:
-    """The note of a row that is timed alone."""
+    """The note of a row that is timed without the peer."""
     return f"no function is declared for {op} in PEERS of benchmarks/families/{REGISTRY[op].family}.py"
 
 

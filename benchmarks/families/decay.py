@@ -1,4 +1,4 @@
-"""The family `decay`: what its kernels have to reach, and what its ops are timed beside."""
+"""The family `decay` in the benchmarks: the goals of its ops, and how the peer computes them."""
 
 from benchmarks._goals import Goal, speed
 from benchmarks._peers import same_names

@@ -1,7 +1,8 @@
-"""Which backend computes: the whole dispatch.
+"""The choice of the backend that computes a call.
 
-A family's implementation is the module `fla.backends.<backend>.<family>`, found by name.
-Order: the `backend=` argument, `with use_backend(...)`, `FLA_BACKEND`, then Triton for GPU tensors, PyTorch for others.
+A backend computes a family in the module `fla.backends.<backend>.<family>`, which is found by its name.
+The backend is the first that is given of: the `backend=` argument, `with use_backend(...)`, the environment variable
+`FLA_BACKEND`. If none is given, it is Triton for GPU tensors and PyTorch for others.
 """
 
 import functools
@@ -14,17 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from torch import Tensor  # not `import torch`: the subpackage fla.backends.torch takes that name here
+from torch import Tensor  # not `import torch`: in this package that name is the subpackage fla.backends.torch
 from torch.compiler import is_compiling
 
 BACKENDS = ("triton", "torch")
 logger = logging.getLogger("fla")
 _modules: dict[tuple[str, str], ModuleType] = {}
-_announced: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()  # (op, backend)
 
 
 class _Chosen(threading.local):
-    backend: str | None = None  # what every thread starts with; an attribute that is missing is slow to ask for
+    backend: str | None = None  # a class attribute: reading an attribute that a new thread lacks would be slow
 
 
 _chosen = _Chosen()
@@ -32,7 +33,10 @@ _chosen = _Chosen()
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Take `backend` ("triton", "torch" or None for the default) for every op in the block that names none itself."""
+    """Use `backend` for every op in the block that is called without `backend=`.
+
+    `backend`: "triton", "torch", or None for the default.
+    """
     before = _chosen.backend
     _chosen.backend = _check(backend, "use_backend")
     try:
@@ -42,7 +46,10 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend that computes family `name` for `tensor`. Raises ValueError when the named one cannot."""
+    """The name of the backend that computes the family `name` for `tensor`.
+
+    Raises ValueError if `backend` is no backend, or if it is Triton and `tensor` is not on a GPU.
+    """
     named = _check(backend, "backend")
     preferred = named or _chosen.backend or _from_environment()
     if preferred == "triton" and not tensor.is_cuda and not interpreting():
@@ -52,12 +59,15 @@ def resolve(name: str, tensor: Tensor, backend: str | None = None) -> str:
         )
     chosen = preferred or ("triton" if tensor.is_cuda and _has_triton() else "torch")
     if named is None and chosen == "triton" and not computes("triton", name):
-        return "torch"  # a preference for the block or machine, not for this call: the family has no kernels yet
+        return "torch"  # `use_backend` and FLA_BACKEND only prefer Triton: this family has no kernels yet
     return chosen
 
 
 def family(name: str, backend: str, op: str | None = None) -> ModuleType:
-    """The module that computes family `name` on `backend`; logs once per op which backend it took."""
+    """The module in which `backend` computes the family `name`.
+
+    Logs the backend of `op` the first time. Raises ValueError if the backend does not compute the family.
+    """
     module = _modules.get((backend, name))
     if module is None:
         try:
@@ -69,18 +79,19 @@ def family(name: str, backend: str, op: str | None = None) -> ModuleType:
             has = " or ".join(f"backend={other!r}" for other in others) or "no backend"
             raise ValueError(f"backend={backend!r} does not compute the family {name!r}: {has} does") from None
         _modules[backend, name] = module
-    if op is not None and (op, backend) not in _announced and not is_compiling():
-        _announced.add((op, backend))
+    if op is not None and (op, backend) not in _logged and not is_compiling():
+        _logged.add((op, backend))
         logger.info("%s: %s backend", op, backend)
     return module
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-# `os.environ.get` of a variable that is not set raises and catches inside: microseconds of every call
+# `os.environ.get` raises and catches an exception if a variable is not set, which takes microseconds in every call.
+# So the dict behind `os.environ` is asked first.
 _variables = getattr(os.environ, "_data", {})
 _FLA_BACKEND = os.environ.encodekey("FLA_BACKEND")
 
@@ -104,5 +115,5 @@ def _has_triton() -> bool:
 
 @functools.cache
 def computes(backend: str, name: str) -> bool:
-    """Whether `backend` has the family `name`."""
+    """Whether `backend` computes the family `name`."""
     return importlib.util.find_spec(f"fla.backends.{backend}.{name}") is not None

@@ -1,29 +1,35 @@
-"""The engine of every family of recurrences: from its dataclass to backends, autograd and `torch.compile`.
+"""The engine of every family of recurrences: it connects a family's dataclass to backends, autograd and
+`torch.compile`.
 
-A family is a dataclass whose fields are the arguments of one call, and a name:
+A family is a name and a dataclass whose fields are the arguments of one call:
 
     @dataclass(slots=True, eq=False)
     class Problem(Recurrence):
-        x: Tensor                          # tensors first: those that get gradients,
+        x: Tensor                          # first the tensors that get gradients
         initial_state: Tensor | None
-        cu_seqlens: Tensor | None          # then those that do not, named in `constants`
-        reverse: bool                      # then settings: float, int, str, bool
+        cu_seqlens: Tensor | None          # then the other tensors, which `constants` names
+        reverse: bool                      # then the settings: float, int, str or bool
 
     FAMILY = Family("scan", Problem)
     o, final_state = FAMILY.call((x, initial_state, cu_seqlens, reverse), output_final_state, backend, op="chunk_scan")
 
-From the fields follow the operators that `torch.compile` sees (`fla::scan` and `fla::scan_backward`: schemas, fakes and
-gradients) and the autograd function of eager calls, which skip the operators' overhead. The package or module
-`fla.backends.<backend>.<name>` computes:
+The engine derives two things from the fields. `torch.compile` sees the operators `fla::scan` and `fla::scan_backward`,
+with their schemas, fakes and gradients. Eager calls use an autograd function instead, which has less overhead.
+
+A backend computes the family in the module or package `fla.backends.<backend>.<name>`:
 
     forward(problem, output_final_state, keep) -> (o, final state or None, Saved or None)
     backward(problem, saved, do, dht, needs)   -> dict: name of a field -> its gradient, in any dtype
 
-All tensors of a problem are contiguous, and a problem is never changed after it is made. `keep` says that a backward
-will follow: what the forward keeps for it is `Saved`. `backward` finds `saved` empty where nothing was kept: always
-under `torch.compile`, whose operators hand on inputs alone. `needs` are the names of the fields whose gradients are
-wanted; a gradient that is missing from the result is that of an input without influence. Both run with autocast off,
-and never on tensors without elements.
+- `problem`: an instance of the dataclass. Its tensors are contiguous, and it is never changed after it is made.
+- `keep`: whether a backward will follow. If so, the forward returns what it keeps for the backward as `Saved`.
+- `saved`: the tensors in that `Saved`. It is empty if the forward kept nothing, and always under `torch.compile`, whose
+  operators pass only inputs to the backward.
+- `do`, `dht`: the gradients of `o` and of the final state; `dht` may be None.
+- `needs`: the names of the fields whose gradients are wanted. A name that is missing from the result stands for an
+  input without influence on the outputs.
+
+Both run with autocast off, and never on tensors without elements.
 """
 
 import types
@@ -44,37 +50,41 @@ from fla.backends._step import Stepping
 from fla.varlen import check_cu_seqlens
 
 
-@dataclass(slots=True, eq=False)  # not frozen: that makes it three times as slow to build
+@dataclass(slots=True, eq=False)  # not frozen: a frozen dataclass takes three times as long to construct
 class Recurrence:
-    """One call of a family. A subclass has the fields `initial_state` and `cu_seqlens`, and its first field is a tensor
-    `[B, T, ...]` whose dtype and device are those of the call."""
+    """The arguments of one call of a family.
 
-    constants: ClassVar[tuple[str, ...]] = ("cu_seqlens",)  # tensors that get no gradient
-    first: ClassVar[str]  # the first field
+    A subclass has the fields `initial_state` and `cu_seqlens`. Its first field is a tensor `[B, T, ...]`, which gives
+    the call its dtype and device.
+    """
+
+    constants: ClassVar[tuple[str, ...]] = ("cu_seqlens",)  # names of the tensors that get no gradient
+    first: ClassVar[str]  # name of the first field; `Family` sets it
 
     @property
     def sizes(self) -> torch.Size:
-        """Of the first tensor, `[B, T, ...]`."""
+        """Shape of the first tensor, `[B, T, ...]`."""
         return getattr(self, self.first).shape
 
     @property
     def num_states(self) -> int:
-        """Sequences: the rows of the batch, or those of a pack."""
-        bounds: Tensor | None = getattr(self, "cu_seqlens")  # noqa: B009 - a subclass has it
+        """Number of sequences: the batch size, or with `cu_seqlens` the number of packed sequences."""
+        bounds: Tensor | None = getattr(self, "cu_seqlens")  # noqa: B009 - subclasses have this field
         return self.sizes[0] if bounds is None else bounds.shape[0] - 1
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Of the initial and the final states, the number of sequences first."""
+        """Shape of the initial and final states, `[num_states, ...]`."""
         raise NotImplementedError
 
     @property
     def output_shape(self) -> tuple[int, ...]:
+        """Shape of `o`, `[B, T, ...]`."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor, and of the incoming gradient."""
+        """Dtype of the first tensor. The engine casts the gradient `do` to it."""
         return getattr(self, self.first).dtype
 
     @property
@@ -87,36 +97,39 @@ class Recurrence:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """float64 for float64, else float32."""
+        """Dtype of the final states: float64 if the first tensor is float64, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute: no tokens, or no channels."""
+        """Whether there is nothing to compute because there are no tokens or no channels."""
         return 0 in self.sizes or 0 in self.output_shape
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward: the problem as the backward takes it, in which tensors may be replaced by
-    what the forward made of them in their shapes and dtypes, and further tensors that only the backend knows."""
+    """What a forward keeps for its backward.
+
+    `problem` is the problem that the backward gets. In it the forward may replace a tensor by one that it computed from
+    it, of the same shape and dtype. `tensors` are further tensors, whose meaning only the backend knows.
+    """
 
     problem: Any
     tensors: tuple[Tensor | None, ...] = ()
 
 
 class Family:
-    """A family, by its name and its dataclass. It is called with a tuple of the values of the fields in their order."""
+    """A family of recurrences. Calls take the values of the dataclass's fields as one tuple, in the fields' order."""
 
     def __init__(self, name: str, problem: type[Recurrence]) -> None:
         self.name, self.problem = name, problem
         self.types = _schema_types(problem)
         tensors = tuple(field for field, kind in self.types.items() if kind.startswith("Tensor"))
-        self.names = tuple(field for field in tensors if field not in problem.constants)  # of what gets gradients
+        self.names = tuple(field for field in tensors if field not in problem.constants)  # those that get gradients
         if tuple(self.types)[: len(tensors)] != tensors or tensors[: len(self.names)] != self.names:
             raise TypeError(f"the fields of {problem} must be tensors with gradients, other tensors, then settings")
         problem.first = tensors[0]
         self.num_tensors, self.num_differentiable = len(tensors), len(self.names)
-        self.make = _maker(problem, self.types)
+        self.make = _constructor(problem, self.types)
         self._first_of = attrgetter(tensors[0])
         self._tensors_of = attrgetter(*tensors)
         self._differentiable_of = attrgetter(*self.names)
@@ -127,18 +140,22 @@ class Family:
     def call(
         self, values: tuple, output_final_state: bool, backend: str | None = None, op: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """`o`, and the final state or None. `backend` as in `fla.backends.resolve`; `op` is its name in the log."""
+        """Compute `o`, and the final state or None.
+
+        `backend` is what the user asked for (`fla.backends.resolve`). `op` is the op's name in logs and messages.
+        """
         backend = resolve(self.name, values[0], backend)
         if is_compiling():
             o, state = self._operator(*values, output_final_state, backend)
             return o, state if output_final_state else None
-        if forward_ad._current_level >= 0 or _transforms() is not None:
+        if forward_ad._current_level >= 0 or _innermost_transform() is not None:
             _refuse_transforms(op or self.name, values[: self.num_differentiable])
         module = family(self.name, backend, op)
         if torch.is_grad_enabled():
             differentiable = values[: self.num_differentiable]
             for x in differentiable:
-                if x is not None and x.requires_grad:  # autograd takes its time over every argument: the rest is one
+                if x is not None and x.requires_grad:
+                    # autograd spends time on every argument: all that need no gradient travel as one tuple
                     return self._function.apply(*differentiable, (values, output_final_state, module, op))
         o, state, _ = self.forward(self.make(*values), output_final_state, False, module)
         return o, state
@@ -153,32 +170,31 @@ class Family:
         backend: str | None = None,
         op: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same on states that the caller owns (`fla.backends._step`)."""
+        """As `call`, for decoding on states that the caller owns (`fla.backends._step`)."""
         options = (state_indices, inplace_final_state, output_final_state, state_v_first, backend, op)
         return self._stepping(values, *options)
 
     def check_states(self, values: tuple, state_indices: Tensor | None, inplace_final_state: bool) -> None:
-        """ValueError or TypeError unless `step` can use the states as they are."""
+        """Raise ValueError or TypeError unless `step` can use the states as they are, without a copy."""
         self._stepping.check(values, state_indices, inplace_final_state)
 
     def forward(self, problem: Any, output_final_state: bool, keep: bool, module: Any) -> tuple:
-        """The backend's forward, and what it need not know of."""
+        """Run the backend's forward. Packing is checked, and empty tensors and autocast are dealt with, here."""
         if problem.cu_seqlens is not None:
             check_cu_seqlens(problem.cu_seqlens, problem.sizes[1])
         if problem.is_empty:
-            return self.idle_output(problem), self._idle_state(problem) if output_final_state else None, None
+            return self.zero_output(problem), self._unchanged_state(problem) if output_final_state else None, None
         x = self._first_of(problem)
         device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-        if torch.is_autocast_enabled(device):  # asked first, for the context costs more than the rest of a call
+        if torch.is_autocast_enabled(device):  # entering the context always would cost more than the rest of a call
             with torch.autocast(device, enabled=False):  # backends choose their precision themselves
                 return module.forward(problem, output_final_state, keep)
         return module.forward(problem, output_final_state, keep)
 
     def backward(
-        self, saved: Saved, do: Tensor, dht: Tensor | None, needs: tuple[str, ...], module: Any
+        self, problem: Any, kept: tuple, do: Tensor, dht: Tensor | None, needs: tuple[str, ...], module: Any
     ) -> list[Tensor | None]:
-        """The gradient of every field of `names` in its dtype, None where there is none or it is not needed."""
-        problem, kept = saved
+        """The gradient of every field in `names`, in the field's dtype; None where there is none or none is needed."""
         inputs = self._differentiable_of(problem)
         if problem.is_empty:
             found = {
@@ -189,7 +205,7 @@ class Family:
         else:
             x = inputs[0]
             dtype, device = x.dtype, "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-            do = do.contiguous() if do.dtype == dtype else do.to(dtype).contiguous()
+            do = do.contiguous() if do.dtype is dtype else do.to(dtype).contiguous()
             dht = None if dht is None else dht.contiguous()
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -197,25 +213,27 @@ class Family:
             else:
                 found = module.backward(problem, kept, do, dht, needs)
         gradients: list[Tensor | None] = []
-        for name, x in zip(self.names, inputs, strict=True):
-            d = found.get(name) if x is not None and name in needs else None
-            gradients.append(d if d is None or d.dtype == x.dtype else d.to(x.dtype))
+        for name, x in zip(self.names, inputs):  # noqa: B905 - `strict` takes its time, and both come from the fields
+            d = found.get(name)
+            if d is not None:
+                d = None if x is None or name not in needs else d if d.dtype is x.dtype else d.to(x.dtype)
+            gradients.append(d)
         return gradients
 
     @staticmethod
-    def idle_output(problem: Any) -> Tensor:
-        """The output of a call without tokens or channels."""
+    def zero_output(problem: Any) -> Tensor:
+        """Zeros of the shape and dtype of the output, for a call without tokens or channels."""
         return getattr(problem, problem.first).new_zeros(problem.output_shape, dtype=problem.output_dtype)
 
     @staticmethod
-    def _idle_state(problem: Any) -> Tensor:
-        """The final state of a call without tokens: the initial one."""
+    def _unchanged_state(problem: Any) -> Tensor:
+        """The final state of a call without tokens, which is the initial state."""
         state = getattr(problem, problem.first).new_zeros(problem.state_shape, dtype=problem.state_dtype)
         return state if problem.initial_state is None else state + problem.initial_state
 
 
 def _schema_types(problem: type[Recurrence]) -> dict[str, str]:
-    """Name of every field -> its type in an operator's schema."""
+    """Name of every field -> its type in the schema of an operator."""
     known = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
     hints, found = typing.get_type_hints(problem), {}
     for name in (field.name for field in fields(problem)):
@@ -226,28 +244,33 @@ def _schema_types(problem: type[Recurrence]) -> dict[str, str]:
     return found
 
 
-def _maker(problem: type[Recurrence], kinds: dict[str, str]) -> Callable[..., Any]:
-    """The function from the values of the fields to a problem whose tensors are contiguous. It is written out, as the
-    constructor of a dataclass is, because it is part of the time of every call."""
-    made = {"Tensor": "{0}.contiguous()", "Tensor?": "None if {0} is None else {0}.contiguous()"}
-    values = ", ".join(made.get(kind, "{0}").format(name) for name, kind in kinds.items())
+def _constructor(problem: type[Recurrence], kinds: dict[str, str]) -> Callable[..., Any]:
+    """A function that makes a problem out of the values of the fields, with contiguous tensors.
+
+    Its source is generated, as the constructor of a dataclass is, because a loop over the fields would slow every call.
+    """
+    converted = {"Tensor": "{0}.contiguous()", "Tensor?": "None if {0} is None else {0}.contiguous()"}
+    values = ", ".join(converted.get(kind, "{0}").format(name) for name, kind in kinds.items())
     return eval(f"lambda {', '.join(kinds)}: problem({values})", {"problem": problem})
 
 
-def _autograd_function(made: Family) -> type[torch.autograd.Function]:
-    """What eager calls with gradients go through."""
-    count, num_tensors, make, tensors_of = made.num_differentiable, made.num_tensors, made.make, made._tensors_of
+def _autograd_function(owner: Family) -> type[torch.autograd.Function]:
+    """The autograd function of eager calls that need gradients."""
+    count, num_tensors, make, tensors_of = owner.num_differentiable, owner.num_tensors, owner.make, owner._tensors_of
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             values, output_final_state, module, op = inputs[count]
             given = make(*values)
-            o, state, saved = made.forward(given, output_final_state, True, module)
+            o, state, saved = owner.forward(given, output_final_state, True, module)
             problem, kept = (given, ()) if saved is None else saved
             ctx.settings = values[num_tensors:], module, op, num_tensors + len(kept)
             if problem is not given:
-                kept = (*kept, *_anchors(inputs, made._differentiable_of(given), made._differentiable_of(problem)))
+                kept = (
+                    *kept,
+                    *_anchors_to_inputs(inputs, owner._differentiable_of(given), owner._differentiable_of(problem)),
+                )
             ctx.save_for_backward(*tensors_of(problem), *kept)
             ctx.set_materialize_grads(False)
             return o, state
@@ -258,36 +281,41 @@ def _autograd_function(made: Family) -> type[torch.autograd.Function]:
                 return input_gradients(ctx, do, dht)
             with torch.no_grad():
                 found = input_gradients(ctx, do, dht)
-            return _FirstDerivative.apply(ctx.settings[2] or made.name, len(found), *found, do, dht, *ctx.saved_tensors)
+            return _FirstDerivative.apply(
+                ctx.settings[2] or owner.name, len(found), *found, do, dht, *ctx.saved_tensors
+            )
 
     def input_gradients(ctx, do, dht):
         settings, module, _, end = ctx.settings
         tensors = ctx.saved_tensors
-        problem = made.problem(*tensors[:num_tensors], *settings)
+        problem = owner.problem(*tensors[:num_tensors], *settings)
         if do is None:
-            do = made.idle_output(problem)
-        needs = tuple(compress(made.names, ctx.needs_input_grad))
-        saved = Saved(problem, tensors[num_tensors:end])
-        return (*made.backward(saved, do, dht, needs, module), None)
+            do = owner.zero_output(problem)
+        needs = tuple(compress(owner.names, ctx.needs_input_grad))
+        return (*owner.backward(problem, tensors[num_tensors:end], do, dht, needs, module), None)
 
-    Function.__name__ = Function.__qualname__ = f"{made.name.capitalize()}Function"
+    Function.__name__ = Function.__qualname__ = f"{owner.name.capitalize()}Function"
     return Function
 
 
-def _anchors(inputs: tuple, given: tuple, kept: tuple) -> list[Tensor]:
-    """Tensors without elements that lead a second derivative to the inputs whose values are not kept."""
+def _anchors_to_inputs(inputs: tuple, given: tuple, kept: tuple) -> list[Tensor]:
+    """Empty slices of the inputs whose values are not kept.
+
+    Saved beside what is kept, they connect the gradient to these inputs, so that a second derivative raises
+    (`_FirstDerivative`) instead of being wrong.
+    """
     with torch.enable_grad():
         pairs = zip(inputs, given, kept, strict=False)
         return [x.narrow_copy(0, 0, 0) for x, before, after in pairs if after is not before and x.requires_grad]
 
 
-_transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func: None outside of all
+_innermost_transform = torch._C._functorch.peek_interpreter_stack  # of torch.func; None if no transform runs
 
 
 def _refuse_transforms(op: str, tensors: tuple) -> None:
-    """RuntimeError where derivatives would be lost: forward mode, and what `torch.func` does by wrapping tensors."""
-    found = _transforms()
-    if found is not None and found.key() in _DERIVATIVES:
+    """Raise RuntimeError in forward mode and in a transform of `torch.func`, which would lose derivatives silently."""
+    found = _innermost_transform()
+    if found is not None and found.key() in _REFUSED_TRANSFORMS:
         raise RuntimeError(
             f"{op} cannot be transformed by torch.func (grad, vmap, jvp, ...): it has reverse-mode derivatives, by "
             "torch.autograd.grad and .backward(); the op's naive function can be transformed"
@@ -300,11 +328,11 @@ def _refuse_transforms(op: str, tensors: tuple) -> None:
                 )
 
 
-_DERIVATIVES = tuple(getattr(torch._C._functorch.TransformType, name) for name in ("Grad", "Vmap", "Jvp"))
+_REFUSED_TRANSFORMS = tuple(getattr(torch._C._functorch.TransformType, name) for name in ("Grad", "Vmap", "Jvp"))
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Gradients as they are, tied to all that they depend on: a second derivative that reaches them raises."""
+    """Passes gradients through unchanged. Its own backward raises, so second derivatives are refused."""
 
     @staticmethod
     def forward(ctx, op, count, *tensors):
@@ -319,55 +347,57 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def _operator(made: Family) -> Any:
-    """The operator `fla::<name>` that `torch.compile` sees, with its gradient `fla::<name>_backward`: tensors in,
-    tensors out, where an empty tensor stands for none."""
-    schema = ", ".join(f"{kind} {name}" for name, kind in made.types.items())
+def _operator(owner: Family) -> Any:
+    """The operator `fla::<name>` that `torch.compile` sees, whose gradient is the operator `fla::<name>_backward`.
+
+    Operators return tensors only, so an empty tensor stands for a missing state or gradient.
+    """
+    schema = ", ".join(f"{kind} {name}" for name, kind in owner.types.items())
 
     def forward(*arguments):
         *values, output_final_state, backend = arguments
-        problem = made.make(*values)
-        o, state, _ = made.forward(problem, output_final_state, False, family(made.name, backend))
+        problem = owner.make(*values)
+        o, state, _ = owner.forward(problem, output_final_state, False, family(owner.name, backend))
         return o, o.new_empty(0, dtype=problem.state_dtype) if state is None else state
 
     def forward_fake(*arguments):
         *values, output_final_state, _ = arguments
-        problem = made.problem(*values)
+        problem = owner.problem(*values)
         shape = problem.state_shape if output_final_state else (0,)
-        return made.idle_output(problem), values[0].new_empty(shape, dtype=problem.state_dtype)
+        return owner.zero_output(problem), values[0].new_empty(shape, dtype=problem.state_dtype)
 
     def backward(do, dht, needs, *arguments):
         *values, backend = arguments
-        saved, chosen = Saved(made.make(*values)), tuple(needs)
-        found = made.backward(saved, do, dht, chosen, family(made.name, backend))
+        chosen = tuple(needs)
+        found = owner.backward(owner.make(*values), (), do, dht, chosen, family(owner.name, backend))
         return [
-            _own(torch.zeros_like(x) if d is None else d, dht) if name in chosen else do.new_empty(0)
-            for name, x, d in zip(made.names, values, found, strict=False)
+            _without_aliases(torch.zeros_like(x) if d is None else d, dht) if name in chosen else do.new_empty(0)
+            for name, x, d in zip(owner.names, values, found, strict=False)
         ]
 
     def backward_fake(do, dht, needs, *arguments):
-        pairs = zip(made.names, arguments, strict=False)
+        pairs = zip(owner.names, arguments, strict=False)
         return [x.new_empty(x.shape) if name in needs else do.new_empty(0) for name, x in pairs]
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[: made.num_tensors])
-        *ctx.settings, ctx.output_final_state, ctx.backend = inputs[made.num_tensors :]
+        ctx.save_for_backward(*inputs[: owner.num_tensors])
+        *ctx.settings, ctx.output_final_state, ctx.backend = inputs[owner.num_tensors :]
 
     def gradient(ctx, do, dht):
-        needs = list(compress(made.names, ctx.needs_input_grad))
+        needs = list(compress(owner.names, ctx.needs_input_grad))
         dht = dht if ctx.output_final_state else None
         found = operator_backward(do, dht, needs, *ctx.saved_tensors, *ctx.settings, ctx.backend)
-        given = tuple(d if name in needs else None for name, d in zip(made.names, found, strict=True))
-        return given + (None,) * (len(made.types) - len(made.names) + 2)
+        given = tuple(d if name in needs else None for name, d in zip(owner.names, found, strict=True))
+        return given + (None,) * (len(owner.types) - len(owner.names) + 2)
 
     operator = torch.library.custom_op(
-        f"fla::{made.name}",
+        f"fla::{owner.name}",
         forward,
         mutates_args=(),
         schema=f"({schema}, bool output_final_state, str backend) -> (Tensor, Tensor)",
     )
     operator_backward = torch.library.custom_op(
-        f"fla::{made.name}_backward",
+        f"fla::{owner.name}_backward",
         backward,
         mutates_args=(),
         schema=f"(Tensor do, Tensor? dht, str[] needs, {schema}, str backend) -> Tensor[]",
@@ -378,7 +408,7 @@ def _operator(made: Family) -> Any:
     return operator
 
 
-def _own(result: Tensor, dht: Tensor | None) -> Tensor:
-    """`result`, or a copy of it where it is an input or shares its memory: the results of an operator must not."""
+def _without_aliases(result: Tensor, dht: Tensor | None) -> Tensor:
+    """`result`, or a copy of it if it is `dht` or a part of a larger storage: an operator must not return aliases."""
     shares = result.untyped_storage().nbytes() != result.numel() * result.element_size()
     return result.clone() if shares or result is dht else result

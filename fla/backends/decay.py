@@ -1,11 +1,16 @@
-"""The family `decay`, for every backend: what it computes.
+"""The family `decay`: linear attention whose state decays, for every backend.
 
     S_t = diag(exp(gk_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-The decay is none, constant per head (`g_gamma` [H]), per head and token (`g` [B, T, H]), per key channel (`gk`
-[B, T, H, K]), and in the recurrent form also per value channel (`gv` [B, T, H, V]); all are natural logs. What a
-backend computes is said in `fla.backends._recurrence`; gates below -16 nats have the gradient 0.
+Log decays are natural logs. There may be none, or
+
+- one per head, the same for all tokens: `g_gamma` [H]
+- one per head and token: `g` [B, T, H]
+- one per key channel: `gk` [B, T, H, K]
+- in the recurrent form one per value channel: `gv` [B, T, H, V]
+
+The gradient of a gate below -16 nats is 0. `fla.backends._recurrence` says which functions a backend has.
 """
 
 import functools
@@ -17,15 +22,19 @@ import torch
 from torch import Tensor
 
 from fla.backends._recurrence import Family, Recurrence
+from fla.varlen import check_cu_seqlens
 
-DEAD_LOG_DECAY = -16.0  # nats a step: what survives such a decay is below float32's digits
-MIN_LOG_DECAY = -1000.0  # exp(-1000) is 0 in every dtype; finite, so that running sums of -inf gates stay numbers
+DEAD_LOG_DECAY = -16.0  # in nats: what such a decay leaves is smaller than float32's rounding error
+MIN_LOG_DECAY = -1000.0  # gates are clamped to it: exp(-1000) is 0 in every dtype, and running sums stay finite
 
 
 @dataclass(slots=True, eq=False)
 class Problem(Recurrence):
-    """One call. `form`: "chunk" or "recurrent". `wide`: outputs in float32 at least. `mild`: constant decays are known
-    to be weak (those of `retention_decay`)."""
+    """The arguments of one call.
+
+    `form`: "chunk" or "recurrent". `wide`: the output is float32 even if `v` has 16 bits. `mild`: `g_gamma` is known to
+    hold weak decays, those of `retention_decay`.
+    """
 
     constants: ClassVar[tuple[str, ...]] = ("g_gamma", "cu_seqlens")
 
@@ -83,7 +92,10 @@ def chunk(
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Parallel over chunks of tokens: training and prefill. `state_v_first`: states are `[N, H, V, K]`."""
+    """The form that is parallel over chunks of tokens, for training and prefill.
+
+    `state_v_first`: states are `[N, H, V, K]`. `op`: the op's name in logs and messages.
+    """
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     values = _values(q, k, v, g, gk, None, initial_state, g_gamma, cu_seqlens, scale, "chunk", wide, mild)
@@ -113,15 +125,15 @@ def recurrent(
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Token by token: decoding and short inputs.
+    """The form that goes token by token, for decoding and short inputs.
 
-    Options as in `chunk`, and `gv`; `reverse` runs from the last token to the first. `inplace_final_state` and
-    `state_indices`: on states that the caller owns (`fla.backends._step`), not with `reverse`.
+    It takes the options of `chunk` and `gv`. `reverse` runs from the last token to the first. `inplace_final_state` and
+    `state_indices` are for decoding on states that the caller owns (`fla.backends._step`), without `reverse`.
     """
     if inplace_final_state or state_indices is not None:
         if reverse:
-            asked = "inplace_final_state" if inplace_final_state else "state_indices"
-            raise ValueError(f"reverse must be False with {asked}, got True: a state is taken on from its last token")
+            option = "inplace_final_state" if inplace_final_state else "state_indices"
+            raise ValueError(f"reverse must be False with {option}, got True: decoding goes on from the last token")
         return FAMILY.step(
             _values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, "recurrent", wide, mild),
             state_indices=state_indices,
@@ -133,10 +145,12 @@ def recurrent(
         )
     packed = cu_seqlens is not None
     if reverse:
-        # the problem backwards in time: a packed row is read from its end, so its sequences change places too
+        # a packed row is read from its end, so that its sequences come in reverse order too
         q, k, v = q.flip(1), k.flip(1), v.flip(1)
         g, gk, gv = (None if x is None else x.flip(1) for x in (g, gk, gv))
         if packed:
+            if not torch.compiler.is_compiling():
+                check_cu_seqlens(cu_seqlens, q.shape[1])  # an error shows them as they were given
             cu_seqlens = q.shape[1] - cu_seqlens.flip(0)
             initial_state = None if initial_state is None else initial_state.flip(0)
     if state_v_first and initial_state is not None:
@@ -163,7 +177,7 @@ def parallel(
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The chunk form without states, and on request the attention matrix that it equals."""
+    """The chunk form without states, and with `output_attentions` the attention matrix `A` of `o = A v`."""
     if output_attentions and cu_seqlens is not None:
         raise ValueError(
             "output_attentions=True needs a batch without cu_seqlens: packed sequences have no common matrix"
@@ -174,7 +188,10 @@ def parallel(
 
 @torch.no_grad()
 def attention_matrix(q, k, g=None, g_gamma=None, *, scale=None) -> Tensor:
-    """`A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, `[B, H, T, T]` float32: what `parallel_*` can return."""
+    """`A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, else 0: `[B, H, T, T]` in float32.
+
+    `G` is the running sum of the log decay.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype)) * scale
@@ -187,29 +204,29 @@ def attention_matrix(q, k, g=None, g_gamma=None, *, scale=None) -> Tensor:
 
 
 def _values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, form, wide, mild) -> tuple:
-    """The fields of `Problem` in their order."""
+    """The values of the fields of `Problem`, in their order."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if g_gamma is not None and g_gamma.requires_grad:
-        # one number a head, summed over all tokens: its terms need more digits than 16 bits
+        # its gradient is a sum over all tokens, whose terms need more digits than 16-bit dtypes have
         g, g_gamma = g_gamma.to(torch.promote_types(g_gamma.dtype, torch.float32)).expand(q.shape[:3]), None
     return q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, form, wide, mild
 
 
 def check_states(q, k, v, initial_state, cu_seqlens, state_indices, inplace_final_state) -> None:
-    """ValueError or TypeError unless `recurrent` can use states that the caller owns as they are."""
+    """Raise ValueError or TypeError unless `recurrent` can use the caller's states as they are, without a copy."""
     values = (q, k, v, None, None, None, initial_state, None, cu_seqlens, 1.0, "recurrent", False, False)
     FAMILY.check_states(values, state_indices, inplace_final_state)
 
 
 def combine(g: Tensor | None, g_gamma: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A per-token and a constant decay multiply: their logs add, into the per-token one, with float32's digits."""
+    """`g` and `g_gamma` as the one that `chunk` and `recurrent` take: both given, their sum in at least float32."""
     if g is None or g_gamma is None:
         return g, g_gamma
     return g.to(torch.promote_types(g.dtype, torch.float32)) + g_gamma, None
 
 
 def retention_decay(num_heads: int, device: torch.device) -> Tensor:
-    """RetNet's constant log decays, `log(1 - 2^(-5 - h))` for head `h`, float64 `[H]`. They are mild."""
+    """RetNet's constant log decays `log(1 - 2^(-5 - h))` of the heads h, float64 `[H]`."""
     if torch.compiler.is_compiling():
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, device=device, dtype=torch.float64)))
     return _retention_decay(num_heads, device)
@@ -217,7 +234,7 @@ def retention_decay(num_heads: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _retention_decay(num_heads: int, device: torch.device) -> Tensor:
-    # kept: a copy from the host on every call costs more than a kernel and cannot be captured in a CUDA graph
+    # cached: a copy from the host in every call costs more than a kernel, and a CUDA graph cannot capture it
     values = [math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)]
     with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
         return torch.tensor(values, dtype=torch.float64, device=device)

@@ -1,18 +1,20 @@
-"""The family `fused`, for every backend: the operations without a state over time that surround a token mixer.
+"""The family `fused`, for every backend: the operations around a token mixer, none of which is a recurrence.
 
 | function | computes | axes |
 | --- | --- | --- |
-| `norm`, `norm_linear` | RMS, layer, group norm of `x + residual`, times a gate, and a linear map of it | `[..., D]` |
+| `norm`, `norm_linear` | RMS, layer or group norm of `x + residual`, times a gate; a linear map of that | `[..., D]` |
 | `l2norm` | `x / sqrt(sum(x^2) + eps)` | `[..., D]` |
-| `glu`, `glu_linear` | `activation(x) * y`, and a linear map of it | `[..., D]` |
-| `rotary` | channel pairs turned by an angle per token | `[B, T, H, D]` |
-| `conv`, `conv_step`, `token_shift` | a look at the last tokens, with state `[N, D, W]` and packing | `[B, T, D]` |
-| `cross_entropy`, `linear_cross_entropy` | losses, the second without ever holding all logits | `[N, V]`, `[N, D]` |
+| `glu`, `glu_linear` | `activation(x) * y`; a linear map of that | `[..., D]` |
+| `rotary` | channel pairs rotated by an angle per token | `[B, T, H, D]` |
+| `conv`, `conv_step` | a causal depthwise convolution, with state `[N, D, W]` and packing | `[B, T, D]` |
+| `token_shift` | `x[t - 1] - x[t]`, with state `[N, D]` and packing | `[B, T, D]` |
+| `cross_entropy` | the loss of every row of logits | `[N, V]` |
+| `linear_cross_entropy` | the loss of a linear map, whose logits are never held all at once | `[N, D]` |
 
 Each function here checks its arguments, picks the backend and calls the function of the same name in
-`fla.backends.<backend>.fused`, which computes it, is differentiable and can be captured by
-`torch.compile(fullgraph=True)`. Arithmetic is float32 (float64 for float64), results and gradients have the dtype of
-what they belong to.
+`fla.backends.<backend>.fused`. That function is differentiable and can be captured by
+`torch.compile(fullgraph=True)`. Arithmetic is float32 (float64 for float64). A result has the dtype of `x`, a gradient
+that of its input.
 """
 
 import math
@@ -29,15 +31,19 @@ from fla.varlen import check_cu_seqlens
 FAMILY = "fused"
 ACTIVATIONS = ("swish", "silu", "sigmoid")
 CONV_ACTIVATIONS = (None, "swish", "silu")
-CONV_BACKENDS = (None, "triton", "torch", "cuda")  # "cuda", another library's kernel elsewhere: the best there is
+CONV_BACKENDS = (None, "triton", "torch", "cuda")  # callers of other libraries say "cuda"; here it means None
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """`z = softcap(logit_scale * logits)`, `loss = lse - (1 - s) z[y] - s mean(z) + lse_square_scale * lse^2`."""
+    """The settings of a cross entropy loss. With target class `y`, `s = label_smoothing` and `lse = logsumexp(z)`:
+
+    z = softcap(logit_scale * logits)
+    loss = lse - (1 - s) z[y] - s mean(z) + lse_square_scale * lse^2
+    """
 
     ignore_index: int = -100
-    label_smoothing: float = 0.0  # s
+    label_smoothing: float = 0.0
     logit_scale: float = 1.0
     lse_square_scale: float = 0.0
     logit_softcapping: float | None = None
@@ -68,11 +74,12 @@ def norm(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
 ) -> Any:
-    """`norm(x + residual) * weight + bias`, times `activation(gate)`; over groups of `group_size` channels if given.
+    """`y = (norm(x + residual) * weight + bias) * activation(gate)`, for `x` [..., D], `weight` and `bias` [D].
 
-    `gate_first`: the gate multiplies what is normalised instead. `prenorm`: return `(y, x + residual)`, the second in
-    the residual's dtype; without a residual it is `x`, in float32 if `residual_in_fp32`. `x` [..., D], `weight`, `bias`
-    [D].
+    `group_size`: normalise groups of that many channels instead of the whole last axis.
+    `gate_first`: the gate multiplies the input of the norm instead of its output.
+    `prenorm`: return `(y, x + residual)`, the second in the residual's dtype. Without a residual the second is `x`, in
+    float32 if `residual_in_fp32`.
     """
     _check_norm(x, weight, bias, residual, gate, group_size, activation)
     options = {
@@ -83,7 +90,7 @@ def norm(
         "gate_first": gate_first,
     }
     y = _backend("norm", x).norm(x, weight, bias, residual, gate, **options)
-    return (y, _carried(x, residual, residual_in_fp32)) if prenorm else y
+    return (y, _residual_stream(x, residual, residual_in_fp32)) if prenorm else y
 
 
 def norm_linear(
@@ -102,9 +109,9 @@ def norm_linear(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
 ) -> Any:
-    """`norm(...) @ linear_weight.T + linear_bias`, the normalised activation recomputed in the backward pass.
+    """`norm(...) @ linear_weight.T + linear_bias`, with the arguments of `norm` and `linear_weight` [O, D].
 
-    Arguments of `norm`; `linear_weight` [O, D]. Under autocast the product runs in the autocast dtype.
+    The normalised activation is recomputed in the backward pass. Under autocast the product runs in the autocast dtype.
     """
     _check_norm(x, weight, bias, residual, gate, group_size, activation)
     _check_linear(linear_weight, linear_bias, x)
@@ -122,7 +129,7 @@ def norm_linear(
         activation=activation,
         gate_first=False,
     )
-    return (y, _carried(x, residual, residual_in_fp32)) if prenorm else y
+    return (y, _residual_stream(x, residual, residual_in_fp32)) if prenorm else y
 
 
 def l2norm(x: Tensor, eps: float, output_dtype: torch.dtype | None = None) -> Tensor:
@@ -140,7 +147,7 @@ def glu(x: Tensor, y: Tensor, activation: str) -> Tensor:
 
 
 def glu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """`(activation(x) * y) @ weight.T + bias`, the product recomputed in the backward pass. `weight` [O, D]."""
+    """`(activation(x) * y) @ weight.T + bias`, `weight` [O, D]. `activation(x) * y` is recomputed in the backward."""
     check_float("x", x)
     _check_like("y", y, x)
     _check_linear(weight, bias, x)
@@ -149,9 +156,12 @@ def glu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, activa
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first `2 R` channels of `x` [B, T, H, D] by the angles of `cos`, `sin` [T, R] or [B, T, R].
+    """Rotate the first `2 R` channels of `x` [B, T, H, D] by the angles of `cos`, `sin` [T, R] or [B, T, R].
 
-    `y1 = x1 cos - x2 sin`, `y2 = x1 sin + x2 cos`; pairs `(x[i], x[i + R])`, interleaved `(x[2i], x[2i + 1])`.
+        y1 = x1 cos - x2 sin
+        y2 = x1 sin + x2 cos
+
+    The pairs `(x1, x2)` are `(x[i], x[i + R])`, or `(x[2i], x[2i + 1])` if `interleaved`.
     """
     check_float("x", x)
     if x.dim() != 4:
@@ -164,7 +174,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
             f"cos and sin must have one row per token of x {list(x.shape)}, got {list(cos.shape)} and {list(sin.shape)}"
         )
     if 2 * cos.shape[-1] > x.shape[-1]:
-        raise ValueError(f"cos turns {2 * cos.shape[-1]} channels, but x has {x.shape[-1]}: {list(x.shape)}")
+        raise ValueError(
+            f"cos must have at most {x.shape[-1] // 2} columns, half the channels of x {list(x.shape)}, "
+            f"got {cos.shape[-1]}"
+        )
     return _backend("rotary", x).rotary(x, cos, sin, interleaved)
 
 
@@ -181,8 +194,8 @@ def conv(
 ) -> tuple[Tensor, Tensor | None]:
     """`y[t] = activation(sum_j weight[:, j] x[t - (W - 1) + j] + bias) + residual`, for x [B, T, D], weight [D, W].
 
-    What lies before a sequence is `initial_state` [N, D, W] (its last W inputs, oldest first), or zeros. The second
-    result is the final state or None. Packed sequences do not see each other. Inputs are not written to.
+    `initial_state` [N, D, W] holds the W inputs before every sequence, oldest first; None stands for zeros. The second
+    result is the final state or None. Packed sequences do not see each other. No input is written to.
     """
     check_shapes(
         {
@@ -217,7 +230,7 @@ def conv_step(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One token of `conv` for x [N, D]; `state` [N, D, W] is shifted and appended to IN PLACE."""
+    """One token of `conv` for x [N, D]. It updates `state` [N, D, W] IN PLACE: shifted by one token, `x` appended."""
     shapes = {"x": "B D", "state": "B D W", "weight": "D W", "bias": "D", "residual": "B D"}
     required = ("x", "state", "weight")
     check_shapes(
@@ -229,7 +242,10 @@ def conv_step(
 
 
 def token_shift(x: Tensor, cu_seqlens: Tensor | None = None, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`x[t - 1] - x[t]` of every sequence of x [B, T, D], and its last x [N, D]; at first `cache` [N, D] or zeros."""
+    """`x[t - 1] - x[t]` in every sequence of x [B, T, D], and the last x of every sequence [N, D].
+
+    Before a sequence's first token stands its row of `cache` [N, D], or zeros.
+    """
     shapes = {"x": "B T D", "cache": "N D"}
     check_shapes(shapes, same_dtype=(), required=("x",), cu_seqlens=cu_seqlens, x=x, cache=cache)
     check_packing_values(cu_seqlens, x.shape[1])
@@ -237,7 +253,10 @@ def token_shift(x: Tensor, cu_seqlens: Tensor | None = None, cache: Tensor | Non
 
 
 def cross_entropy(logits: Tensor, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor]:
-    """Loss of every row, and its z-loss part (no gradient): logits [N, V], integer target [N] -> two [N], float32."""
+    """The loss of every row [N], and the part of it that comes from `lse_square_scale` [N], which has no gradient.
+
+    logits [N, V], target [N] of integers; both results are float32 (float64 for float64).
+    """
     check_float("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape [N, V] with V >= 1, got {list(logits.shape)}")
@@ -256,11 +275,12 @@ def linear_cross_entropy(
     mean: bool,
     options: CrossEntropy,
 ) -> Tensor:
-    """Sum, or `mean` over the targets that count, of the losses of `x @ weight.T + bias`: a float32 scalar.
+    """The sum of the losses of `x @ weight.T + bias`, or their `mean` over the targets that are not ignored.
 
-    x [N, D], target [N], weight [V, D]. The logits of one of `num_chunks` token chunks exist at a time; the gradients
-    are formed with them (only when gradients are recorded). No targets that count: 0. `wide_weight_grad`: the chunks'
-    contributions to the weight's gradient are summed in float32 instead of the weight's dtype.
+    x [N, D], target [N], weight [V, D]; the result is a float32 scalar, and 0 if all targets are ignored. Tokens are
+    processed in `num_chunks` chunks, so that the logits of one chunk exist at a time. If gradients are recorded, they
+    are computed in the forward pass, together with these logits.
+    `wide_weight_grad`: sum the chunks' contributions to the weight's gradient in float32, not in the weight's dtype.
     """
     check_float("x", x)
     if x.dim() != 2:
@@ -282,8 +302,8 @@ def _conv_backend(backend: str | None) -> str | None:
     return None if backend == "cuda" else backend
 
 
-def _carried(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> Tensor:
-    """What goes on along the residual path."""
+def _residual_stream(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> Tensor:
+    """The second result of a norm with `prenorm`: `x + residual`, or `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if residual is not None:
         return (x.to(wide) + residual).to(residual.dtype)
@@ -291,6 +311,7 @@ def _carried(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> Tens
 
 
 def check_float(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` is a floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -298,13 +319,13 @@ def check_float(name: str, x: Any) -> None:
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """TypeError unless `x` is a tensor or None."""
+    """Raise TypeError unless `x` is a tensor or None."""
     if x is not None and not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_number(name: str, value: Any, above: float | None = None, optional: bool = False) -> None:
-    """TypeError or ValueError unless `value` is a finite number (greater than `above`), or None if `optional`."""
+    """Raise TypeError or ValueError unless `value` is a finite number greater than `above`, or None if `optional`."""
     if optional and value is None:
         return
     kind = ("None or " if optional else "") + ("a finite number" if above is None else f"a finite number above {above}")
@@ -315,7 +336,7 @@ def check_number(name: str, value: Any, above: float | None = None, optional: bo
 
 
 def check_count(name: str, value: Any) -> None:
-    """TypeError or ValueError unless `value` is an int of at least 1."""
+    """Raise TypeError or ValueError unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < 1:
@@ -323,7 +344,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """TypeError unless `value` is True or False: a number here is another argument in the wrong place."""
+    """Raise TypeError unless `value` is a bool. A number here is most likely another argument in the wrong place."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
 
@@ -331,7 +352,7 @@ def check_flag(name: str, value: Any) -> None:
 def _check_device(name: str, y: Tensor, x: Tensor) -> None:
     if y.device != x.device:
         hint = ": its values are not there (offloaded, or not loaded yet)" if y.is_meta else ""
-        raise ValueError(f"{name} must be on {x.device} like what it is applied to, got {y.device}{hint}")
+        raise ValueError(f"{name} must be on {x.device} like the tensor it is applied to, got {y.device}{hint}")
 
 
 def _check_like(name: str, y: Any, x: Tensor) -> None:
@@ -395,8 +416,9 @@ def _check_target(target: Any, scores: Tensor, num_classes: int, ignore_index: i
 
 
 def check_packing_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
-    if cu_seqlens is not None and not torch.compiler.is_compiling():  # a graph cannot branch on values
+    """Raise ValueError unless `cu_seqlens` runs from 0 to `num_tokens` without decreasing (`fla.varlen`)."""
+    if cu_seqlens is not None and not torch.compiler.is_compiling():  # a compiled graph cannot branch on values
         check_cu_seqlens(cu_seqlens, num_tokens)
 
 
-family(FAMILY, "torch")  # found here once, so that a graph capture need not import
+family(FAMILY, "torch")  # imported now, so that no capture of a graph has to import it

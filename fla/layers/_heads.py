@@ -1,8 +1,9 @@
-"""`MultiHeadMixer`: what token mixers with heads share.
+"""`MultiHeadMixer`: the base of token mixers with heads.
 
     x -> q, k, v (-> short convolutions) -> heads -> op -> norm and gate per head -> output projection
 
-Grouped heads, the projections of q, k and v, output norm and gate and the two names of its weight are here.
+It has the grouped heads, the projections of q, k and v, the output norm (whose weight has two names in checkpoints) and
+the output gate.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer, activation, check_positive
+from fla.layers._mixer import Call, TokenMixer, check_positive
 from fla.modules import FusedRMSNormSwishGate, RMSNorm
+from fla.modules.activations import get_activation
 
 
 class MultiHeadMixer(TokenMixer):
-    """Base of token mixers with heads; not used by itself. `mix()` returns the heads' outputs `[B, T, H, V]`."""
+    """Base of token mixers with heads. A subclass's `mix()` returns the outputs of the heads `[B, T, H, V]`."""
 
     tiny: ClassVar[Mapping[str, Any]] = {"num_heads": 2}
-    g_norm: nn.Module  # one of the two, see add_output
+    g_norm: nn.Module  # a mixer has this norm or the next one: see `add_output`
     g_norm_swish_gate: nn.Module
 
     def __init__(
@@ -37,18 +39,22 @@ class MultiHeadMixer(TokenMixer):
         self.use_short_conv = False
 
     def output(self, o: Tensor) -> Tensor:
-        """The heads side by side, projected."""
+        """Concatenate the heads and apply the output projection."""
         return self.o_proj(o.flatten(2))
 
     def split_heads(self, x: Tensor, head_dim: int, grouped: bool = False) -> Tensor:
-        """`[B, T, H d]` -> `[B, T, H, d]`; `grouped`: from kv heads, each followed by its copies."""
+        """`[B, T, H d]` -> `[B, T, H, d]`. `grouped`: `x` has the kv heads, and each is repeated for its group."""
         x = x.unflatten(-1, (-1, head_dim))
         return x.repeat_interleave(self.num_kv_groups, 2) if grouped and self.num_kv_groups > 1 else x
 
     # ---- q, k and v
 
     def add_projections(self, expand_k: float, expand_v: float) -> None:
-        """q, k and v of a linear mixer, `int(D expand_k)` and `int(D expand_v)` wide, k and v for the kv heads only."""
+        """Add the projections of q, k and v.
+
+        All query heads together are `int(D expand_k)` wide. The output of all heads is `int(D expand_v)` wide. The
+        projections of k and v compute the kv heads only.
+        """
         H, D = self.num_heads, self.hidden_size
         self.key_dim, self.value_dim = int(D * expand_k), int(D * expand_v)
         for argument, factor, width in (("expand_k", expand_k, self.key_dim), ("expand_v", expand_v, self.value_dim)):
@@ -65,7 +71,7 @@ class MultiHeadMixer(TokenMixer):
         self.v_proj = nn.Linear(D, self.value_dim_per_group, bias=False)
 
     def add_qkv_convs(self, use_short_conv: bool, conv_size: int, conv_bias: bool) -> None:
-        """A causal depthwise convolution with SiLU after each of q, k and v, if wanted."""
+        """Add a causal depthwise convolution with SiLU for each of q, k and v, if `use_short_conv`."""
         self.use_short_conv = use_short_conv
         if use_short_conv:
             widths = (self.key_dim, self.key_dim_per_group, self.value_dim_per_group)
@@ -74,25 +80,25 @@ class MultiHeadMixer(TokenMixer):
             self.add_short_convs(convs, conv_size, conv_bias)
 
     def project(self, x: Tensor, call: Call) -> tuple[Tensor, ...]:
-        """q `[B, T, K]`, k and v of the kv heads, after their convolutions, whose state goes on from the cache."""
+        """q, k and v `[B, T, ...]` after their convolutions, k and v for the kv heads only."""
         return self.convolve(call, self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
     def recur(self, call: Call, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, **settings: Any) -> Tensor:
-        """Run the op in the form that fits, from the cached state, and keep the new one."""
-        # autocast widens what some feature maps return
+        """As `TokenMixer.recur`, with q and k cast to the dtype of v."""
+        # under autocast some feature maps return a wider dtype
         return super().recur(call, q.to(v.dtype), k.to(v.dtype), v, *gates, **settings)
 
     # ---- output: norm, gate, projection
 
     def add_output_gate(self, use_output_gate: bool) -> None:
-        """The projection of the output gate, if there is one."""
+        """Add the projection of the output gate, if `use_output_gate`."""
         self.use_output_gate = use_output_gate
         if use_output_gate:
             self.g_proj = nn.Linear(self.hidden_size, self.value_dim, bias=False)
 
     def add_output(self, gate_fn: str, fuse_norm: bool, elementwise_affine: bool, norm_eps: float) -> None:
-        """Output projection and RMSNorm per head; `fuse_norm` with a swish gate: norm and gate in one module."""
-        self.gate_fn = activation(gate_fn, "gate_fn")
+        """Add the output projection and an RMSNorm per head; with `fuse_norm` a swish gate is part of the norm."""
+        self.gate_fn = get_activation(gate_fn, "gate_fn")
         self.fuse_norm_and_gate = fuse_norm and self.use_output_gate and gate_fn in ("swish", "silu")
         self.o_proj = nn.Linear(self.value_dim, self.hidden_size, bias=False)
         name, norm = ("g_norm_swish_gate", FusedRMSNormSwishGate) if self.fuse_norm_and_gate else ("g_norm", RMSNorm)
@@ -107,12 +113,12 @@ class MultiHeadMixer(TokenMixer):
         return self.g_norm_swish_gate(o, g) if self.fuse_norm_and_gate else self.g_norm(o) * self.gate_fn(g)
 
     def recurrent_size(self) -> int:
-        """A key x value matrix per head."""
+        """Elements of a sequence's recurrent state: a key x value matrix per head."""
         return self.key_dim * self.head_v_dim
 
 
 def _rename_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """One weight, two names: which one a checkpoint has depends on how its layer computed, so both load."""
+    """Load the weight of the output norm under either of its names, which depend on `fuse_norm` (`add_output`)."""
     names = [f"{prefix}{name}.weight" for name in ("g_norm", "g_norm_swish_gate")]
     ours, other = names[::-1] if hasattr(module, "g_norm_swish_gate") else names
     if other in state_dict and ours not in state_dict:

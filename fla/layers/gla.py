@@ -1,7 +1,8 @@
-"""Gated linear attention: the state forgets at a rate of its own in every key channel.
+"""Gated linear attention (GLA): the state decays at a data-dependent rate in every key channel.
 
     g_t = logsigmoid(W2 W1 x_t + b) / gate_logit_normalizer
-    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = RMSNorm(dk^-1/2 q_t^T S_t) * swish(W_g x_t)
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T
+    o_t = RMSNorm(dk^-1/2 q_t^T S_t) * gate_fn(W_g x_t)
 
 Op: `gla`. Paper: https://arxiv.org/abs/2312.06635
 """
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, activation, check_positive
+from fla.layers._mixer import Call, check_positive
+from fla.modules.activations import get_activation
 from fla.ops import chunk_gla, fused_chunk_gla, fused_recurrent_gla
 
 
@@ -21,15 +23,17 @@ class GatedLinearAttention(MultiHeadMixer):
 
     Args:
         mode: form of the op in training and for long inputs: "chunk", "fused_chunk" or "fused_recurrent".
-        expand_k, expand_v: width of all keys and of all values, as factors of `hidden_size`; both must divide into
+        expand_k, expand_v: widths of all keys and of all values, as factors of `hidden_size`; both widths must be
+            multiples of `num_heads`.
+        num_kv_heads: heads of keys, values and decay, each shared by `num_heads / num_kv_heads` query heads; by default
             `num_heads`.
-        num_kv_heads: heads of keys, values and decay, each shared by `num_heads / num_kv_heads` query heads; None:
-            `num_heads`.
-        feature_map: name of an activation for q and k, or None.
+        feature_map: name of an activation that is applied to q and k, or None.
         use_short_conv, conv_size, conv_bias: short convolutions after the projections of q, k and v.
-        use_output_gate, gate_fn: the gate of the output, and its activation.
-        elementwise_affine, norm_eps, fuse_norm: the output norm; `fuse_norm`: in one with a swish gate (same result).
-        gate_logit_normalizer, gate_low_rank_dim: see the formula; rank of W2 W1.
+        use_output_gate, gate_fn: whether there is an output gate, and its activation.
+        elementwise_affine, norm_eps: settings of the output norm.
+        fuse_norm: compute a norm and a swish gate in one module, with the same result.
+        gate_logit_normalizer: see the formula.
+        gate_low_rank_dim: rank of `W2 W1`.
         clamp_min: lower bound of the log decay, or None.
         layer_idx: the layer's place in a model's cache.
 
@@ -54,7 +58,7 @@ class GatedLinearAttention(MultiHeadMixer):
         gate_fn: str = "swish",
         elementwise_affine: bool = True,
         norm_eps: float = 1e-5,
-        gate_logit_normalizer: int = 16,
+        gate_logit_normalizer: float = 16,
         gate_low_rank_dim: int = 16,
         clamp_min: float | None = None,
         fuse_norm: bool = True,
@@ -62,7 +66,7 @@ class GatedLinearAttention(MultiHeadMixer):
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx, mode)
         check_positive(gate_low_rank_dim=gate_low_rank_dim)
-        self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
+        self.feature_map_fn = None if feature_map is None else get_activation(feature_map, "feature_map")
         self.gate_logit_normalizer = gate_logit_normalizer
         self.clamp_min = clamp_min
         self.add_projections(expand_k, expand_v)

@@ -1,7 +1,7 @@
-"""Linear attention: attention whose scores are inner products of feature maps, so that a matrix is all the memory it
-needs.
+"""Linear attention: attention whose scores are inner products of feature maps, so that its state is one matrix.
 
-    S_t = S_{t-1} + phi(k_t) v_t^T,   o_t = RMSNorm(scale phi(q_t)^T S_t)
+    S_t = S_{t-1} + phi(k_t) v_t^T
+    o_t = RMSNorm(scale phi(q_t)^T S_t)
 
 Op: `linear_attn`. Paper: https://arxiv.org/abs/2006.16236
 """
@@ -26,7 +26,7 @@ class EluPlusOne(nn.Module):
         return F.elu(x) + 1
 
 
-# The first three have weights, which q and k may share.
+# The first three have weights, which q and k share with `tie_feature_map_qk`.
 FEATURE_MAPS: dict[str, Callable[[int], nn.Module]] = {
     "hedgehog": HedgehogFeatureMap,
     "t2r": T2RFeatureMap,
@@ -44,13 +44,13 @@ class LinearAttention(MultiHeadMixer):
     Args:
         mode: form of the op in training and for long inputs: "chunk", "fused_chunk" or "fused_recurrent".
         feature_map: "hedgehog", "t2r", "elementwise_product", "dpfp", "elu" (elu + 1), "relu" or "identity".
-        tie_feature_map_qk: whether q and k share the map's weights.
+        tie_feature_map_qk: whether q and k share the weights of the feature map.
         output_norm: "rmsnorm" (per head) or "identity".
-        norm_q, norm_k: divide the features by their sum (plus 1e-4).
+        norm_q, norm_k: divide the features of q or k by their sum plus 1e-4.
         do_feature_map_norm: divide the output by `phi(q_t) . sum_{s<=t} phi(k_s)`.
 
-    The others as in `GatedLinearAttention`. State: `[B, H, features, dv]` in float32, with `do_feature_map_norm` a
-    pair with the sum of the keys' features.
+    The other arguments are those of `GatedLinearAttention`. State: `[B, H, features, dv]` in float32; with
+    `do_feature_map_norm` a pair of it and the sum of the features of the keys.
     """
 
     forms: ClassVar = {
@@ -109,7 +109,7 @@ class LinearAttention(MultiHeadMixer):
         return self.norm(self.recur(call, q, k, v, normalize=self.do_feature_map_norm))
 
     def recurrent_size(self) -> int:
-        """A matrix per head, whose height is how many features the map has, and the sum that a norm divides by."""
+        """Elements of a sequence's recurrent state: a features x value matrix per head, and the sum of key features."""
         weight = self.q_proj.weight
         features = self.feature_map_k(weight.new_zeros(1, self.head_k_dim)).shape[-1]
         return self.num_heads * features * (self.head_v_dim + self.do_feature_map_norm)

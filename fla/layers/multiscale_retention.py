@@ -1,8 +1,7 @@
-"""Multi-scale retention (RetNet): every head forgets at a fixed rate of its own, and q and k rotate with their
-position.
+"""Multi-scale retention (RetNet): the state decays at a fixed rate per head, and q and k have rotary positions.
 
-    S_t = gamma_h S_{t-1} + rope(k_t) v_t^T,   gamma_h = 1 - 2^(-5-h)
-    o_t = RMSNorm(dk^-1/2 rope(q_t)^T S_t) * swish(W_g x_t)
+    S_t = gamma_h S_{t-1} + rope(k_t) v_t^T          gamma_h = 1 - 2^(-5-h) in head h
+    o_t = RMSNorm(dk^-1/2 rope(q_t)^T S_t) * gate_fn(W_g x_t)
 
 Op: `retention`. Paper: https://arxiv.org/abs/2307.08621
 """
@@ -12,17 +11,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, activation
+from fla.layers._mixer import Call
 from fla.modules import RotaryEmbedding
+from fla.modules.activations import get_activation
 from fla.ops import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention
 
 
 class MultiScaleRetention(MultiHeadMixer):
     """Multi-scale retention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
-    Arguments as in `GatedLinearAttention`; `mode` may also be "parallel" (which takes the chunk form where a state is
-    needed). Positions count a row's real tokens, with and without padding, and go on from the cache. State: `[B, H,
-    dk, dv]` in float32.
+    The arguments are those of `GatedLinearAttention`. `mode` may also be "parallel"; calls with a state then take the
+    chunk form. Positions count the tokens of a row, not its padding, and continue from the cache.
+    State: `[B, H, dk, dv]` in float32.
     """
 
     forms: ClassVar = {
@@ -53,7 +53,7 @@ class MultiScaleRetention(MultiHeadMixer):
         layer_idx: int | None = None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx, mode)
-        self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
+        self.feature_map_fn = None if feature_map is None else get_activation(feature_map, "feature_map")
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(use_output_gate)
         self.add_qkv_convs(use_short_conv, conv_size, conv_bias)

@@ -1,7 +1,8 @@
-"""Linear attention with one data-dependent decay per head and token.
+"""Simple GLA: linear attention with one data-dependent decay per head and token.
 
-    g_t = logsigmoid(W x_t + b) / gate_logit_normalizer      (one number per head)
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = RMSNorm(dk^-1/2 q_t^T S_t) * gate_fn(W_g x_t)
+    g_t = logsigmoid(W x_t + b) / gate_logit_normalizer          one number per head
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T
+    o_t = RMSNorm(dk^-1/2 q_t^T S_t) * gate_fn(W_g x_t)
 
 Op: `simple_gla`. Papers: https://arxiv.org/abs/2405.21060, https://arxiv.org/abs/2103.02143
 """
@@ -12,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers._heads import MultiHeadMixer
-from fla.layers._mixer import Call, activation
+from fla.layers._mixer import Call
+from fla.modules.activations import get_activation
 from fla.ops import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla
 
 
 class SimpleGatedLinearAttention(MultiHeadMixer):
     """Scalar-gated linear attention, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
-    Arguments as in `GatedLinearAttention`; the output gate is always there, and `mode` may also be "parallel" (which
-    takes the chunk form where a state is needed). State: `[B, H, dk, dv]` in float32.
+    The arguments are those of `GatedLinearAttention`, and there is always an output gate. `mode` may also be
+    "parallel"; calls with a state then take the chunk form. State: `[B, H, dk, dv]` in float32.
     """
 
     forms: ClassVar = {
@@ -45,12 +47,12 @@ class SimpleGatedLinearAttention(MultiHeadMixer):
         gate_fn: str = "swish",
         elementwise_affine: bool = True,
         norm_eps: float = 1e-5,
-        gate_logit_normalizer: int = 16,
+        gate_logit_normalizer: float = 16,
         fuse_norm: bool = True,
         layer_idx: int | None = None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, layer_idx, mode)
-        self.feature_map_fn = None if feature_map is None else activation(feature_map, "feature_map")
+        self.feature_map_fn = None if feature_map is None else get_activation(feature_map, "feature_map")
         self.gate_logit_normalizer = gate_logit_normalizer
         self.add_projections(expand_k, expand_v)
         self.add_output_gate(True)

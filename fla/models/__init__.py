@@ -1,6 +1,6 @@
 """Language models for Hugging Face transformers. One line per model; a module's name is its model type."""
 
-# ruff: noqa: I001 - one line per model, in the order in which they came
+# ruff: noqa: I001 - new models are added at the end
 from fla.models.utils import Cache as Cache
 from fla.models.linear_attn import LinearAttentionConfig, LinearAttentionForCausalLM, LinearAttentionModel
 from fla.models.retnet import RetNetConfig, RetNetForCausalLM, RetNetModel

@@ -1,14 +1,15 @@
-"""The one decoder that all models are: embeddings, blocks of a token mixer and an MLP with pre-norms, a norm, a head.
+"""The decoder that all models share: embeddings, blocks, a final norm and a head. A block is
 
-    h <- x + mixer(norm(x));  x <- h + mlp(norm(h))
+    h <- x + mixer(norm(x))
+    x <- h + mlp(norm(h))
 
-A model file declares config fields and class names (`gla.py` shows how). What may differ: `mixer_cls` or `build_mixer`,
-`mlp_cls` (None: blocks without one), `build_norm`, and `ModuleNames`, from which key prefixes and tied weights follow.
+A model file declares config fields and classes (`gla.py` shows how). Models may differ in `mixer_cls` or `build_mixer`,
+in `mlp_cls` (None: no MLP), in `build_norm`, and in `ModuleNames`, which determine state-dict keys and tied weights.
 
-A model has two ways to hand tensors to its blocks. `layer_inputs()` computes one value a layer from parameters of the
-model, which `add_parameters()` makes. The carry is one tensor that goes from block to block: a mixer with a
-carry takes it and returns it, or one that it made. Blocks get both as positional arguments, since re-entrant
-gradient checkpointing loses the gradients of keywords and of tensors inside tuples.
+A model has two ways to pass tensors to its blocks. `layer_inputs()` computes a value for every layer from parameters of
+the model, which `add_parameters()` creates. The carry is one tensor that goes from block to block: a mixer with a carry
+takes it and returns it or its replacement. Blocks take both as positional arguments, because re-entrant gradient
+checkpointing loses the gradients of keywords and of tensors inside tuples.
 """
 
 import functools
@@ -52,7 +53,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """Attribute names, and with them the state-dict keys, of a model."""
+    """The attribute names of a model's parts, of which its state-dict keys consist."""
 
     model: str = "model"
     embeddings: str = "embeddings"
@@ -64,14 +65,14 @@ class ModuleNames:
 
 
 def _shared_parameters(module: nn.Module) -> dict[str, str]:
-    """Further name -> first name of every parameter that a module has under several names."""
+    """For parameters that a module has under several names: every further name -> the first name."""
     first: dict[int, str] = {}
     names = [(name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False)]
     return {name: owner for name, owner in names if name != owner}
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """One layer: token mixer and MLP, each behind a norm, each added to the stream.
+    """One layer: token mixer and MLP, each after a norm and with a residual connection.
 
     An `mlp_cls` whose `uses_cache` is True is called with the cache, the mask and the packing, like a mixer.
     """
@@ -84,7 +85,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         super().__init__()
         self.add_module(self.names.mixer_norm, self.build_norm(config))
         mixer: Any = self.build_mixer(config, layer_idx)
-        mixer._tied_weights_keys = _shared_parameters(mixer)  # saved once; transformers looks for this in every module
+        mixer._tied_weights_keys = _shared_parameters(mixer)  # by this attribute transformers saves them only once
         self.add_module(self.names.mixer, mixer)
         if self.mlp_cls is not None:
             self.add_module(self.names.mlp_norm, self.build_norm(config))
@@ -92,13 +93,13 @@ class DecoderBlock(GradientCheckpointingLayer):
 
     @classmethod
     def build_norm(cls, config: DecoderConfig) -> nn.Module:
-        """The RMSNorm of blocks and model; with `fuse_norm=False` PyTorch's own, under the same key."""
+        """The RMSNorm of blocks and model. With `fuse_norm=False` it is PyTorch's; the state-dict key is the same."""
         norm_cls = RMSNorm if config.fuse_norm else nn.RMSNorm
         return norm_cls(config.hidden_size, eps=config.norm_eps)
 
     @classmethod
     def build_mixer(cls, config: DecoderConfig, layer_idx: int) -> TokenMixer:
-        """`mixer_cls`, or softmax attention where the config's `attn` says so."""
+        """A mixer of the class `mixer_cls`, or softmax attention if the config's `attn` lists the layer."""
         spec = config.attention_spec(layer_idx)
         if spec is None:
             return cls.mixer_cls.from_config(config, layer_idx)
@@ -121,10 +122,10 @@ class DecoderBlock(GradientCheckpointingLayer):
         *extra: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """`[B, T, D]` -> (`[B, T, D]`, None, cache), and the carry if the mixer has one.
+        """`[B, T, D]` -> (`[B, T, D]`, None, cache), and the carry as a fourth value if the mixer has one.
 
-        `carry` and `extra`, the mixer's other `inputs` in their order, are positional for the sake of checkpointing;
-        the mixer's own keywords do the same.
+        `carry` and `extra` (the mixer's other `inputs` in their order) are positional because re-entrant checkpointing
+        loses the gradients of keywords.
         """
         call = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
         mixer: Any = getattr(self, self.names.mixer)
@@ -137,9 +138,9 @@ class DecoderBlock(GradientCheckpointingLayer):
         return hidden_states, None, past_key_values, *carried
 
     def _add_mlp(self, hidden_states: Tensor, mixed: Tensor, call: dict[str, Any]) -> Tensor:
-        """The stream after `mixed` and the MLP's output were added to it."""
+        """Add `mixed` and then the output of the MLP to the residual stream `hidden_states`."""
         mlp_norm, mlp = getattr(self, self.names.mlp_norm), getattr(self, self.names.mlp)
-        if isinstance(mlp_norm, LayerNorm):  # ours, RMSNorm among them: adds and norms in one
+        if isinstance(mlp_norm, LayerNorm):  # our norms, RMSNorm included, add the residual themselves
             normed, stream = mlp_norm(mixed, residual=hidden_states, prenorm=True)
         else:
             stream = hidden_states + mixed
@@ -148,7 +149,7 @@ class DecoderBlock(GradientCheckpointingLayer):
 
 
 class DecoderPreTrainedModel(StrictLoading):
-    """Initialisation, and what transformers wants to know of every model; it follows from `block_cls`."""
+    """Initialisation of weights, and the class attributes that transformers needs, derived from `block_cls`."""
 
     config_class = DecoderConfig
     block_cls: ClassVar[type[DecoderBlock]]
@@ -167,9 +168,10 @@ class DecoderPreTrainedModel(StrictLoading):
                 cls._tied_weights_keys = {"lm_head.weight": f"{names.model}.{names.embeddings}.weight"}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights normal(0, initializer_range), biases 0; a module with its own rule (norms 1) has `reset_parameters`.
+        """Initialise weights from a normal distribution with standard deviation `initializer_range`, biases with 0.
 
-        transformers calls this for children before parents, and makes `init` leave loaded parameters alone.
+        Modules with a rule of their own, such as norms, have `reset_parameters()`. transformers calls this method for
+        children before parents, and its `init` functions leave loaded parameters as they are.
         """
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -180,15 +182,16 @@ class DecoderPreTrainedModel(StrictLoading):
             reset()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # In code that is not its own, transformers passes over modules without parameters of their own: such as a
-        # feature map, whose rule is for its children. Ours needs no such care, since it initialises through `init`.
+        # With `is_custom_code` transformers skips modules without direct parameters, to protect what is loaded. That
+        # would skip feature maps, whose `reset_parameters` initialises their children. Our code needs no protection,
+        # since it initialises through `init`.
         super()._initialize_weights(module, is_custom_code=False)
 
 
 class DecoderModel(DecoderPreTrainedModel):
     """Embeddings, blocks and a final norm: `input_ids` `[B, T]` -> hidden states `[B, T, D]`."""
 
-    # AutoModel may load the body out of a causal LM's checkpoint.
+    # AutoModel may load this model from the checkpoint of a causal LM, which has a head too.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - transformers reads a list
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -203,10 +206,13 @@ class DecoderModel(DecoderPreTrainedModel):
         self.post_init()
 
     def add_parameters(self, config: DecoderConfig) -> None:
-        """Make parameters of the model itself, if it has any; `reset_parameters()` gives them their first values."""
+        """Create parameters of the model itself, if it has any. `reset_parameters()` must initialise them."""
 
     def layer_inputs(self) -> Sequence[Tensor | tuple[Tensor | None, ...] | None]:
-        """One value a layer: what its mixer lists in `inputs` beside a carry, a tuple if that are several, or None."""
+        """For every layer the tensors that its mixer lists in `inputs`, without the carry.
+
+        They are a tensor, a tuple if there are several, or None if there are none.
+        """
         return [None] * len(self.layers)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -236,15 +242,21 @@ class DecoderModel(DecoderPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the blocks.
 
-        Shapes: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`; `attention_mask` `[B, seen + T]`, 1 = token, 0 =
-        padding, which may be left, right or in between; `cu_seqlens` `[N + 1]` packs N sequences into a batch of 1
-        (and wins over a mask); `past_key_values` (in transformers `cache` from 5.24 on, which is accepted too)
-        continues where an earlier call ended. Hidden states, when asked for: the input of every block, then the final
-        normed output. Raises ValueError or TypeError naming the argument that does not fit.
+        Args:
+            input_ids: `[B, T]`; or else inputs_embeds: `[B, T, D]`.
+            attention_mask: `[B, seen + T]`, 1 = token, 0 = padding, which may be left, right or in between.
+            past_key_values: a cache, from which the call continues. `cache`, as transformers calls it from 5.24 on, is
+                another name of it.
+            use_cache: whether to return a cache; by default as the config says, and not in training.
+            output_hidden_states: also return the input of every block and the final normed output.
+            cu_seqlens: `[N + 1]`, bounds of sequences packed into one row (B = 1); with it a mask is ignored.
+                `cu_seq_lens_q` is another name of it.
+            position_ids: `[B, T]`. Where they do not grow from one token of a row to the next, a packed sequence
+                begins. Without `cu_seqlens` their values are read once a call, which waits for the GPU.
+            seq_idx: `[B, T]`, the number of each token's sequence; the same as `position_ids` to the model.
 
-        `position_ids` `[B, T]` that do not grow from one token of a row to the next pack sequences too, as does a
-        `seq_idx` `[B, T]` that changes. Looking at their values waits for the GPU once a call; `cu_seqlens`, or
-        `cu_seq_lens_q` as transformers' flattening collator calls it, says the same without.
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
         """
         refuse_unknown(kwargs)
         name, x = embed(self.get_input_embeddings(), input_ids, inputs_embeds, self.config.hidden_size)
@@ -273,13 +285,13 @@ class DecoderModel(DecoderPreTrainedModel):
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _cache(self, past_key_values: Any, use_cache: bool | None) -> tuple[Cache | None, bool]:
-        """The cache to use, ours; and whether to fill it: as asked, else by the config outside training."""
+        """The cache of this call, and whether there is one. By default the config decides, and training has none."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.training and self.gradient_checkpointing:
             if past_key_values is not None:
                 raise ValueError(
-                    "past_key_values must be None in training with gradient checkpointing: it runs each block twice"
+                    "past_key_values must be None in training with gradient checkpointing, which runs each block twice"
                 )
             use_cache = False
         if past_key_values is None and not use_cache:
@@ -296,7 +308,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):
         super().__init__(config)
         self.add_module(self.base_model_prefix, self.model_cls(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.criterion: nn.Module | None = None  # set it to replace the loss that the config chooses
+        self.criterion: nn.Module | None = None  # users may set it, to replace the loss that the config chooses
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -326,13 +338,18 @@ class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """As `DecoderModel.forward`, and logits `[B, T, vocab]` (the last `logits_to_keep` positions; 0 = all).
+        """Run the model and the head. The arguments of `DecoderModel.forward`, and
 
-        `labels` `[B, T]` (pass `input_ids`; -100 = no target) are shifted inside: position t predicts token t + 1.
-        The loss is their mean cross entropy, or their sum over `num_items_in_batch`. Logits are None only with labels
-        and `fuse_linear_cross_entropy`, which never holds them all.
+        Args:
+            labels: `[B, T]`, usually `input_ids`; -100 = no target. Position t predicts `labels[:, t + 1]`.
+            logits_to_keep: how many of the last positions get logits (0 = all), or a tensor of positions.
+            num_items_in_batch: divide the summed loss by it; by default the loss is the mean over the targets.
+
+        Returns:
+            The loss if there are labels, and the logits `[B, T, vocab]`. With labels and `fuse_linear_cross_entropy`
+            the logits are None, since they are never held all at once.
         """
-        if "num_logits_to_keep" in kwargs:  # its name before transformers 4.50
+        if "num_logits_to_keep" in kwargs:  # the name of `logits_to_keep` before transformers 4.50
             logits_to_keep = kwargs.pop("num_logits_to_keep")
         if labels is not None:
             check_tokens("labels", labels, getattr(self.lm_head, "out_features", None), ignored=IGNORE_INDEX)

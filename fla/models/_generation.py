@@ -1,6 +1,7 @@
-"""`generate` for models whose past is a state.
+"""`generate` for models whose past is a recurrent state.
 
-Which tokens are new is read from what the cache has seen, and decoding that would rewind the past is refused.
+The cache counts the tokens that it has seen, which tells which tokens are new. Ways of decoding that go back in the
+sequence are refused, since a recurrent state cannot.
 """
 
 import copy
@@ -21,14 +22,14 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 class DecoderGenerationMixin(GenerationMixin):
-    """transformers' generation over our cache: greedy, sampling, beam search; left-padded batches, chunked prefill."""
+    """Generation as in transformers: greedy, sampling, beam search, with left-padded batches and chunked prefill."""
 
-    _is_stateful = True  # a recurrent state cannot be rewound
+    _is_stateful = True  # tells transformers that the cache cannot be rewound
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """As `GenerationMixin.generate`; contrastive, assisted and other decoding that rewinds raises ValueError."""
+        """As `GenerationMixin.generate`. Raises ValueError for decoding that rewinds (contrastive, assisted, ...)."""
         settings = copy.deepcopy(generation_config or self.generation_config)
         for name, value in kwargs.items():
             if hasattr(settings, name):
@@ -65,12 +66,11 @@ class DecoderGenerationMixin(GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The inputs of the next forward: the tokens that the cache has not seen, however the caller splits them.
+        """The inputs of the next forward call, with only those tokens that the cache has not seen.
 
-        `attention_mask` covers seen and new tokens, `input_ids` may hold all tokens or only the new ones. How many
-        are new is, in this order, what the caller says, the mask's width beyond the cache, or all of them at the
-        first step; the width is no measure where the cache holds more than the mask tells of, as with peft's virtual
-        tokens.
+        `attention_mask` covers the seen and the new tokens. `input_ids` may hold all tokens or only the new ones. The
+        number of new tokens is `next_sequence_length`, or else how far the mask reaches beyond the cache, or else what
+        `input_ids` holds. The mask comes second because the cache may hold more than it covers: peft's virtual tokens.
         """
         past_key_values = merge_cache(past_key_values, cache)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -91,7 +91,7 @@ class DecoderGenerationMixin(GenerationMixin):
             )
         tokens = tokens[:, -new:]
         inputs = {"inputs_embeds": tokens} if embedded else {"input_ids": tokens.contiguous()}
-        # What the caller adds for itself (position_ids, cache_position, labels, flags of the loop) stays here.
+        # Other keywords, such as position_ids, cache_position and labels, are dropped: forward() does not need them.
         extra = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}
         inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
         return inputs | extra | ({} if logits_to_keep is None else {"logits_to_keep": logits_to_keep})

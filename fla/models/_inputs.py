@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers.utils import Padding, check_mask
-from fla.shapes import merge_cu_seqlens
+from fla.shapes import check_bounds, merge_cu_seqlens
 from fla.varlen import check_cu_seqlens
 
 # Keywords that callers send along whatever the model; what they say is also in the mask and in cu_seqlens.
@@ -76,15 +76,8 @@ def embed(
 def merge_packing(cu_seqlens: Any, cu_seq_lens_q: Any, name: str, x: Tensor) -> Tensor | None:
     """`cu_seqlens` by either of its names, checked against the tokens `x` `[B, T, D]` of the argument `name`."""
     for key, bounds in (("cu_seqlens", cu_seqlens), ("cu_seq_lens_q", cu_seq_lens_q)):
-        if bounds is None:
-            continue
-        if not isinstance(bounds, Tensor) or bounds.dtype not in (torch.int32, torch.int64):
-            got = bounds.dtype if isinstance(bounds, Tensor) else type(bounds).__name__
-            raise TypeError(f"{key} must be an int32 or int64 tensor, got {got}")
-        if bounds.dim() != 1 or bounds.shape[0] < 2:
-            raise ValueError(f"{key} must have shape [N + 1] with N >= 1, got {list(bounds.shape)}")
-        if x.shape[0] != 1:
-            raise ValueError(f"{key} packs all sequences into one row: {name} must have 1 row, got {x.shape[0]}")
+        if bounds is not None:
+            check_bounds(key, bounds, x, name)
     cu_seqlens = merge_cu_seqlens(cu_seqlens, cu_seq_lens_q)
     if cu_seqlens is not None and not torch.compiler.is_compiling():  # a graph cannot branch on values
         check_cu_seqlens(cu_seqlens, x.shape[1])

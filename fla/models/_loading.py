@@ -1,4 +1,4 @@
-"""Checkpoints: nothing is silently left out or made up, both MLP layouts load, the Auto classes know every model."""
+"""Loading of checkpoints: missing keys raise, both layouts of the MLP load, and the Auto classes know every model."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-REGISTRY: dict[str, Any] = {}  # model type -> causal LM class: what the contract suite runs over
+from fla.models._names import name_parts
+
+REGISTRY: dict[str, Any] = {}  # model type -> causal LM class; the contract suite tests all of them
 
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
@@ -27,11 +29,10 @@ class StrictLoading(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As `PreTrainedModel.from_pretrained`, but ValueError naming the keys that are missing, unexpected or of
-        another shape.
+        """As `PreTrainedModel.from_pretrained`, but keys that are missing, unexpected or of another shape raise.
 
-        `ignore_mismatched_sizes=True` lets weights of another shape be initialised anew, which is what asking for it
-        means.
+        The ValueError names these keys. With `ignore_mismatched_sizes=True` weights of another shape are initialised
+        anew instead.
         """
         load: Callable[..., Any] = functools.partial(
             super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
@@ -40,7 +41,7 @@ class StrictLoading(PreTrainedModel):
         renames = _other_norm_name(info)
         if renames is not None and "key_mapping" not in kwargs:
             model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=renames)
-            vars(model).pop("_weight_conversions", None)  # save under the model's own names
+            vars(model).pop("_weight_conversions", None)  # so that saving uses the model's own names
         problems = [
             f"{name.replace('_', ' ')}: {', '.join(sorted(map(_describe, info[name])))}"
             for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -59,20 +60,19 @@ def _describe(key: Any) -> str:
 
 
 def _other_norm_name(info: dict[str, Any]) -> dict[str, str] | None:
-    """The renaming that makes a checkpoint fit whose output norms go by their other name, if that is all that is wrong.
+    """A key mapping for a checkpoint that differs from the model only in the name of the output norms, or None.
 
-    The weight is called `g_norm_swish_gate` where norm and gate are one module and `g_norm` where they are two
-    (`fuse_norm`).
+    The norm is called `g_norm_swish_gate` if `fuse_norm` makes norm and gate one module, and `g_norm` otherwise.
     """
-    for there, here in (("g_norm", "g_norm_swish_gate"), ("g_norm_swish_gate", "g_norm")):
-        expected = {key.replace(f".{here}.", f".{there}.") for key in info["missing_keys"]}
+    for saved, ours in (("g_norm", "g_norm_swish_gate"), ("g_norm_swish_gate", "g_norm")):
+        expected = {key.replace(f".{ours}.", f".{saved}.") for key in info["missing_keys"]}
         if info["missing_keys"] and expected == set(info["unexpected_keys"]):
-            return {rf"\.{there}\.weight$": f".{here}.weight"}
+            return {rf"\.{saved}\.weight$": f".{ours}.weight"}
     return None
 
 
 class SplitGateAndUp(ConversionOps):
-    """A checkpoint's `gate_proj` that holds gate and up projection, as both; one that holds the gate stays as it is."""
+    """Splits a checkpoint's `gate_proj` that holds both gate and up projection; one that holds the gate is kept."""
 
     def convert(
         self,
@@ -83,7 +83,7 @@ class SplitGateAndUp(ConversionOps):
         model: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """`{gate: [tensor]}` to `{gate: tensor}` or `{gate: tensor, up: tensor}`, by the gate's rows in `model`."""
+        """`{gate: [tensor]}` -> `{gate: tensor}` or `{gate: tensor, up: tensor}`. The gate's rows in `model` decide."""
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
         rows = model.get_parameter(full_layer_name).shape[0]
@@ -92,20 +92,20 @@ class SplitGateAndUp(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Saving changes nothing: both projections are written as they are."""
-        return _AsTheyAre()
+        """Saving writes both projections unchanged."""
+        return _Unchanged()
 
 
-class _AsTheyAre(ConversionOps):
+class _Unchanged(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return input_dict
 
 
 def register_causal_lm(causal_lm: Class) -> Class:
-    """Class decorator: make a model known to the Auto classes, to the loader of both MLP layouts and to the contract
-    suite.
+    """Class decorator that makes a model known to the Auto classes, to the loader and to the contract suite.
 
-    A model type that transformers has itself stays transformers': such a model loads through its own class.
+    If transformers has the model type itself, the Auto classes keep loading transformers' model; ours loads through its
+    own class.
     """
     declared: Any = causal_lm
     config_class, model_type = declared.config_class, declared.config_class.model_type
@@ -114,11 +114,13 @@ def register_causal_lm(causal_lm: Class) -> Class:
         AutoConfig.register(model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, declared.model_cls, exist_ok=True)
         AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
-        # By the names in these tables the Trainer knows that labels are to be shifted, and pipelines what they can run.
+        # The Trainer shifts the labels of classes in these tables of names, and pipelines accept them.
         MODEL_MAPPING_NAMES[model_type] = declared.model_cls.__name__
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm.__name__
-    # Checkpoints of both MLP layouts load. By the model's class name: a type may be transformers' own.
+    # Checkpoints of both MLP layouts load. The converter is registered under the class name, because the model type may
+    # be one of transformers.
     both = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
     converter = WeightConverter("mlp.gate_proj.weight", both, [SplitGateAndUp()])
     register_checkpoint_conversion_mapping(declared.model_cls.__name__, [converter], overwrite=True)
+    name_parts(causal_lm)
     return causal_lm

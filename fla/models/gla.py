@@ -15,7 +15,7 @@ from fla.models._decoder import (
 
 
 class GLAConfig(DecoderConfig):
-    """Fields of `DecoderConfig`, and GLA's own. `use_gk` and `use_gv` do nothing and must keep their defaults."""
+    """The fields of `DecoderConfig`, and GLA's own. `use_gk` and `use_gv` must keep their defaults."""
 
     model_type = "gla"
     fixed_fields: ClassVar[Mapping[str, Any]] = {"use_gk": True, "use_gv": False}

@@ -15,7 +15,7 @@ from fla.models._decoder import (
 
 
 class LinearAttentionConfig(DecoderConfig):
-    """Fields of `DecoderConfig`, and linear attention's own."""
+    """The fields of `DecoderConfig`, and linear attention's own."""
 
     model_type = "linear_attn"
     tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}

@@ -15,7 +15,7 @@ from fla.models._decoder import (
 
 
 class RetNetConfig(DecoderConfig):
-    """Fields of `DecoderConfig`, and RetNet's own."""
+    """The fields of `DecoderConfig`, and RetNet's own."""
 
     model_type = "retnet"
     tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}

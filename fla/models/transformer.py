@@ -1,4 +1,4 @@
-"""The softmax transformer with rotary embeddings and gated MLPs, to compare with (https://arxiv.org/abs/2302.13971)."""
+"""The transformer with softmax attention, as a baseline: rotary positions, gated MLPs (https://arxiv.org/abs/2302.13971)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,8 +16,9 @@ from fla.models._decoder import (
 
 
 class TransformerConfig(DecoderConfig):
-    """Fields of `DecoderConfig`, and the transformer's own. `norm_first` and `attention_bias` must keep their
-    defaults.
+    """The fields of `DecoderConfig`, and the transformer's own.
+
+    `elementwise_affine`, `norm_first` and `attention_bias` must keep their defaults.
     """
 
     model_type = "transformer"

@@ -1,5 +1,10 @@
-"""What other programs import from here: `fla.models.utils.Cache`."""
+"""What other programs import from here: the cache and generation, by their names there and here."""
 
-from fla.models.cache import Cache
+from fla.models._generation import DecoderGenerationMixin
+from fla.models.cache import Cache, StateLayer
 
-__all__ = ["Cache"]
+FLACache = LegacyFLACache = Cache
+FLALayer = StateLayer
+FLAGenerationMixin = DecoderGenerationMixin
+
+__all__ = ["Cache", "FLACache", "FLAGenerationMixin", "FLALayer", "LegacyFLACache"]

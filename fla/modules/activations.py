@@ -1,10 +1,10 @@
-"""Activations, gated linear units, and the table of activations by name.
+"""Activations, gated linear units, and the table `ACT2FN` of activations by name.
 
-`ACT2FN` has every name of transformers' table of that name, with the same meaning (`gelu` is the exact one), and
-`logsigmoid`, `sqrelu`, `bias_gelu`.
+`ACT2FN` has all names of the table in transformers that is called the same, with the same meanings (`gelu` is the exact
+GELU), and also `logsigmoid`, `sqrelu` and `bias_gelu`.
 
-Results and gradients have the input's dtype, arithmetic is float32. `x`, `y` [..., D]. The gated units are of the
-family `fused`. Paper of the gated units: https://arxiv.org/abs/2002.05202
+`x`, `y` [..., D]. Results and gradients have the input's dtype; arithmetic is float32. The family `fused` computes the
+gated linear units. Their paper: https://arxiv.org/abs/2002.05202
 """
 
 import math
@@ -41,7 +41,7 @@ def fast_gelu_impl(x: Tensor) -> Tensor:
 
 
 def bias_gelu_impl(x: Tensor, bias: Tensor) -> Tensor:
-    """Tanh GELU of `x + bias`, `bias` [D]."""
+    """`fast_gelu_impl(x + bias)`, `bias` [D]."""
     return fast_gelu_impl(x.to(torch.promote_types(x.dtype, torch.float32)) + bias).to(x.dtype)
 
 
@@ -71,7 +71,7 @@ def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None 
 
 
 def clipped_gelu(x: Tensor) -> Tensor:
-    """`gelu(x)`, at most 10."""
+    """`min(gelu(x), 10)`."""
     return F.gelu(x).clamp(-10.0, 10.0)
 
 
@@ -81,7 +81,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """The distribution function of a normal variable of mean `sqrt(1/2)` and standard deviation 0.282095."""
+    """`(1 + erf((x - mean) / (std sqrt(2)))) / 2`, a normal distribution function; mean 0.707107, std 0.282095."""
     return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 
@@ -96,10 +96,13 @@ def sqrtsoftplus(x: Tensor) -> Tensor:
 
 
 class XIELU(nn.Module):
-    """`a x^2 + x / 2` for `x > 0`, `b (exp(min(x, eps)) - 1 - x) + x / 2` otherwise, `eps = -1e-6`.
+    """xIELU, an activation with two learned parameters.
 
-    `a = softplus(alpha_p)`, `b = 1/2 + softplus(alpha_n)`, both 0.8 at first, are learned. Keys as in transformers:
-    `alpha_p`, `alpha_n` [1], `beta`, `eps` []. Paper: https://arxiv.org/abs/2411.13010
+        y = a x^2 + x / 2                               for x > 0
+        y = b (exp(min(x, eps)) - 1 - x) + x / 2        otherwise
+
+    `a = softplus(alpha_p)` and `b = 1/2 + softplus(alpha_n)` start at 0.8; `eps = -1e-6`. State-dict keys as in
+    transformers: `alpha_p`, `alpha_n` [1], `beta`, `eps` []. Paper: https://arxiv.org/abs/2411.13010
     """
 
     beta: Tensor
@@ -120,7 +123,7 @@ class XIELU(nn.Module):
 
 
 class _Activations(dict[str, Any]):
-    """A table of functions of one tensor; an activation with parameters is a class, and looking it up makes one."""
+    """Name -> function of one tensor. Activations with parameters are stored as classes, and a look-up makes one."""
 
     def __getitem__(self, name: str) -> Any:
         entry = super().__getitem__(name)
@@ -159,11 +162,11 @@ ACT2FN = _Activations(
 
 
 def get_activation(name: str, argument: str = "name") -> Callable[[Tensor], Tensor]:
-    """The function of one tensor that `name` stands for in `ACT2FN`, new where it has parameters of its own.
+    """The function of one tensor that `ACT2FN` has under `name`; a new module if it has parameters.
 
-    Raises ValueError, naming `argument` and the names that there are.
+    Raises ValueError for an unknown name. The message says which `argument` is wrong and which names exist.
     """
-    known = [key for key in ACT2FN if key != "bias_gelu"]  # which takes two tensors
+    known = [key for key in ACT2FN if key != "bias_gelu"]  # bias_gelu takes two tensors
     if name not in known:
         raise ValueError(f"{argument} must be one of {', '.join(known)}, got {name!r}")
     return ACT2FN[name]

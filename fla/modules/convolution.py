@@ -1,10 +1,10 @@
-"""Short convolution: every channel looks at its last `W` inputs.
+"""Short convolution: a causal convolution of every channel with its last `W` inputs.
 
     y[t] = activation(sum_{j < W} weight[:, j] x[t - (W - 1) + j] + bias) + residual
 
-`x` [B, T, D], `weight` [D, W] (of the module [D, 1, W]). The state [N, D, W] holds the last `W` inputs of every
-sequence, oldest first; it starts as zeros. Packed sequences (`cu_seqlens`, batch 1) do not see each other; another
-way to say where they are is `seq_idx` [B, T], whose numbers change where a sequence ends. Family `fused`.
+`x` [B, T, D], `weight` [D, W] (in the module [D, 1, W]). The state [N, D, W] holds the last `W` inputs of every
+sequence, oldest first; it starts as zeros. Packed sequences do not see each other. They are given by `cu_seqlens`
+(batch size 1), or by `seq_idx` [B, T], a number per token that changes where a new sequence begins. Family: `fused`.
 Paper: https://arxiv.org/abs/2312.00752
 """
 
@@ -33,17 +33,22 @@ def causal_conv1d(
     *,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Depthwise causal convolution of `x` [B, T, D] with `weight` [D, W]: `(y, final_state or None)`.
+    """Depthwise causal convolution of `x` [B, T, D] with `weight` [D, W]; returns `(y, final_state or None)`.
 
-    `initial_state` [N, D, W] is what came before (not written to). `activation`: None, "silu" or "swish". `backend`:
-    None, "triton" or "torch"; "cuda" means None, the best there is.
+    Args:
+        initial_state: `[N, D, W]`, the inputs before every sequence; it is not written to.
+        activation: None, "silu" or "swish".
+        backend: None, "triton" or "torch"; "cuda" means None.
+        cu_seqlens: `[N + 1]`, bounds of the sequences packed into one row.
+        cu_seqlens_cpu: the same on the CPU; it may be given alone.
+        seq_idx: `[B, T]` integers, for packed sequences in any number of rows. A sequence begins where a row begins or
+            the number changes. States are possible with a single row only. Reading it waits for the GPU, which
+            `cu_seqlens` does not.
+        chunk_indices: accepted for compatibility; not used.
+        cp_context: must be None.
 
-    `cu_seqlens` [N + 1] packs sequences into one row. `cu_seqlens_cpu`, the same on the CPU, packs alone too.
-    `seq_idx` [B, T] packs any number of rows: a sequence begins where a row begins or the number changes. States of N
-    sequences go with it in one row only. It costs a wait for a GPU; `cu_seqlens` costs none.
-
-    `chunk_indices` is a hint that is not needed. Raises ValueError or TypeError for what does not fit together, and for
-    a `cp_context`.
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     if cp_context is not None:
         raise ValueError("cp_context must be None: context parallelism is not supported yet")
@@ -51,7 +56,7 @@ def causal_conv1d(
     if seq_idx is not None and cu_seqlens is not None and x.shape[0] > 1:
         if initial_state is not None or output_final_state:
             raise ValueError(
-                f"seq_idx of one row goes with states, got {x.shape[0]} rows: pack all sequences into one row"
+                f"states need a seq_idx of one row, got {x.shape[0]} rows: pack all sequences into one row"
             )
         shape = x.shape
         x, residual = x.reshape(1, -1, shape[2]), None if residual is None else residual.reshape(1, -1, shape[2])
@@ -72,7 +77,10 @@ def causal_conv1d(
 def _packing(
     x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor | None:
-    """`cu_seqlens` of the call, by whatever argument it says where sequences begin; `seq_idx`: of all rows in turn."""
+    """`cu_seqlens` of the call, from whichever of the three arguments is given.
+
+    With `seq_idx` it describes the row that all rows of `x`, one after another, make up.
+    """
     fused.check_float("x", x)
     for name, given in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu), ("seq_idx", seq_idx)):
         fused.check_tensor(name, given)
@@ -88,7 +96,7 @@ def _packing(
             f"got {seq_idx.dtype} {list(seq_idx.shape)} on {seq_idx.device}"
         )
     if x.dim() != 3 or x.shape[1] < 2:
-        return None  # every row is one sequence
+        return None  # one token per row: every row is one sequence
     begins = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
     return nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel())
 
@@ -103,10 +111,10 @@ def causal_conv1d_update(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token of `causal_conv1d`: `(y, cache)`, with `cache` [N, D, W] shifted and appended to IN PLACE.
+    """One token of `causal_conv1d`; returns `(y, cache)`. It updates `cache` [N, D, W] IN PLACE.
 
-    `x` [N, D], [N, 1, D] or [1, N, D], also with D split into heads; `y` and `residual` have its shape. `weight` [D,
-    W].
+    `x` is [N, D], [N, 1, D] or [1, N, D], and D may be split into heads; `y` and `residual` have the shape of `x`.
+    `weight` [D, W].
     """
     if weight is None:
         raise TypeError("weight must be a tensor of shape [D, W], got None")
@@ -130,7 +138,7 @@ def proj_then_conv1d(
     conv1d_bias: Tensor | None = None,
     cache: Tensor | None = None,
 ) -> Tensor:
-    """`silu(conv(x @ proj_weight.T))`, `x` [B, T, C], `proj_weight` [D, C]; `cache` [B, D, W] is updated."""
+    """`silu(conv(x @ proj_weight.T))`, `x` [B, T, C], `proj_weight` [D, C]. It updates `cache` [B, D, W] in place."""
     y, state = causal_conv1d(
         nn.functional.linear(x, proj_weight), conv1d_weight, conv1d_bias, None, cache, cache is not None, "silu"
     )
@@ -140,10 +148,10 @@ def proj_then_conv1d(
 
 
 class ShortConvolution(nn.Conv1d):
-    """The short convolution of a token mixer, with state for decoding. Keys `weight` [D, 1, W], `bias` [D].
+    """The short convolution of a token mixer, with a state for decoding. Parameters: `weight` [D, 1, W], `bias` [D].
 
-    A call with a cache and one token per sequence updates the cache in place when no gradient is recorded; every other
-    call leaves it alone and returns a new one. `backend`: None, "triton" or "torch"; "cuda" means None.
+    A call with a cache and one token per sequence updates the cache in place if no gradient is recorded. Every other
+    call leaves the cache as it is and returns a new one. `backend`: None, "triton" or "torch"; "cuda" means None.
     """
 
     def __init__(
@@ -181,7 +189,7 @@ class ShortConvolution(nn.Conv1d):
 
     @property
     def state_size(self) -> int:
-        """Numbers in one sequence's state."""
+        """Number of elements in one sequence's state."""
         return self.hidden_size * self.kernel_size[0]
 
     def forward(  # type: ignore[override]
@@ -197,11 +205,12 @@ class ShortConvolution(nn.Conv1d):
         cu_seqlens_cpu: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`(y, cache)` for `x`, `residual` [B, T, D], `cache` [N, D, W]; no cache without `output_final_state`.
+        """The convolution of `x` [B, T, D]; returns `(y, cache)`, with cache None unless `output_final_state`.
 
-        `mask` [B, T] (1 = token) multiplies `x` first; together with `cu_seqlens` it is a ValueError. With `cache` the
-        call continues where the last one ended, whatever the number of tokens. `cu_seqlens_cpu` and `seq_idx` [B, T]:
-        see `causal_conv1d`.
+        `residual` [B, T, D] is added to the result. `mask` [B, T] (1 = token) multiplies `x` first and cannot be given
+        with `cu_seqlens`. With `cache` [N, D, W] the call continues where the last one ended, with any number of
+        tokens. `cu_seqlens_cpu` and `seq_idx` [B, T] are those of `causal_conv1d`. Raises ValueError or TypeError for
+        arguments that do not fit.
         """
         fused.check_float("x", x)
         if x.dim() != 3 or x.shape[-1] != self.hidden_size:
@@ -236,12 +245,12 @@ class ShortConvolution(nn.Conv1d):
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One token of every sequence, `x` [N, 1, D] or packed [1, N, D]; `cache` [N, D, W] is updated in place."""
+        """One token of every sequence, `x` [N, 1, D] or packed [1, N, D]. It updates `cache` [N, D, W] in place."""
         weight = self.weight.squeeze(1)
         if cu_seqlens is None:
             y, _ = causal_conv1d_update(x, cache, residual, weight, self.bias, self.activation, backend=self.backend)
         else:
-            # as many tokens as sequences need not mean one each, (0, 2, 1), and looking would wait for the GPU
+            # N tokens in N sequences may be unevenly spread, as in lengths (0, 2, 1); reading them would wait
             y, state = causal_conv1d(
                 x, weight, self.bias, residual, cache, True, self.activation, self.backend, cu_seqlens
             )
@@ -250,10 +259,10 @@ class ShortConvolution(nn.Conv1d):
         return y, cache if output_final_state else None
 
     def _is_step(self, x: Tensor, cache: Tensor, cu_seqlens: Tensor | None) -> bool:
-        """As many tokens as sequences, and no gradient that writing to the cache would disturb."""
+        """Whether `step` can compute the call: as many tokens as sequences, and a cache that may be written to."""
         recorded = torch.is_grad_enabled() and (x.requires_grad or cache.requires_grad or self.weight.requires_grad)
         if not torch.compiler.is_compiling() and cache.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # what inference mode made cannot be written to outside of it
+            return False  # a tensor made in inference mode cannot be written to outside of it
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return not recorded and x.dim() == 3 and x.shape[0] * x.shape[1] == sequences
 

@@ -1,8 +1,12 @@
 """Feature maps `phi` of linear attention, on the last axis of `x` [..., d]: `softmax(q k^T)` becomes `phi(q) phi(k)^T`.
 
-Papers: Hedgehog https://arxiv.org/abs/2402.04347, T2R https://arxiv.org/abs/2103.13076, DPFP
-https://arxiv.org/abs/2102.11174, polynomial sketches https://arxiv.org/abs/2310.01655, Taylor
-https://arxiv.org/abs/2402.18668, ReBased https://arxiv.org/abs/2402.10644
+Papers:
+    Hedgehog https://arxiv.org/abs/2402.04347
+    T2R https://arxiv.org/abs/2103.13076
+    DPFP https://arxiv.org/abs/2102.11174
+    polynomial sketches https://arxiv.org/abs/2310.01655
+    Taylor https://arxiv.org/abs/2402.18668
+    ReBased https://arxiv.org/abs/2402.10644
 """
 
 import math
@@ -26,7 +30,7 @@ def flatten_diag_outer_product_off1(x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 
 class HedgehogFeatureMap(nn.Module):
-    """`softmax([2u, -2u])`, `u = layer(x)`; the layer starts as the identity. Output 2d."""
+    """`softmax([2u, -2u])` with `u = layer(x)`, which starts as the identity: 2d features."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -34,7 +38,7 @@ class HedgehogFeatureMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Identity weight, zero bias."""
+        """Set the weight to the identity and the bias to zero."""
         nn.init.eye_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
 
@@ -45,7 +49,7 @@ class HedgehogFeatureMap(nn.Module):
 
 
 class T2RFeatureMap(nn.Module):
-    """`relu(layer(x))`. Output `dot_dim`, or d."""
+    """`relu(layer(x))`: `dot_dim` features, by default d."""
 
     def __init__(self, head_dim: int, dot_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class T2RFeatureMap(nn.Module):
 
 
 class DPFPFeatureMap(nn.Module):
-    """Parameter-free projection: `u * roll(u, j)`, j = 1..nu, `u = [relu(x), relu(-x)]`. Output 2 d nu."""
+    """Parameter-free projection: `u * roll(u, j)` for j = 1..nu, with `u = [relu(x), relu(-x)]`: 2 d nu features."""
 
     def __init__(self, head_dim: int, nu: int = 4) -> None:
         super().__init__()
@@ -72,7 +76,7 @@ class DPFPFeatureMap(nn.Module):
 
 
 class HadamardFeatureMap(nn.Module):
-    """`layer1(x) * layer2(x)`. Output d."""
+    """`layer1(x) * layer2(x)`: d features."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ class HadamardFeatureMap(nn.Module):
 
 
 class LearnableOuterProductFeatureMap(nn.Module):
-    """Upper triangle of `layer1(x) layer2(x)^T`, diagonal included. Output f (f + 1) / 2."""
+    """The upper triangle of `layer1(x) layer2(x)^T` with its diagonal: f (f + 1) / 2 features, f = `feature_dim`."""
 
     def __init__(self, head_dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -98,11 +102,13 @@ class LearnableOuterProductFeatureMap(nn.Module):
 
 
 class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
-    """Learned sketch of a polynomial kernel, squared so that products stay >= 0. Output s (s + 1) / 2.
+    """A learned sketch of a polynomial kernel, squared so that inner products are >= 0: s (s + 1) / 2 features.
 
-    `x <- layer_norm(x) * gamma + beta`, then `x <- s1(x) s2(x) d^-1/2` for `max(1, log2(degree) - 1)` rounds, then the
-    upper triangle of `x x^T`. `sketch_size` None: `head_dim`. Raises ValueError unless `degree` is a power of two from
-    2.
+        x <- layer_norm(x) * gamma + beta
+        x <- s1(x) * s2(x) * d^-1/2        max(1, log2(degree) - 1) times
+        output: the upper triangle of x x^T
+
+    `s` is `sketch_size`, by default `head_dim`. Raises ValueError unless `degree` is a power of two, at least 2.
     """
 
     def __init__(self, head_dim: int, sketch_size: int | None = None, degree: int = 2) -> None:
@@ -118,10 +124,8 @@ class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d] -> [..., s (s + 1) / 2]`."""
-        dtype, x = (
-            x.dtype,
-            x.to(torch.promote_types(x.dtype, torch.float32)),
-        )  # products of products: rounded once, at the end
+        # products of products are rounded once, at the end
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         x = F.layer_norm(x, (self.head_dim,), self.gamma.to(x.dtype), self.beta.to(x.dtype))
         for first, second in zip(self.sketches1, self.sketches2, strict=True):
             u, v = (x @ layer.weight.to(x.dtype).mT for layer in (first, second))  # type: ignore[union-attr, operator]
@@ -130,9 +134,12 @@ class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
 
 
 class TaylorFeatureMap(nn.Module):
-    """Second-order Taylor expansion of the exponential: `phi(q) phi(k) = 1 + s + s^2 / 2`, `s = q k / sqrt(d)`.
+    """The second-order Taylor expansion of the exponential.
 
-    Output `[1, x / d^1/4, x_i^2 / sqrt(2 d), x_i x_j / sqrt(d) (i < j)]`, 1 + d + d (d + 1) / 2 features.
+        phi(q) . phi(k) = 1 + s + s^2 / 2        s = q . k / sqrt(d)
+        phi(x) = [1, x / d^(1/4), x_i^2 / sqrt(2 d), x_i x_j / sqrt(d) for i < j]
+
+    These are 1 + d + d (d + 1) / 2 features.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -148,9 +155,12 @@ class TaylorFeatureMap(nn.Module):
 
 
 class RebasedFeatureMap(nn.Module):
-    """`phi(q) phi(k) = (q k)^2 / d` of the layer-normed and scaled input; `gamma` and `beta` [d] are learned.
+    """The square of the inner product, after a layer norm with learned `gamma` and `beta` [d].
 
-    Output `[x_i^2 d^-1/2, x_i x_j (2 / d)^1/2 (i < j)]`, d (d + 1) / 2 features.
+        phi(q) . phi(k) = (q . k)^2 / d
+        phi(x) = [x_i^2 / sqrt(d), x_i x_j sqrt(2 / d) for i < j]
+
+    These are d (d + 1) / 2 features. `normalize=False` leaves out the layer norm, but not `gamma` and `beta`.
     """
 
     def __init__(self, head_dim: int, use_gamma: bool = True, use_beta: bool = True, normalize: bool = True) -> None:
@@ -160,7 +170,7 @@ class RebasedFeatureMap(nn.Module):
         self.beta = nn.Parameter(torch.zeros(head_dim)) if use_beta else None
 
     def forward(self, x: Tensor, flatten: bool = True) -> Tensor:
-        """`[..., d] -> [..., d (d + 1) / 2]`; with `flatten=False` only normalises, scales and shifts, `[..., d]`."""
+        """`[..., d] -> [..., d (d + 1) / 2]`. `flatten=False` returns the normalised, scaled and shifted `[..., d]`."""
         if self.normalize:
             x = F.layer_norm(x, (self.head_dim,), self.gamma, self.beta)
         else:
@@ -173,7 +183,7 @@ class RebasedFeatureMap(nn.Module):
 
 
 class ElementwiseFeatureMap(nn.Module):
-    """A function of each channel alone. Output d."""
+    """Base of feature maps that apply a function to every channel: d features."""
 
     function: Callable[[Tensor], Tensor]
 

@@ -1,10 +1,13 @@
 """Cross entropy with label smoothing, logit scale, soft cap and a penalty on the log-sum-exp.
 
-    z = logit_scale * logits,  z = cap * tanh(z / cap) with `logit_softcapping`,  lse = logsumexp(z)
-    loss = lse - (1 - s) z[y] - s mean(z) + lse_square_scale * lse^2            s = label_smoothing
+    z = logit_scale * logits
+    z = cap * tanh(z / cap)          if cap = logit_softcapping is given
+    lse = logsumexp(z)
+    loss = lse - (1 - s) z[y] - s mean(z) + lse_square_scale * lse^2          s = label_smoothing
 
-`logits` [N, V], `target` [N]; losses in float32 (float64 for float64), 0 where the target is `ignore_index`. Family
-`fused`. Papers: https://arxiv.org/abs/1512.00567 (smoothing), https://arxiv.org/abs/2204.02311 (z-loss)
+`logits` [N, V], target classes `y` [N]. Losses are float32 (float64 for float64), and 0 where the target is
+`ignore_index`. Family: `fused`.
+Papers: https://arxiv.org/abs/1512.00567 (smoothing), https://arxiv.org/abs/2204.02311 (z-loss)
 """
 
 from typing import Any
@@ -25,11 +28,13 @@ def cross_entropy_loss(
     inplace_backward: bool = False,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [N] and their part from `lse_square_scale` [N] (for logging, without gradient); `logits` [N, V].
+    """The losses [N], and their part that comes from `lse_square_scale` [N], which is for logging and has no gradient.
 
-    `inplace_backward`: the gradient overwrites the logits. Raises TypeError for targets that are no integers,
-    ValueError for sizes that do not fit, for targets outside the classes (tensors on the CPU) and for a
-    `process_group`.
+    `logits` [N, V], `target` [N]. `inplace_backward`: the gradient overwrites the logits.
+
+    Raises:
+        TypeError: the targets are no integers.
+        ValueError: a shape does not fit, a target on the CPU is no class, or `process_group` is given.
     """
     if process_group is not None:
         raise ValueError("process_group must be None: a vocabulary spread over ranks is not supported yet")
@@ -40,10 +45,10 @@ def cross_entropy_loss(
 
 
 class FusedCrossEntropyLoss(nn.Module):
-    """`cross_entropy_loss` with a reduction: "mean" over the targets that count, "sum" or "none".
+    """`cross_entropy_loss` with a reduction: "mean" over the targets that are not ignored, "sum" or "none".
 
-    With nothing but ignored targets the mean is 0 and so are its gradients (`torch.nn.CrossEntropyLoss` gives NaN): a
-    micro-batch without a target does not spoil the step that it is part of.
+    If all targets are ignored, the mean is 0 and so are its gradients (`torch.nn.CrossEntropyLoss` gives NaN), so that
+    a micro-batch without targets does not spoil the step that it is part of.
     """
 
     def __init__(
@@ -61,7 +66,8 @@ class FusedCrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, lse_square_scale, logit_softcapping)  # checks
+        # raises for bad settings
+        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, lse_square_scale, logit_softcapping)
         self.ignore_index, self.reduction, self.return_z_loss = ignore_index, reduction, return_z_loss
         self.label_smoothing, self.logit_scale, self.lse_square_scale = label_smoothing, logit_scale, lse_square_scale
         self.logit_softcapping, self.inplace_backward = logit_softcapping, inplace_backward

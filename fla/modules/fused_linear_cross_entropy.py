@@ -2,9 +2,9 @@
 
     loss = reduce_n CE(softcap(logit_scale * (x_n W^T + b)), y_n)
 
-Tokens are worked off in `num_chunks` chunks, and the gradients of `x`, `W`, `b` are formed together with the loss, so
-that the largest temporary is one chunk's logits [N / num_chunks, V]. `x` [N, D] or [B, T, D], `W` [V, D]. Family
-`fused`. Paper: https://arxiv.org/abs/2410.10989
+Tokens are processed in `num_chunks` chunks, and the gradients of `x`, `W`, `b` are computed together with the loss, so
+that the largest temporary is one chunk's logits [N / num_chunks, V]. `x` [N, D] or [B, T, D], `W` [V, D].
+Family: `fused`. Paper: https://arxiv.org/abs/2410.10989
 """
 
 from torch import Tensor, nn
@@ -27,19 +27,26 @@ def fused_linear_cross_entropy_loss(
     l2_penalty_factor: float = 1e-4,
     accumulate_grad_in_fp32: bool = True,
 ) -> Tensor:
-    """The loss as a float32 scalar; 0 if every target is ignored.
+    """The loss as a float32 scalar; 0 if all targets are ignored.
 
-    `x` [N, D] with `target` [N], or [B, T, D] with [B, T]; `weight` [V, D], `bias` [V]. `reduction`: "mean" over the
-    targets that count, or "sum". `accumulate_grad_in_fp32`: sum the chunks' contributions to the weight's gradient in
-    float32 instead of the weight's dtype. Raises TypeError for targets that are no integers, ValueError for sizes that
-    do not fit, for tensors on another device than `x` (a weight on "meta" has no values), for targets outside the
-    classes (tensors on the CPU), and for `use_l2warp`.
+    Args:
+        x, target: `[N, D]` and `[N]`, or `[B, T, D]` and `[B, T]`.
+        weight, bias: `[V, D]` and `[V]`.
+        reduction: "mean" over the targets that are not ignored, or "sum".
+        use_l2warp, l2_penalty_factor: accepted for compatibility; `use_l2warp` must be False.
+        accumulate_grad_in_fp32: sum the chunks' contributions to the weight's gradient in float32, not in the weight's
+            dtype.
+
+    Raises:
+        TypeError: the targets are no integers.
+        ValueError: a shape does not fit, a tensor is not on the device of `x`, a target on the CPU is no class, or
+            `use_l2warp` is True.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if use_l2warp:
         raise ValueError(
-            f"use_l2warp must be False (l2_penalty_factor={l2_penalty_factor} too has no use): not supported"
+            f"use_l2warp must be False: it is not supported, and l2_penalty_factor={l2_penalty_factor} has no effect"
         )
     fused.check_float("x", x)
     if x.dim() > 2:
@@ -58,7 +65,7 @@ def fused_linear_cross_entropy_loss(
 
 
 class FusedLinearCrossEntropyLoss(nn.Module):
-    """`fused_linear_cross_entropy_loss` as a module; the linear map's parameters come with the call."""
+    """`fused_linear_cross_entropy_loss` as a module. A call passes the parameters of the linear map."""
 
     def __init__(
         self,
@@ -75,7 +82,8 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, 0.0, logit_softcapping)  # checks them
+        # raises for bad settings
+        fused.CrossEntropy(ignore_index, label_smoothing, logit_scale, 0.0, logit_softcapping)
         fused.check_count("num_chunks", num_chunks)
         self.ignore_index, self.label_smoothing, self.logit_scale = ignore_index, label_smoothing, logit_scale
         self.logit_softcapping, self.num_chunks, self.reduction = logit_softcapping, num_chunks, reduction

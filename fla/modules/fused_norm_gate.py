@@ -1,10 +1,10 @@
 """Norm times gate, as token mixers use it on their output.
 
-    y = norm(x + residual) * weight * activation(g)          activation: swish (silu) or sigmoid
+    y = (norm(x + residual) * weight + bias) * activation(g)          activation: swish (silu) or sigmoid
 
-`x`, `g` [..., D], the last axis is normalised; arithmetic in float32, `y` in the dtype of `x`. The gate is called `g`,
-and also `o` in the older names (`*SwishGate`). Family `fused`. Papers: https://arxiv.org/abs/2307.08621,
-https://arxiv.org/abs/2312.06635
+`x`, `g` [..., D]. The last axis is normalised. Arithmetic is float32, and `y` has the dtype of `x`. The gate is the
+argument `g`; under the older names (`*SwishGate`) it may also be given as `o`. Family: `fused`.
+Papers: https://arxiv.org/abs/2307.08621, https://arxiv.org/abs/2312.06635
 """
 
 from typing import Any
@@ -27,9 +27,10 @@ def rms_norm_gated(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Any:
-    """`rms_norm(x + residual) * weight * activation(g)`; with `prenorm` also returns `x + residual`.
+    """`(rms_norm(x + residual) * weight + bias) * activation(g)`.
 
-    Raises ValueError for sizes that do not fit or an unknown activation.
+    With `prenorm` the result is `(y, x + residual)`, the second in the residual's dtype. Without a residual the second
+    is `x`, in float32 if `residual_in_fp32`. Raises ValueError for shapes that do not fit or an unknown activation.
     """
     return _gated(True, x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps)
 
@@ -45,7 +46,7 @@ def layer_norm_gated(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Any:
-    """`layer_norm(x + residual) * activation(g)`; see `rms_norm_gated`."""
+    """`(layer_norm(x + residual) * weight + bias) * activation(g)`; see `rms_norm_gated`."""
     return _gated(False, x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps)
 
 
@@ -89,7 +90,7 @@ def rms_norm_swish_gate_linear(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Any:
-    """`rms_norm_gated(...) @ linear_weight.T + linear_bias`; the gated activation is recomputed in the backward."""
+    """`rms_norm_gated(...) @ linear_weight.T + linear_bias`. The backward pass recomputes the gated activation."""
     linear = (linear_weight, linear_bias)
     return _gated(True, x, g, norm_weight, norm_bias, "swish", residual, prenorm, residual_in_fp32, eps, linear)
 
@@ -146,6 +147,7 @@ def layer_norm_swish_gate_linear_fn(
 
 
 def _gated(is_rms, x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps, linear=None) -> Any:
+    """The gated norm; `linear`, a pair of weight and bias, adds the linear map."""
     settings = {
         "eps": eps,
         "is_rms": is_rms,
@@ -160,13 +162,14 @@ def _gated(is_rms, x, g, weight, bias, activation, residual, prenorm, residual_i
 
 
 def _one_gate(g: Tensor | None, o: Tensor | None) -> Tensor:
+    """The gate, which is given under one of its two names."""
     if (g is None) == (o is None):
         raise TypeError(f"exactly one gate must be given, as g or as o, got {'both' if g is not None else 'none'}")
     return g if o is None else o  # type: ignore[return-value]
 
 
 class FusedLayerNormGated(Norm):
-    """`layer_norm(x) * weight * activation(g)`; `activation`: "swish", "silu" or "sigmoid"."""
+    """`(layer_norm(x) * weight + bias) * activation(g)`; `activation`: "swish", "silu" or "sigmoid"."""
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class FusedLayerNormGated(Norm):
         *,
         o: Tensor | None = None,
     ) -> Any:
-        """`y`, or `(y, x + residual)` with `prenorm`. The gate is `g` (or, in the older spelling, `o`)."""
+        """`y`, or `(y, x + residual)` with `prenorm`; see `rms_norm_gated`. The gate is given as `g` or as `o`."""
         gate, parameters = _one_gate(g, o), (self.weight, self.bias, self.activation)
         return _gated(self.is_rms, x, gate, *parameters, residual, prenorm, residual_in_fp32, self.eps)
 
@@ -219,9 +222,9 @@ class FusedRMSNormGated(FusedLayerNormGated):
 
 
 class FusedLayerNormGatedLinear(FusedLayerNormGated):
-    """`FusedLayerNormGated` and a linear map whose parameters come with the call.
+    """`FusedLayerNormGated` followed by a linear map, whose parameters are passed in the call.
 
-    The order of its arguments is that of the other modules with a linear map: `eps` is the third.
+    The third argument is `eps`, as in the other modules with a linear map, not `bias` as in `FusedLayerNormGated`.
     """
 
     def __init__(
@@ -256,13 +259,13 @@ class FusedLayerNormGatedLinear(FusedLayerNormGated):
 
 
 class FusedRMSNormGatedLinear(FusedRMSNormGated):
-    """`FusedRMSNormGated` and a linear map whose parameters come with the call."""
+    """`FusedRMSNormGated` followed by a linear map, whose parameters are passed in the call."""
 
     forward = FusedLayerNormGatedLinear.forward  # type: ignore[assignment]
 
 
 class FusedRMSNormSwishGate(FusedRMSNormGated):
-    """`FusedRMSNormGated` with swish under its older name and printed form."""
+    """`FusedRMSNormGated` with swish, under its older name and with the older printed form."""
 
     def __init__(
         self,
@@ -278,7 +281,7 @@ class FusedRMSNormSwishGate(FusedRMSNormGated):
 
 
 class FusedLayerNormSwishGate(FusedLayerNormGated):
-    """`FusedLayerNormGated` with swish and without bias under its older name and printed form."""
+    """`FusedLayerNormGated` with swish and without bias, under its older name and with the older printed form."""
 
     def __init__(
         self,
@@ -294,12 +297,12 @@ class FusedLayerNormSwishGate(FusedLayerNormGated):
 
 
 class FusedRMSNormSwishGateLinear(FusedRMSNormSwishGate):
-    """`FusedRMSNormGatedLinear` with swish under its older name."""
+    """`FusedRMSNormGatedLinear` with swish, under its older name."""
 
     forward = FusedLayerNormGatedLinear.forward  # type: ignore[assignment]
 
 
 class FusedLayerNormSwishGateLinear(FusedLayerNormSwishGate):
-    """`FusedLayerNormGatedLinear` with swish under its older name."""
+    """`FusedLayerNormGatedLinear` with swish, under its older name."""
 
     forward = FusedLayerNormGatedLinear.forward  # type: ignore[assignment]

@@ -1,11 +1,12 @@
 """Layer, RMS and group norm, alone or followed by a linear map.
 
     x' = x + residual
-    LayerNorm  y = (x' - mean) * rsqrt(var + eps) * weight + bias
-    RMSNorm    y = x' * rsqrt(mean(x'^2) + eps) * weight + bias
-    GroupNorm  the same over `num_groups` contiguous groups of channels, `weight` and `bias` per channel
+    LayerNorm:  y = (x' - mean(x')) * rsqrt(var(x') + eps) * weight + bias
+    RMSNorm:    y = x' * rsqrt(mean(x'^2) + eps) * weight + bias
+    GroupNorm:  the same in each of `num_groups` contiguous groups of channels; `weight` and `bias` are per channel
 
-`x` [..., D]; statistics over the last axis in float32 (float64 for float64), `y` in the dtype of `x`. Family `fused`.
+`x` [..., D]. Statistics are taken over the last axis in float32 (float64 for float64), and `y` has the dtype of `x`.
+Family: `fused`.
 Papers: https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/1910.07467, https://arxiv.org/abs/1803.08494
 """
 
@@ -27,9 +28,10 @@ def layer_norm(
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
 ) -> Any:
-    """Layer norm of `x + residual`. With `prenorm` returns `(y, x + residual)`, the second in the residual's dtype.
+    """Layer norm of `x + residual` (RMS norm with `is_rms_norm`).
 
-    Without a residual the second is `x`, in float32 if `residual_in_fp32`. Raises ValueError for sizes that do not fit.
+    With `prenorm` the result is `(y, x + residual)`, the second in the residual's dtype. Without a residual the second
+    is `x`, in float32 if `residual_in_fp32`. Raises ValueError for shapes that do not fit.
     """
     return fused.norm(
         x, weight, bias, residual, eps=eps, is_rms=is_rms_norm, prenorm=prenorm, residual_in_fp32=residual_in_fp32
@@ -88,7 +90,7 @@ def group_norm_linear(
     is_rms_norm: bool = False,
     num_groups: int = 1,
 ) -> Any:
-    """`group_norm(...) @ linear_weight.T + linear_bias`; the normalised activation is recomputed in the backward pass.
+    """`group_norm(...) @ linear_weight.T + linear_bias`. The backward pass recomputes the normalised activation.
 
     `linear_weight` [O, D], `linear_bias` [O] or None. Under autocast the product runs in the autocast dtype.
     """
@@ -143,7 +145,7 @@ def rms_norm_linear(
 
 
 def group_size(width: int, num_groups: int) -> int | None:
-    """Channels per group, None for a single group. Raises ValueError if `num_groups` does not divide `width`."""
+    """Channels per group, or None for a single group. Raises ValueError if `num_groups` does not divide `width`."""
     fused.check_count("num_groups", num_groups)
     if width % num_groups:
         raise ValueError(f"num_groups must divide the width {width}, got {num_groups}")
@@ -200,7 +202,7 @@ def rms_norm_ref(
 
 
 class Norm(nn.Module):
-    """What all norm modules share: `weight` [D] (ones) and `bias` [D] (zeros), or None, and the printed form."""
+    """Base of all norm modules: `weight` [D], at first ones, and `bias` [D], at first zeros; either may be None."""
 
     is_rms = False
     num_groups = 1
@@ -230,7 +232,7 @@ class Norm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weight to ones, bias to zeros."""
+        """Set the weight to ones and the bias to zeros."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -242,7 +244,7 @@ class Norm(nn.Module):
 
 
 class LayerNorm(Norm):
-    """Layer norm over the last axis; a bias only with `bias=True`."""
+    """Layer norm over the last axis. It has a bias only with `bias=True`."""
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
@@ -282,7 +284,7 @@ class GroupNorm(LayerNorm):
 
 
 class LayerNormLinear(Norm):
-    """Layer norm and a linear map whose parameters come with the call; only the norm's are the module's own."""
+    """Layer norm followed by a linear map. The module has the norm's parameters; a call passes those of the map."""
 
     def forward(
         self,
@@ -299,12 +301,12 @@ class LayerNormLinear(Norm):
 
 
 class RMSNormLinear(LayerNormLinear):
-    """RMS norm and a linear map; see `LayerNormLinear`."""
+    """RMS norm followed by a linear map; see `LayerNormLinear`."""
 
     is_rms = True
 
 
 class GroupNormLinear(GroupNorm):
-    """Group norm and a linear map; see `LayerNormLinear`."""
+    """Group norm followed by a linear map; see `LayerNormLinear`."""
 
     forward = LayerNormLinear.forward  # type: ignore[assignment]

@@ -1,9 +1,9 @@
 """Norm with a gate before or after it, as Mamba-2 uses it.
 
-    norm_before_gate      y = norm(x) * silu(z)
-    otherwise             y = norm(x * silu(z))
+    y = norm(x) * silu(z)          with norm_before_gate
+    y = norm(x * silu(z))          otherwise
 
-`x`, `z` [..., D]; `group_size` normalises contiguous groups of that many channels. Family `fused`.
+`x`, `z` [..., D]. With `group_size` the norm is taken in contiguous groups of that many channels. Family: `fused`.
 Paper: https://arxiv.org/abs/2405.21060
 """
 
@@ -24,7 +24,7 @@ def layernorm_fn(
     norm_before_gate: bool = True,
     is_rms_norm: bool = False,
 ) -> Tensor:
-    """Layer norm (RMS norm with `is_rms_norm`) gated by `silu(z)`; without `z` just the norm."""
+    """Layer norm (RMS norm with `is_rms_norm`) gated by `silu(z)`; without `z` only the norm."""
     where = {"gate": z, "gate_first": not norm_before_gate, "group_size": group_size}
     return fused.norm(x, weight, bias, eps=eps, is_rms=is_rms_norm, **where)  # type: ignore[arg-type]
 
@@ -38,12 +38,12 @@ def rmsnorm_fn(
     group_size: int | None = None,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """RMS norm gated by `silu(z)`."""
+    """RMS norm gated by `silu(z)`; without `z` only the norm."""
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=True)
 
 
 class LayerNormGated(Norm):
-    """Layer norm with weight and bias; by default the gate follows the norm."""
+    """Layer norm with weight and bias. By default the gate multiplies the norm's output."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class LayerNormGated(Norm):
         self.group_size, self.norm_before_gate = group_size, norm_before_gate
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """The gated norm of `x`; without `z` just the norm."""
+        """The gated norm of `x`; without `z` only the norm."""
         options = (self.eps, self.group_size, self.norm_before_gate, self.is_rms)
         return layernorm_fn(x, self.weight, self.bias, z, *options)
 
@@ -70,7 +70,7 @@ class LayerNormGated(Norm):
 
 
 class RMSNormGated(LayerNormGated):
-    """RMS norm with weight; by default the gate multiplies what is normalised."""
+    """RMS norm with weight. By default the gate multiplies the norm's input."""
 
     is_rms = True
 

@@ -1,10 +1,16 @@
 """Rotary position embedding, and XPos.
 
-    angle(t, i) = t * base^(-2i / dim)                i < dim / 2
-    y1 = x1 cos - x2 sin,   y2 = x1 sin + x2 cos      pairs (x[i], x[i + dim/2]), interleaved (x[2i], x[2i + 1])
-    XPos: q also times s^p, k times s^-p, with s = (2i + 0.4 dim) / (1.4 dim), p = (t - centre) / scale_base
+    angle(t, i) = t * base^(-2i / dim)          i < dim / 2
+    y1 = x1 cos(angle) - x2 sin(angle)
+    y2 = x1 sin(angle) + x2 cos(angle)
 
-`q` [B, T, H, d], `k` [B, T, Hkv, d]; only the first `dim` channels turn. Family `fused`.
+The pairs `(x1, x2)` are `(x[i], x[i + dim/2])`, or `(x[2i], x[2i + 1])` if interleaved. XPos also multiplies q by `s^p`
+and k by `s^-p`:
+
+    s = (2i + 0.4 dim) / (1.4 dim)
+    p = (t - centre) / scale_base
+
+`q` [B, T, H, d], `k` [B, T, Hkv, d]; only the first `dim` channels are rotated. Family: `fused`.
 Papers: https://arxiv.org/abs/2104.09864, https://arxiv.org/abs/2212.10554
 """
 
@@ -19,7 +25,7 @@ from fla.varlen import prepare_position_ids, prepare_sequence_ids
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
-    """`(-x2, x1)` of the channel pairs of `x` [..., d]: the quarter turn."""
+    """`(-x2, x1)` for the channel pairs of `x` [..., d]: the rotation by 90 degrees."""
     if interleaved:
         return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
     first, second = x.chunk(2, -1)
@@ -27,16 +33,16 @@ def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
 
 
 def rotary_embedding_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """`rotary_embedding` from position 0 in plain PyTorch, in the dtype of its inputs; for comparison.
+    """`rotary_embedding` from position 0 on in plain PyTorch, in the dtype of its inputs; for comparison.
 
-    `x` [..., T, H, d], with any axes in front of the tokens or none.
+    `x` [..., T, H, d], with any number of axes before the tokens.
     """
     width = 2 * cos.shape[-1]
     cos, sin = (
         (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1))[: x.shape[-3], None] for t in (cos, sin)
     )
-    turning = x[..., :width]
-    return torch.cat((turning * cos + rotate_half(turning, interleaved) * sin, x[..., width:]), -1)
+    x_rotary = x[..., :width]
+    return torch.cat((x_rotary * cos + rotate_half(x_rotary, interleaved) * sin, x[..., width:]), -1)
 
 
 def rotary_embedding(
@@ -50,17 +56,23 @@ def rotary_embedding(
     max_seqlen: int | None = None,
     chunk_indices: Tensor | None = None,
 ) -> Tensor:
-    """Turn `x` [B, T, H, d] by the rows of the tables `cos`, `sin` [L, R]: token `t` takes row `t + seqlen_offsets`.
+    """Rotate `x` [B, T, H, d] by the rows of the tables `cos`, `sin` [L, R]: token `t` takes row `t + seqlen_offsets`.
 
-    `seqlen_offsets`: a number or an integer tensor, one per row of the batch or per packed sequence; a negative
-    position turns the other way. `cu_seqlens` (batch 1): positions restart at every sequence. `inplace`: the result is
-    also written to `x`. `max_seqlen` and `chunk_indices` are hints that are not needed. Raises ValueError where a
-    position lies outside the tables (for positions in GPU tensors PyTorch's own device-side check does).
+    Args:
+        inplace: write the result to `x` too.
+        seqlen_offsets: an int, or an integer tensor with one offset per row of the batch or per packed sequence.
+            Tokens at negative positions are rotated in the opposite direction.
+        cu_seqlens: `[N + 1]`, bounds of packed sequences (B = 1); positions start anew in every sequence.
+        max_seqlen, chunk_indices: accepted for compatibility; not used.
+
+    Raises:
+        ValueError: a shape does not fit, or a position lies outside the tables. Positions on a GPU are left to
+            PyTorch's check on the device.
     """
     _check(x, "x", 2 * cos.shape[-1], seqlen_offsets, cu_seqlens)
     positions = _positions(x, seqlen_offsets, cu_seqlens)
-    known = positions.device.type == "cpu" and not torch.compiler.is_compiling()
-    if known and positions.numel() and int(positions.abs().max()) >= cos.shape[0]:
+    readable = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and positions.numel() and int(positions.abs().max()) >= cos.shape[0]:
         raise ValueError(
             f"cos and sin must reach position {int(positions.abs().max())}, got tables of {cos.shape[0]} rows"
         )
@@ -93,7 +105,7 @@ def _check(x: Tensor, name: str, dim: int, offsets: int | Tensor, cu_seqlens: Te
 
 
 def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of every token, [T] or [B, T], int64."""
+    """The position of every token, int64 [T] or [B, T]."""
     offsets = offsets.to(x.device).long() if isinstance(offsets, Tensor) else offsets
     if cu_seqlens is None:
         tokens = torch.arange(x.shape[1], device=x.device)
@@ -104,16 +116,19 @@ def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> T
 
 
 class _Angles(NamedTuple):
-    """What the angle of a channel pair at a position follows from."""
+    """The settings that determine the angle of every channel pair at every position."""
 
     dim: int
     base: float
     scale_base: float | None
-    centre: int  # of XPos, 0 without it
-    wide: torch.dtype  # in which angles are formed
+    centre: int  # of XPos; 0 without it
+    wide: torch.dtype  # the dtype in which angles are computed
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """cos, sin [..., R] of `positions` [...]; with XPos times the decay, then the same for keys."""
+        """cos and sin [..., R] at `positions` [...].
+
+        With XPos they are four: cos and sin times its factor for queries, then cos and sin divided by it for keys.
+        """
         angle = positions.to(self.wide).unsqueeze(-1) * self.frequencies(positions.device).to(self.wide)
         cos, sin = angle.cos(), angle.sin()
         if self.scale_base is None:
@@ -131,26 +146,26 @@ class _Angles(NamedTuple):
 
 
 class _Table:
-    """cos and sin of the positions from 0 on, for every module that asks for the same angles, dtype and device."""
+    """cos and sin of the positions from 0 on. Modules with the same angles, dtype and device share one table."""
 
     def __init__(self, angles: _Angles, dtype: torch.dtype, device: torch.device) -> None:
         self.key, self.rows = (angles, dtype, device), ()
 
     rows: tuple[Tensor, ...]
 
-    def reach(self, length: int) -> tuple[Tensor, ...]:
-        """The table, of at least `length` rows. A row that is there stays; longer tables are new tensors."""
+    def rows_for(self, length: int) -> tuple[Tensor, ...]:
+        """The table, grown to at least `length` rows if need be. A grown table is made of new tensors."""
         angles, dtype, device = self.key
         rows, present = self.rows, len(self.rows[0]) if self.rows else 0
         if present >= length:
             return rows
-        # a decoding loop asks for one row more every token
+        # rows in reserve: a decoding loop needs one row more for every token
         wanted = _GROWTH * -(-max(length, present + present // 8) // _GROWTH)
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve training later
+        with torch.inference_mode(False), torch.no_grad():  # training cannot use a table made in inference mode
             more = angles.table(torch.arange(present, wanted, device=device), dtype)
             rows = tuple(torch.cat(pair) for pair in zip(rows, more, strict=True)) if rows else more
         if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams read the table too
+            torch.cuda.current_stream(device).synchronize()  # other streams may read the table at once
         self.rows = rows
         return rows
 
@@ -158,11 +173,11 @@ class _Table:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _shared_table, self.key  # a saved module takes no table with it
+        return _shared_table, self.key  # a pickle holds no rows, only what they are computed from
 
 
-_GROWTH = 1024  # rows, and at least an eighth of what is there
-_tables: WeakValueDictionary[tuple, _Table] = WeakValueDictionary()  # a table lives as long as a module that uses it
+_GROWTH = 1024  # a table has a multiple of it in rows; it grows by at least an eighth
+_tables: WeakValueDictionary[tuple, _Table] = WeakValueDictionary()  # a table lives as long as modules use it
 
 
 def _shared_table(*key: Any) -> _Table:
@@ -170,13 +185,12 @@ def _shared_table(*key: Any) -> _Table:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary embedding of queries and keys; XPos with `scale_base`. No parameters, no state-dict keys.
+    """Rotary embedding of queries and keys; XPos with `scale_base`. It has no parameters and no state-dict keys.
 
-    The angles are formed in float64 and their cosines kept in float32 (float64 for float64 inputs), in a table that
-    grows when a longer sequence comes and that all modules of the same angles, dtype and device share: a model has one.
-    `pos_idx_in_fp32=False` forms the angles in the dtype of the module's buffers
-    instead. The centre of XPos is half the length of the first call and stays, so that keys in a cache and later
-    queries agree.
+    Angles are computed in float64, or with `pos_idx_in_fp32=False` in the dtype of the module's buffers. Their cosines
+    and sines are kept in float32 (float64 for float64 inputs) in a table, which grows if a longer sequence comes. All
+    modules with the same angles, dtype and device share a table, so that a model has one. The centre of XPos is half
+    the length of the first call and never changes, so that keys in a cache and later queries agree.
     """
 
     inv_freq: Tensor
@@ -199,7 +213,7 @@ class RotaryEmbedding(nn.Module):
             fused.check_number(name, value, above=0, optional=name == "scale_base")
         self.dim, self.base, self.scale_base = dim, float(base), scale_base
         self.interleaved, self.pos_idx_in_fp32 = interleaved, pos_idx_in_fp32
-        # for others to look at: nothing is computed from their values, which deferred initialisation leaves undefined
+        # callers may read these buffers; nothing is computed from them, since deferred initialisation leaves them empty
         angles = _Angles(dim, self.base, scale_base, 0, torch.float64)
         self.register_buffer("inv_freq", angles.frequencies(device).float(), persistent=False)
         scale = None if scale_base is None else angles.decay(device).float()
@@ -216,11 +230,17 @@ class RotaryEmbedding(nn.Module):
         max_seqlen: int | None = None,
         chunk_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`q` [B, T, H, d] and `k` [B, T, Hkv, d], turned.
+        """Rotate `q` [B, T, H, d] and `k` [B, T, Hkv, d].
 
-        `seqlen_offset`: position of the first token, a number or one per batch row or packed sequence (int tensor); may
-        be negative. `cu_seqlens` (batch 1): positions restart at every sequence. `max_seqlen`: a length for which the
-        table is made at once; never needed. `chunk_indices` is not needed. Raises ValueError for sizes that do not fit.
+        Args:
+            seqlen_offset: position of the first token: an int, or an integer tensor with one offset per row of the
+                batch or per packed sequence. It may be negative.
+            cu_seqlens: `[N + 1]`, bounds of packed sequences (B = 1); positions start anew in every sequence.
+            max_seqlen: a length for which to prepare the table; optional, since the table grows by itself.
+            chunk_indices: accepted for compatibility; not used.
+
+        Raises:
+            ValueError, TypeError: a shape or `seqlen_offset` does not fit; the message names the argument.
         """
         _check(q, "q", self.dim, seqlen_offset, cu_seqlens)
         fused.check_float("k", k)
@@ -235,19 +255,19 @@ class RotaryEmbedding(nn.Module):
     def _rows(
         self, q: Tensor, offset: int | Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
     ) -> tuple[Tensor, ...]:
-        """cos, sin of every token, and with XPos those of the keys behind them."""
+        """cos and sin of every token; with XPos followed by those for keys."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         first = 0 if isinstance(offset, Tensor) else offset
         length = max(max_seqlen or 0, q.shape[1] + first, 1)
         if self._centre is None:
             self._centre = length // 2
-        # positions in a tensor have no bound known here
-        if isinstance(offset, Tensor) or first < 0 or _keeps_no_table(q):
+        # how far positions in a tensor reach is not known without reading it
+        if isinstance(offset, Tensor) or first < 0 or _cannot_use_table(q):
             return self._angles().table(_positions(q, offset, cu_seqlens), dtype)
         key = (self._angles(), dtype, q.device)
         if self._table is None or self._table.key != key:
             self._table = _shared_table(*key)
-        tables = self._table.reach(length)
+        tables = self._table.rows_for(length)
         if cu_seqlens is None:
             return tuple(table[first : first + q.shape[1]] for table in tables)
         positions = _positions(q, offset, cu_seqlens)
@@ -259,11 +279,11 @@ class RotaryEmbedding(nn.Module):
         return _Angles(self.dim, self.base, self.scale_base, centre, wide)
 
 
-def _keeps_no_table(q: Tensor) -> bool:
-    """Whether a table made now would not hold values that later calls can read.
+def _cannot_use_table(q: Tensor) -> bool:
+    """Whether the angles must be computed in this call instead of read from a table.
 
-    A compiled graph computes its angles, which the compiler fuses; a tensor subclass may hold no values (fake tensors);
-    a CUDA graph would replay reads of a table that has grown since.
+    That holds in a compiled graph, where the compiler fuses the computation; for tensor subclasses, which may hold no
+    values (fake tensors); and in a CUDA graph, which would replay reads of a table that has been replaced since.
     """
     if torch.compiler.is_compiling() or (type(q) is not Tensor and not isinstance(q, nn.Parameter)):
         return True

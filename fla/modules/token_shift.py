@@ -1,6 +1,6 @@
-"""Token shift, RWKV's look at the token before: `delta[t] = x[t - 1] - x[t]` per sequence. Family `fused`.
+"""Token shift, with which RWKV mixes a token and the one before: `delta[t] = x[t - 1] - x[t]` in every sequence.
 
-Paper: https://arxiv.org/abs/2305.13048
+Family: `fused`. Paper: https://arxiv.org/abs/2305.13048
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ def token_shift(
     output_cache: bool = False,
     chunk_indices: Tensor | None = None,
 ) -> Any:
-    """`x[t - 1] - x[t]` for `x` [B, T, D]; before a sequence's first token stands `cache` [N, D], or zero.
+    """`delta[t] = x[t - 1] - x[t]` for `x` [B, T, D]. Before a sequence's first token stands `cache` [N, D], or zero.
 
-    With `output_cache` returns `(delta, new_cache)`, `new_cache` [N, D] the last x of every sequence (an empty sequence
-    keeps its cache). `chunk_indices` is a hint that this implementation does not need. Raises ValueError for sizes that
-    do not fit.
+    With `output_cache` the result is `(delta, new_cache)`, where `new_cache` [N, D] is the last x of every sequence; an
+    empty sequence keeps its cache. `chunk_indices` is accepted for compatibility and not used. Raises ValueError for
+    shapes that do not fit.
     """
     delta, last = fused.token_shift(x, cu_seqlens, cache)
     return (delta, last) if output_cache else delta

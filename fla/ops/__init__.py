@@ -1,5 +1,6 @@
-"""Token-mixing ops: one line per op, which is all the registration it needs."""
+"""Token-mixing ops. One line per op; importing an op registers it."""
 
+from fla.ops import utils as utils
 from fla.ops.gla import chunk_gla, fused_chunk_gla, fused_recurrent_gla
 from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 from fla.ops.retention import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention

@@ -1,4 +1,4 @@
-"""What every recurrent form says of states that its caller owns: `inplace_final_state` and `state_indices`."""
+"""The documentation of `inplace_final_state` and `state_indices`, which is the same for every recurrent form."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,18 +6,19 @@ from typing import TypeVar
 Op = TypeVar("Op", bound=Callable)
 POOLS = """
     States that the caller owns, for decoding:
-        inplace_final_state: the final state overwrites `initial_state` (float32, contiguous, no gradient) and is
-            returned as that same tensor, whether or not `output_final_state` asks for it.
-        state_indices: int `[N]`; `initial_state` is then a pool, P slots in place of N (float32, contiguous). Sequence
-            n reads slot `state_indices[n]`, and in place writes it. -1 skips a sequence: its outputs are 0, a fresh
-            final state too, and no slot is touched. Not in place the final states are N fresh ones, if asked for.
-            Slots must be distinct in place. On a CPU a slot outside the pool raises; on a GPU its outputs are NaN.
+        inplace_final_state: the final state overwrites `initial_state` (float32, contiguous, no gradient), and that
+            tensor is returned, whatever `output_final_state` says.
+        state_indices: int `[N]`. `initial_state` is then a pool (float32, contiguous) with P slots in place of N
+            states. Sequence n reads the slot `state_indices[n]`. With `inplace_final_state` it also writes that slot,
+            and all slots must be distinct. Without it, `output_final_state` returns the final states in a new tensor
+            `[N, ...]`. The index -1 skips a sequence: its outputs and its new final state are 0, and no slot is
+            touched. An index outside the pool raises on a CPU; on a GPU the outputs of its sequence are NaN.
 
-    Both are for inference: ValueError where a gradient is needed{not_for}.
-    A serving loop owns one pool a layer and lets each step write it; every step may be captured in a CUDA graph:
+    Both are for inference: ValueError if a gradient is needed{not_for}.
+    A serving loop owns one pool per layer, which every step updates; a step may be captured in a CUDA graph:
 
-        pool = torch.zeros(slots, {state}, device="cuda")     # a request takes a free slot: pool[i].zero_()
-        slots_of = torch.full((batch,), -1, dtype=torch.int32, device="cuda")     # -1: an empty place of the batch
+        pool = torch.zeros(slots, {state}, device="cuda")     # a new request takes a free slot: pool[i].zero_()
+        slots_of = torch.full((batch,), -1, dtype=torch.int32, device="cuda")     # -1: no request at this place
         with torch.no_grad():
             while serving:     # {inputs} [batch, 1, ...]: one token of every request
                 o, _ = {name}(
@@ -27,7 +28,7 @@ POOLS = """
 
 
 def steps_on_pools(inputs: str, state: str = "H, K, V") -> Callable[[Op], Op]:
-    """Ends the docstring of an op that takes both with what they mean; `inputs`: its tensors in their order."""
+    """Decorator that appends this documentation to the docstring of an op. `inputs`: its first arguments, in order."""
 
     def documented(function: Op) -> Op:
         if function.__doc__ is not None:  # python -OO has none

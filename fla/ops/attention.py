@@ -1,11 +1,11 @@
-"""Causal softmax attention, the layer kind that hybrid models mix with linear ones.
+"""Causal softmax attention, which hybrid models use in some of their layers.
 
     o_t = sum_{s <= t} softmax_s(scale * q_t^T k_s) v_s
 
-with optional grouped heads, a sliding window (a query sees the last `window_size` tokens, itself among them), packed
-sequences, padding and cached keys. Not a recurrence and no family of ours: PyTorch's `scaled_dot_product_attention`
-computes it, or flash-attn when that is installed and the tensors are half precision on a GPU. Paper:
-https://arxiv.org/abs/1706.03762
+It supports grouped heads, a sliding window (a query sees the last `window_size` tokens, including itself), packed
+sequences, padding and cached keys. It belongs to no family: PyTorch's `scaled_dot_product_attention` computes it, or
+flash-attn if that is installed and the tensors are half precision on a GPU.
+Paper: https://arxiv.org/abs/1706.03762
 """
 
 import functools
@@ -21,7 +21,7 @@ from torch import Tensor
 from fla.shapes import check_shapes
 from fla.varlen import check_cu_seqlens, prepare_sequence_ids
 
-# G key heads, each shared by H // G query heads; S keys, of which the queries are the last T
+# G key heads, each shared by H // G query heads. S tokens have keys; the last T of them have queries.
 SHAPES = {"q": "B T H K", "k": "B S G K", "v": "B S G V"}
 
 
@@ -38,14 +38,13 @@ def attention(
     """Causal softmax attention `[B, T, H, V]` of the last `T` of `S` tokens. Differentiable in q, k and v.
 
     Args:
-        q, k, v: `[B, T, H, K]`, `[B, S, G, K]`, `[B, S, G, V]`; `S > T` when keys of earlier calls come first; `H % G
-            == 0`.
+        q: `[B, T, H, K]`.
+        k, v: `[B, S, G, K]` and `[B, S, G, V]`; G divides H, and S > T if keys of earlier calls come first.
         scale: factor of the scores, `K ** -0.5` by default.
-        window_size: how many tokens a query sees, counted without padding; None: all.
-        mask: `[B, S]`, 0 at padding, which nothing attends to; outputs at padded queries are 0.
-        cu_seqlens: `[N + 1]`, boundaries of the sequences packed into one row (`B = 1`, `S = T`); not together with
-            `mask`.
-        max_seqlen: a bound on the length of a packed sequence, if known.
+        window_size: how many tokens a query sees, not counting padding; None means all.
+        mask: `[B, S]`, 0 at padding, which no query sees. The outputs of padded queries are 0.
+        cu_seqlens: `[N + 1]`, bounds of sequences packed into one row (`B = 1`, `S = T`); not with `mask`.
+        max_seqlen: an upper bound of the lengths of packed sequences, if known.
 
     Raises ValueError or TypeError, naming the argument, for what does not fit.
     """
@@ -58,7 +57,7 @@ def attention(
     if flash is not None:
         return _flash(flash, q, k, v, scale, window_size, cu_seqlens, max_seqlen)
     if cu_seqlens is not None and not q.is_cuda and not torch.compiler.is_compiling():
-        # Sequence by sequence: no [T, T] mask, no work between sequences, and on a CPU nothing has to be waited for.
+        # One sequence at a time needs no [T, T] mask and no work between sequences. On a CPU, reading bounds is free.
         spans = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
         pieces = [_sdpa(q[:, s], k[:, s], v[:, s], scale, window_size) for s in spans]
         return torch.cat(pieces, 1) if pieces else q.new_zeros(1, 0, dims["H"], dims["V"])
@@ -70,12 +69,16 @@ def _check(dims: dict[str, int], window_size: int | None, mask: Tensor | None, c
         raise ValueError(f"k must have a number of heads that divides q's {dims['H']}, got {dims['G']}")
     if dims["S"] < dims["T"]:
         raise ValueError(f"k must hold the tokens of q and those before: at least {dims['T']} tokens, got {dims['S']}")
+    if window_size is not None and not isinstance(window_size, int):
+        raise TypeError(f"window_size must be an int or None, got {type(window_size).__name__}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be None or at least 1, got {window_size}")
     if cu_seqlens is not None and mask is not None:
         raise ValueError("mask must be None when cu_seqlens is given: packed sequences have no padding")
     if cu_seqlens is not None and dims["S"] != dims["T"]:
         raise ValueError(f"cu_seqlens needs as many keys as queries ({dims['T']}), got {dims['S']}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
     if mask is not None and tuple(mask.shape) != (dims["B"], dims["S"]):
         raise ValueError(f"mask must have shape [B, S] = [{dims['B']}, {dims['S']}], got {list(mask.shape)}")
 
@@ -97,7 +100,7 @@ def _sdpa(
     if masked or (T > 1 and T < S):
         visible = _visible(T, S, window_size if windowed else None, mask, cu_seqlens, q.device)
     if groups > 1 and visible is not None and T > 1:
-        # Masked grouped heads run without the score matrix in memory only when the groups are written out.
+        # PyTorch's fused kernels, which hold no score matrix in memory, take a mask only without grouped heads.
         k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(
@@ -109,16 +112,16 @@ def _sdpa(
 def _visible(
     T: int, S: int, window_size: int | None, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Which keys each query sees, bool `[1, T, S]` or `[B, 1, T, S]`."""
+    """Whether a query sees a key: bool `[1, T, S]` or `[B, 1, T, S]`."""
     column = torch.arange(S, device=device)
     row = column[S - T :, None]
     visible = column <= row
     real = None if mask is None else mask != 0
     if window_size is not None:
-        position = column if real is None else real.cumsum(-1)  # padding takes no place in the window
+        position = column if real is None else real.cumsum(-1)  # padding does not count in the window
         visible = visible & (position[..., S - T :, None] - position[..., None, :] < window_size)
     if real is not None:
-        visible = (visible & real[:, None, :]) | (column == row)  # a padded query sees itself: its softmax stays finite
+        visible = (visible & real[:, None, :]) | (column == row)  # a padded query sees itself, so its softmax is finite
     if cu_seqlens is not None:
         sequence = prepare_sequence_ids(cu_seqlens, S)
         visible = visible & (sequence[:, None] == sequence)

@@ -1,10 +1,11 @@
-"""Gated linear attention (GLA): every key channel forgets at its own rate.
+"""Gated linear attention (GLA): linear attention with a decay per token and key channel.
 
     S_t = diag(exp(gk_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` float32. `gk` (`g` in the chunk form) and
-`gv` are natural-log decays, <= 0; `gv` exists in the recurrent form only. Family: `decay`. Paper: https://arxiv.org/abs/2312.06635
+Shapes: q, k, gk `[B, T, H, K]`, v, gv `[B, T, H, V]`, states `[N, H, K, V]` in float32. `gk` and `gv` are natural-log
+decays, <= 0. The chunk form calls `gk` `g`, and only the recurrent form has `gv`. Family: `decay`.
+Paper: https://arxiv.org/abs/2312.06635
 """
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay
+from fla.ops._packing import from_host
 from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, Variant, current_names, register
 from fla.shapes import check_shapes, pool_shapes
@@ -38,7 +40,7 @@ def naive_recurrent_gla(
     scale: float | None = None,
     gv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The two lines above, one token at a time in float32 (float64 for float64): what the op means, and its oracle."""
+    """The formulas at the top, token by token in float32 (float64 for float64): the definition of the op."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -75,13 +77,13 @@ def chunk_gla(
     Args:
         q, k, g: `[B, T, H, K]`; `g` is the log decay (natural log, <= 0) of every key channel, of any float dtype.
         v: `[B, T, H, V]`.
-        scale: multiplies the query; None is `K ** -0.5`.
-        initial_state: `[N, H, K, V]`, N = B or the packed sequences; None is zero.
+        scale: factor of the query, `K ** -0.5` by default.
+        initial_state: `[N, H, K, V]`, where N is B or the number of packed sequences; None means zeros.
         output_final_state: whether to return the state after the last token.
         state_v_first: states are `[N, H, V, K]`.
-        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
-        cu_seqlens_cpu: accepted for compatibility; no form needs a host copy.
-        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+        cu_seqlens: int `[N + 1]`, bounds of sequences packed into one row (B = 1).
+        cu_seqlens_cpu: `cu_seqlens` on the CPU; alone, it is used in place of `cu_seqlens`.
+        backend: "triton", "torch", or None: Triton for GPU tensors, PyTorch otherwise.
 
     Returns:
         `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
@@ -90,6 +92,8 @@ def chunk_gla(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
+    if cu_seqlens_cpu is not None:
+        cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     required = ("q", "k", "v", "g")
     check_shapes(
         shapes, required=required, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, initial_state=initial_state
@@ -124,7 +128,7 @@ def fused_chunk_gla(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_gla`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    """`chunk_gla` under another name; both compute the same in the same way."""
     return chunk_gla(
         q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, backend=backend
     )
@@ -149,12 +153,12 @@ def fused_recurrent_gla(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """GLA token by token: for decoding and short inputs. Arguments as in `chunk_gla`, and
+    """GLA token by token: for decoding and short inputs. The arguments of `chunk_gla`, and
 
     Args:
-        gk: `[B, T, H, K]` log decay per key channel, or None.
-        gv: `[B, T, H, V]` log decay per value channel, or None.
-        reverse: run from the last token to the first (within every packed sequence).
+        gk: `[B, T, H, K]`, log decay of every key channel, or None.
+        gv: `[B, T, H, V]`, log decay of every value channel, or None.
+        reverse: run from the last token of every sequence to the first.
     """
     shapes = pool_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
     check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, gk=gk, gv=gv, initial_state=initial_state)
@@ -188,6 +192,7 @@ SPEC = register(
         shapes=SHAPES,
         reference=_reference,
         forms={"chunk": chunk_gla, "fused_chunk": fused_chunk_gla, "fused_recurrent": fused_recurrent_gla},
+        same={"fused_chunk": "chunk"},
         inputs=lambda x: x | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "gk", "gv") if name in x},
         gates=("g", "gk", "gv"),
         variants=(

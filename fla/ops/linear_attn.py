@@ -1,12 +1,19 @@
-"""Linear attention: softmax attention without the softmax. No feature map inside: the layer applies it.
+"""Linear attention: softmax attention without the softmax. The layer, not the op, applies a feature map to q and k.
 
     S_t = S_{t-1} + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
-    normalize:   z_t = z_{t-1} + k_t,   o_t <- o_t / (scale * q_t^T z_t + 1e-10)
 
-Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, S `[N, H, K, V]`, z `[N, 1, H, K]` float32. With `normalize` the state
-is the pair (S, z), so that a sequence may be split anywhere. Family: `decay`, without a decay. Paper: https://arxiv.org/abs/2006.16236
+With `normalize` the output is divided by the sum of its scores:
+
+    z_t = z_{t-1} + k_t
+    o_t <- o_t / (scale * q_t^T z_t + 1e-10)
+
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, S `[N, H, K, V]`, z `[N, 1, H, K]`, both states in float32. With
+`normalize` the state is the pair (S, z), so that a sequence may be split anywhere. Family: `decay`, without a decay.
+Paper: https://arxiv.org/abs/2006.16236
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +24,8 @@ from fla.ops._spec import OpSpec, Variant, current_names, register
 from fla.shapes import check_shapes, pool_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V", "z": "N 1 H K"}
+Z = "z in initial_state"  # what errors call it: no argument has its name
+CHECKED = SHAPES | {Z: SHAPES["z"]}
 EPS = 1e-10
 State = Tensor | tuple[Tensor | None, Tensor]
 
@@ -30,7 +39,7 @@ def naive_recurrent_linear_attn(
     output_final_state: bool = False,
     normalize: bool = False,
 ) -> tuple[Tensor, State | None]:
-    """The lines above, one token at a time in float32 (float64 for float64): the meaning of the op and its oracle."""
+    """The formulas at the top, token by token in float32 (float64 for float64): the definition of the op."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -51,7 +60,7 @@ def naive_recurrent_linear_attn(
 def naive_chunk_linear_attn(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, normalize: bool = False, chunk_size: int = 64
 ) -> Tensor:
-    """Chunk by chunk: attention inside a chunk, the state between chunks. Any T."""
+    """The op chunk by chunk, for any T: attention inside a chunk, the state between chunks."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     out_dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
@@ -78,17 +87,20 @@ def chunk_linear_attn(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """Linear attention, parallel over chunks: for training and prefill.
+    """Linear attention, parallel over chunks, normalized by default (normalize=True): for training and prefill.
+
+    The default of `fused_recurrent_linear_attn` is normalize=False: pass `normalize` where both must compute the same.
 
     Args:
-        q, k: `[B, T, H, K]`; positive features when `normalize`.
+        q, k: `[B, T, H, K]`; with `normalize` they must be positive features.
         v: `[B, T, H, V]`.
-        scale: multiplies the query; None is `K ** -0.5`.
-        initial_state: S `[N, H, K, V]`, N = B or the packed sequences; with `normalize` also the pair (S, z). None is
-        zero. output_final_state: whether to return the state after the last token: S, or (S, z) with `normalize`.
-        normalize: divide by the sum of the scores (`+ 1e-10`).
-        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
-        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+        scale: factor of the query, `K ** -0.5` by default.
+        initial_state: S `[N, H, K, V]`, where N is B or the number of packed sequences; with `normalize` it may be the
+            pair (S, z). None means zeros.
+        output_final_state: whether to return the state after the last token: S, or (S, z) with `normalize`.
+        normalize: divide by the sum of the scores plus 1e-10.
+        cu_seqlens: int `[N + 1]`, bounds of sequences packed into one row (B = 1).
+        backend: "triton", "torch", or None: Triton for GPU tensors, PyTorch otherwise.
 
     Returns:
         `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
@@ -124,7 +136,7 @@ def fused_chunk_linear_attn(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """`chunk_linear_attn`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    """`chunk_linear_attn` under another name, also with normalize=True by default; both compute the same."""
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
 
 
@@ -145,15 +157,19 @@ def fused_recurrent_linear_attn(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """Linear attention token by token: for decoding and short inputs. Arguments as in `chunk_linear_attn`, and
+    """Linear attention token by token, not normalized by default (normalize=False): for decoding and short inputs.
+
+    The default of `chunk_linear_attn` is normalize=True: pass `normalize` where both must compute the same. The
+    arguments of `chunk_linear_attn`, and
 
     Args:
-        reverse: run from the last token to the first (within every packed sequence).
+        reverse: run from the last token of every sequence to the first.
 
-    With `normalize` both parts of the pair (S, z) are needed, and are treated alike (z is a pool `[P, 1, H, K]`).
+    With `normalize` the states that the caller owns must be the pair (S, z). Both are used in the same way, so that a
+    pool of z is `[P, 1, H, K]`.
     """
     if inplace_final_state or state_indices is not None:
-        return _step(
+        return _step_on_states(
             q,
             k,
             v,
@@ -185,23 +201,26 @@ def fused_recurrent_linear_attn(
 
 
 def _linear_attn(form, q, k, v, initial_state, normalize, **options):
-    state, z = _parts(initial_state, normalize)
+    """The op in a form of the family: `decay.chunk` or `decay.recurrent`."""
+    state, z = _split_state(initial_state, normalize)
     packing, scale = options["cu_seqlens"], options["scale"]
-    check_shapes(SHAPES, cu_seqlens=packing, scale=scale, q=q, k=k, v=v, initial_state=state, z=z)
+    tensors = {"q": q, "k": k, "v": v, "initial_state": state, Z: z}
+    check_shapes(CHECKED, cu_seqlens=packing, scale=scale, **tensors)
     if not normalize:
         return form(q, k, v, initial_state=state, **options)
-    # The normaliser is the recurrence with the value 1; both are wide until they are divided.
+    # The normaliser is the same recurrence with v = 1. Both stay in a wide dtype until they are divided.
     options["wide"] = True
-    if form is decay.recurrent and not _needs_gradient(q, k, v, state, z):  # as on states of the caller: see `_step`
+    if form is decay.recurrent and not _needs_gradient(q, k, v, state, z):  # two calls, as in `_step_on_states`
         o, state = form(q, k, v, initial_state=state, **options)
         column = None if z is None else z.transpose(1, 2).mT
         total, column = form(q, k, v.new_ones(*v.shape[:3], 1), initial_state=column, **options)
         o = (o / (total + EPS)).to(v.dtype)
         return o, (state, column.mT.transpose(1, 2)) if options["output_final_state"] else None
-    # Two more columns of v (two, because the gradient of that sum needs twice the digits of v's dtype: `_Quotient`), so
-    # that the gradients of the quotient's two parts, which nearly cancel in dk, are summed before anything is rounded.
+    # The normaliser is computed in columns that are added to v. In dk the gradients of numerator and normaliser nearly
+    # cancel, and in one call they are summed before they are rounded. There are two columns, because the gradient of
+    # the normaliser needs twice the digits of v's dtype (`_Quotient`).
     extended = torch.cat((v, v.new_ones(*v.shape[:3], 2)), -1)
-    o, state = form(q, k, extended, initial_state=_joined(state, z), **options)
+    o, state = form(q, k, extended, initial_state=_state_with_z_columns(state, z), **options)
     o = _Quotient.apply(o, v.dtype)
     if not options["output_final_state"]:
         return o, None
@@ -212,26 +231,28 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _joined(state: Tensor | None, z: Tensor | None) -> Tensor | None:
-    """S and two columns of z, `[N, H, K, V + 2]`."""
+def _state_with_z_columns(state: Tensor | None, z: Tensor | None) -> Tensor | None:
+    """S followed by z in two columns, `[N, H, K, V + 2]`."""
     if z is None:
         return None if state is None else torch.cat((state, state.new_zeros(*state.shape[:3], 2)), -1)
     columns = z.transpose(1, 2).mT.expand(-1, -1, -1, 2)
-    assert state is not None  # a pair has both
+    assert state is not None  # `_split_state` refuses a pair with None
     return torch.cat((state, columns.to(state.dtype)), -1)
 
 
-def _step(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State | None]:
-    """On states that the caller owns. A pool of z `[P, 1, H, K]` is in memory a pool of K x 1 states."""
-    state, z = _parts(initial_state, normalize)
+def _step_on_states(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State | None]:
+    """The op on states that the caller owns. In memory, a pool of z `[P, 1, H, K]` is a pool of K x 1 states."""
+    state, z = _split_state(initial_state, normalize)
     indices, cu_seqlens = options["state_indices"], options["cu_seqlens"]
-    shapes = pool_shapes(SHAPES, indices)
-    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=options["scale"], q=q, k=k, v=v, initial_state=state, z=z)
+    shapes = pool_shapes(CHECKED, indices)
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "initial_state": state, Z: z}
+    check_shapes(shapes, cu_seqlens=cu_seqlens, scale=options["scale"], **tensors)
     if not normalize:
         return decay.recurrent(q, k, v, initial_state=state, **options)
     if z is None:
         raise ValueError(
-            "initial_state must be the pair (S, z) with normalize=True where it is the caller's, got S alone"
+            "initial_state must be the pair (S, z) with normalize=True and inplace_final_state or state_indices, "
+            "got S alone"
         )
     decay.check_states(q, k, v, z, cu_seqlens, indices, options["inplace_final_state"])
     o, final = decay.recurrent(q, k, v, initial_state=state, wide=True, **options)
@@ -244,10 +265,11 @@ def _step(q, k, v, initial_state, normalize, **options) -> tuple[Tensor, State |
 
 
 class _Quotient(torch.autograd.Function):
-    """`o / (total + EPS)` in `dtype`, for `[B, T, H, V + 2]` of `o` and two equal columns of `total`.
+    """`o / (total + EPS)` in `dtype`. The input `[B, T, H, V + 2]` is `o` followed by two equal columns, each `total`.
 
-    In dk the gradients of numerator and denominator cancel: `dk = sum (do_v (v - o)) q`. So the numerator's is rounded
-    to `dtype` here, before the denominator's is formed of it, and that one goes back in two parts, one a column.
+    In dk the gradients of numerator and denominator nearly cancel, so rounding must not disturb their ratio. The
+    gradient of the numerator is rounded to `dtype` first, and the gradient of the denominator is computed from the
+    rounded one. It is then passed back as two numbers of `dtype` whose sum it is, one for each column.
     """
 
     @staticmethod
@@ -256,7 +278,8 @@ class _Quotient(torch.autograd.Function):
         o = o[..., :-2] / total
         ctx.save_for_backward(o, total)
         ctx.dtype = dtype
-        return o.to(dtype)
+        # PyTorch 2.11 compiles a wrong gradient where what is saved is also the result
+        return o.to(dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
     def backward(ctx, do):
@@ -267,8 +290,8 @@ class _Quotient(torch.autograd.Function):
         return torch.cat((d_sum, high, d_total - high), -1), None
 
 
-def _parts(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None]:
-    """S and z of an initial state."""
+def _split_state(initial_state, normalize: bool) -> tuple[Tensor | None, Tensor | None]:
+    """S and z of an initial state. Raises ValueError if it is neither S nor, with `normalize`, a pair of tensors."""
     if not isinstance(initial_state, (tuple, list)):
         return initial_state, None
     if not normalize:
@@ -295,11 +318,13 @@ SPEC = register(
             "fused_chunk": fused_chunk_linear_attn,
             "fused_recurrent": fused_recurrent_linear_attn,
         },
-        # positive features, so that the normaliser stays away from zero
-        inputs=lambda x: x | {"q": x["q"].abs(), "k": x["k"].abs()},
+        same={"fused_chunk": "chunk"},
+        # positive features, so that the normaliser, a running sum of them, stays away from zero
+        inputs=lambda x: x | {name: x[name].abs() for name in ("q", "k", "z") if name in x},
         variants=(
             Variant("default", settings={"normalize": False}, without=("z",)),
-            Variant("normalized", settings={"normalize": True}, without=("z",)),
+            Variant("normalized", settings={"normalize": True}, without=("z",), steps=False),
+            Variant("resumed", settings={"normalize": True}),
         ),
         paper="https://arxiv.org/abs/2006.16236",
     )

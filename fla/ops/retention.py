@@ -3,7 +3,8 @@
     S_t = gamma_h S_{t-1} + k_t v_t^T          gamma_h = 1 - 2^(-5 - h), h = 0 .. H - 1
     o_t = scale * q_t^T S_t
 
-Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[N, H, K, V]` float32. Family: `decay`. Paper: https://arxiv.org/abs/2307.08621
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, states `[N, H, K, V]` in float32. Family: `decay`.
+Paper: https://arxiv.org/abs/2307.08621
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fla.backends import decay
 from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, current_names, register
-from fla.shapes import check_shapes, pool_shapes
+from fla.shapes import check_chunk_size, check_shapes, pool_shapes
 
 SHAPES = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "initial_state": "N H K V"}
 SHAPES_V_FIRST = SHAPES | {"initial_state": "N H V K"}
@@ -26,7 +27,7 @@ def naive_recurrent_retention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The two lines above, one token at a time in float32 (float64 for float64): what the op means, and its oracle."""
+    """The formulas at the top, token by token in float32 (float64 for float64): the definition of the op."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -41,7 +42,7 @@ def naive_recurrent_retention(
 
 
 def naive_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As attention: `o = A v`, `A_ij = K^-0.5 (q_i . k_j) gamma^(i - j)` for `j <= i`."""
+    """The op as attention: `o = A v` with `A_ij = K^-0.5 (q_i . k_j) gamma_h^(i - j)` for `j <= i`, else 0."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     log_gamma = torch.log1p(-torch.exp2(-5.0 - torch.arange(q.shape[2], dtype=dtype, device=q.device)))
     steps = torch.arange(q.shape[1], dtype=dtype, device=q.device)
@@ -60,6 +61,7 @@ def chunk_retention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retention, parallel over chunks: for training and prefill.
@@ -67,11 +69,12 @@ def chunk_retention(
     Args:
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
-        scale: multiplies the query; None is `K ** -0.5`.
-        initial_state: `[N, H, K, V]`, N = B or the packed sequences; None is zero.
+        scale: factor of the query, `K ** -0.5` by default.
+        initial_state: `[N, H, K, V]`, where N is B or the number of packed sequences; None means zeros.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
-        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+        cu_seqlens: int `[N + 1]`, bounds of sequences packed into one row (B = 1).
+        chunk_size: None, 16, 32, 64 or 128; it has no effect on results.
+        backend: "triton", "torch", or None: Triton for GPU tensors, PyTorch otherwise.
 
     Returns:
         `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
@@ -79,6 +82,8 @@ def chunk_retention(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
+    if chunk_size is not None:
+        check_chunk_size(chunk_size)
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, initial_state=initial_state)
     return decay.chunk(
         q,
@@ -105,10 +110,13 @@ def fused_chunk_retention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_retention`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
-    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, backend=backend)
+    """`chunk_retention` under another name; both compute the same in the same way."""
+    return chunk_retention(
+        q, k, v, scale, initial_state, output_final_state, cu_seqlens, chunk_size=chunk_size, backend=backend
+    )
 
 
 @current_names
@@ -128,10 +136,10 @@ def fused_recurrent_retention(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retention token by token: for decoding and short inputs. Arguments as in `chunk_retention`, and
+    """Retention token by token: for decoding and short inputs. The arguments of `chunk_retention`, and
 
     Args:
-        reverse: run from the last token to the first (within every packed sequence).
+        reverse: run from the last token of every sequence to the first.
         state_v_first: states are `[N, H, V, K]`.
     """
     shapes = pool_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
@@ -166,9 +174,11 @@ def parallel_retention(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retention without states: `o`, and on request `A_ij = scale (q_i . k_j) gamma^(i - j)`, `[B, H, T, T]`.
+    """Retention without states: `o`, and with `output_attentions` the matrix `A` `[B, H, T, T]` of `o = A v`.
 
-    `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
+        A_ij = scale (q_i . k_j) gamma_h^(i - j)          for j <= i, else 0
+
+    `A` is for inspection and has no gradient. Packed sequences have no common `A` (ValueError).
     """
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v)
     return decay.parallel(
@@ -197,6 +207,7 @@ SPEC = register(
             "fused_recurrent": fused_recurrent_retention,
             "parallel": parallel_retention,
         },
+        same={"fused_chunk": "chunk", "parallel": "chunk"},
         paper="https://arxiv.org/abs/2307.08621",
     )
 )

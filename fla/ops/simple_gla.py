@@ -3,8 +3,9 @@
     S_t = exp(g_t) S_{t-1} + k_t v_t^T          S in R^{K x V}
     o_t = scale * q_t^T S_t
 
-Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H]`, g_gamma `[H]`, states `[N, H, K, V]` float32.
-`g` is a natural-log decay, <= 0; `g_gamma` one that no token changes; given both, they add. Family: `decay`.
+Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g `[B, T, H]`, g_gamma `[H]`, states `[N, H, K, V]` in float32.
+`g` and `g_gamma` are natural-log decays, <= 0; `g_gamma` is the same for all tokens. If both are given, they add.
+Family: `decay`.
 Papers: https://arxiv.org/abs/2405.21060, https://arxiv.org/abs/2103.02143, https://arxiv.org/abs/2405.05254
 """
 
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import decay
+from fla.ops._packing import from_host
 from fla.ops._pools import steps_on_pools
 from fla.ops._spec import OpSpec, Variant, current_names, register
-from fla.shapes import check_shapes, pool_shapes
+from fla.shapes import check_chunk_size, check_shapes, pool_shapes
 
 SHAPES = {
     "q": "B T H K",
@@ -37,7 +39,7 @@ def naive_recurrent_simple_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The two lines above, one token at a time in float32 (float64 for float64): what the op means, and its oracle."""
+    """The formulas at the top, token by token in float32 (float64 for float64): the definition of the op."""
     out_dtype, dtype = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -55,7 +57,10 @@ def naive_recurrent_simple_gla(
 def naive_parallel_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As attention: `o = A v` and `A_ij = scale (q_i . k_j) exp(G_i - G_j)` for `j <= i`, `[B, H, T, T]`."""
+    """The op as attention: `o = A v` and `A` `[B, H, T, T]`.
+
+    A_ij = scale (q_i . k_j) exp(G_i - G_j)          for j <= i, else 0; G is the running sum of g
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype)) * (
         q.shape[-1] ** -0.5 if scale is None else scale
@@ -77,7 +82,7 @@ def naive_chunk_simple_gla(
     chunk_size: int = 64,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunk by chunk: attention inside a chunk, the state between chunks. Any T."""
+    """The op chunk by chunk, for any T: attention inside a chunk, the state between chunks."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = (
@@ -111,6 +116,7 @@ def chunk_simple_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Simple GLA, parallel over chunks: for training and prefill.
@@ -118,15 +124,16 @@ def chunk_simple_gla(
     Args:
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
-        g: `[B, T, H]` log decay (natural log, <= 0), of any float dtype; None is no decay.
-        g_gamma: `[H]` constant log decay, added to `g` when both are given.
-        scale: multiplies the query; None is `K ** -0.5`.
-        initial_state: `[N, H, K, V]`, N = B or the packed sequences; None is zero.
+        g: `[B, T, H]`, log decay (natural log, <= 0) of any float dtype; None means no decay.
+        g_gamma: `[H]`, log decay that is the same for all tokens; it is added to `g` if both are given.
+        scale: factor of the query, `K ** -0.5` by default.
+        initial_state: `[N, H, K, V]`, where N is B or the number of packed sequences; None means zeros.
         output_final_state: whether to return the state after the last token.
         state_v_first: states are `[N, H, V, K]`.
-        cu_seqlens: int `[N + 1]` bounds of sequences packed into one row (B = 1).
-        cu_seqlens_cpu: accepted for compatibility; no form needs a host copy.
-        backend: "triton", "torch" or None (Triton for GPU tensors, PyTorch otherwise).
+        cu_seqlens: int `[N + 1]`, bounds of sequences packed into one row (B = 1).
+        cu_seqlens_cpu: `cu_seqlens` on the CPU; alone, it is used in place of `cu_seqlens`.
+        chunk_size: None, 16, 32, 64 or 128; it has no effect on results.
+        backend: "triton", "torch", or None: Triton for GPU tensors, PyTorch otherwise.
 
     Returns:
         `o` `[B, T, H, V]` in v's dtype, and the final state in float32 or None.
@@ -134,6 +141,10 @@ def chunk_simple_gla(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
+    if chunk_size is not None:
+        check_chunk_size(chunk_size)
+    if cu_seqlens_cpu is not None:
+        cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     shapes = SHAPES_V_FIRST if state_v_first else SHAPES
     check_shapes(
         shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state
@@ -167,11 +178,22 @@ def fused_chunk_simple_gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_simple_gla`, under the name of the plan that both follow: one pass, the state never leaves the chip."""
+    """`chunk_simple_gla` under another name; both compute the same in the same way."""
     return chunk_simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, backend=backend
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        backend=backend,
     )
 
 
@@ -194,10 +216,10 @@ def fused_recurrent_simple_gla(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Simple GLA token by token: for decoding and short inputs. Arguments as in `chunk_simple_gla`, and
+    """Simple GLA token by token: for decoding and short inputs. The arguments of `chunk_simple_gla`, and
 
     Args:
-        reverse: run from the last token to the first (within every packed sequence).
+        reverse: run from the last token of every sequence to the first.
     """
     shapes = pool_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices)
     check_shapes(
@@ -236,10 +258,14 @@ def parallel_simple_gla(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Simple GLA as attention: `o`, and on request `A_ij = scale (q_i . k_j) exp(G_i - G_j)`, `[B, H, T, T]`.
+    """Simple GLA without states: `o`, and with `output_attentions` the matrix `A` `[B, H, T, T]` of `o = A v`.
 
-    `A` is for looking at (no gradient flows through it) and cannot be had of packed sequences (ValueError).
+        A_ij = scale (q_i . k_j) exp(G_i - G_j)          for j <= i, else 0; G is the running sum of g
+
+    `A` is for inspection and has no gradient. Packed sequences have no common `A` (ValueError).
     """
+    if cu_seqlens_cpu is not None:
+        cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     check_shapes(SHAPES, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, v=v, g=g)
     return decay.parallel(
         q,
@@ -274,6 +300,7 @@ SPEC = register(
             "fused_recurrent": fused_recurrent_simple_gla,
             "parallel": parallel_simple_gla,
         },
+        same={"fused_chunk": "chunk", "parallel": "chunk"},
         inputs=lambda x: x | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "g_gamma") if name in x},
         gates=("g", "g_gamma"),
         variants=(

@@ -9,13 +9,21 @@ import torch
 
 from fla.ops._spec import OpSpec, Variant
 from fla.testing.contract import Case, accepts
+from fla.testing.inputs import sizes_of
 
 PACKED = ((65, 0, 1, 62), (0, 1, 130), (1, 1, 1, 1, 1))
+STATES = ("both", "in", "out", "none")
+Tokens = int | tuple[int, ...]
+
+
+def heads(*rows: tuple[int, int, int]) -> tuple[dict[str, int], ...]:
+    """Sizes of the axes H, K and V; others follow from these or are the op's own."""
+    return tuple(dict(zip("HKV", row, strict=True)) for row in rows)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a machine runs: `tokens` (a tuple is a pack), `heads` as (H, K, V), dtypes of q, k, v.
+    """What a machine runs: `tokens` (a tuple is a pack), `sizes` of the axes, dtypes of what shares one.
 
     `steps`: what recurrent forms, and float32 on Triton, take instead of each of `tokens` (default: the same), where a
     token is expensive.
@@ -24,15 +32,17 @@ class Suite:
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...]
-    tokens: tuple[int | tuple[int, ...], ...]
-    heads: tuple[tuple[int, int, int], ...]
-    steps: tuple[int | tuple[int, ...], ...] | None = None
-    long: int = 130  # tokens of the checks that are not about sizes
+    tokens: tuple[Tokens, ...]
+    sizes: tuple[dict[str, int], ...]
+    steps: tuple[Tokens, ...] | None = None
+    long: int = 66  # tokens of the checks that are not about sizes: a chunk, and two tokens of the next
+    packed: tuple[int, ...] = (65, 0, 1, 30)  # the same for packs
     batch: int = 2
-    thorough: bool = True  # False: every check on fewer combinations, where a call takes a second
-    same: tuple[str, ...] = ()  # forms that call another one: the torch suite shows that, here they would run twice
+    exhaustive: bool = False  # products of what is otherwise taken in turn: before a kernel lands
+    same: bool = False  # also the forms that only call another one
+    every_way: bool = False  # every way of calling with every variant, where a call is cheap; else these in turn
 
-    def tokens_of(self, form: str, tokens: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    def tokens_of(self, form: str, tokens: Tokens) -> Tokens:
         """`tokens`, or what stands for it in a recurrent form."""
         if self.steps is None or "recurrent" not in form:
             return tokens
@@ -49,39 +59,70 @@ TORCH = Suite(
     backend="torch",
     device="cpu",
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    tokens=(1, 64, 66, (65, 0, 1, 30), (0, 1, 66), (1, 1, 1, 1, 1)),
+    sizes=heads((2, 16, 16), (3, 33, 20), (1, 20, 100), (1, 1, 1), (1, 256, 16)),
+    every_way=True,
+)
+TORCH_EXHAUSTIVE = replace(
+    TORCH,
     tokens=(1, 63, 64, 65, 130, *PACKED),
-    heads=((2, 16, 16), (3, 33, 64), (2, 64, 33), (1, 100, 16), (3, 16, 100), (1, 64, 64)),
+    sizes=heads((2, 16, 16), (3, 33, 64), (2, 64, 33), (1, 100, 16), (3, 16, 100), (1, 64, 64)),
+    long=130,
+    packed=PACKED[0],
+    exhaustive=True,
+    same=True,
 )
 INTERPRETER = Suite(  # `tl.dot` of bfloat16 is wrong in the interpreter of Triton 3.6
     backend="triton",
     device="cpu",
     dtypes=(torch.float32, torch.float16),
-    tokens=(1, 64, 65, (65, 0, 1, 62), 130),
-    steps=(1, 2, 3, (5, 0, 1, 3), 9),
-    heads=((2, 16, 16), (1, 33, 20), (1, 20, 65)),
-    long=66,
+    tokens=(1, (65, 0, 1), 66),
+    steps=(1, (2, 0, 1), 4),
+    packed=(65, 0, 1),
+    sizes=heads((2, 16, 16), (1, 33, 20), (1, 20, 65)),
     batch=1,
-    thorough=False,
-    same=("fused_chunk", "parallel"),
+)
+INTERPRETER_EXHAUSTIVE = replace(
+    INTERPRETER,
+    tokens=(1, 64, 65, PACKED[0], 130),
+    steps=(1, 2, 3, (5, 0, 1, 3), 9),
+    packed=PACKED[0],
+    exhaustive=True,
+    every_way=True,
 )
 GPU = Suite(
     backend="triton",
     device="cuda",
+    dtypes=(torch.bfloat16, torch.float16, torch.bfloat16, torch.float32),  # bfloat16 is what models train in
+    tokens=(1, 65, 300, PACKED[0]),
+    sizes=heads((4, 64, 64), (4, 128, 128), (3, 33, 128), (2, 256, 512)),
+    long=130,
+    packed=PACKED[0],
+)
+GPU_EXHAUSTIVE = replace(
+    GPU,
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     tokens=(1, 65, 300, PACKED[0], (257, 0, 64, 100)),
-    heads=(
+    sizes=heads(
         *((4, size, size) for size in (16, 64, 96, 128)),
         *((3, 128, 64), (3, 33, 128), (2, 100, 33), (3, 192, 96)),
         *((2, 300, 72), (2, 256, 512), (1, 512, 512)),
     ),
-    same=("fused_chunk", "parallel"),
+    exhaustive=True,
+    every_way=True,
 )
 
 
+def forms_of(spec: OpSpec, variant: Variant, suite: Suite) -> list[str]:
+    """The forms that have a variant, but those that only call another one if the suite leaves these out."""
+    found = spec.forms if variant.forms is None else variant.forms
+    return [form for form in spec.forms if form in found and (suite.same or form not in spec.same)]
+
+
 def forms(spec: OpSpec, suite: Suite) -> Iterator[tuple[str, Variant]]:
-    """Every form with every variant it has."""
-    for form, variant in itertools.product(spec.forms, spec.variants):
-        if form not in suite.same and (variant.forms is None or form in variant.forms):
+    """Every form with every variant it has, those of a variant in succession."""
+    for variant in spec.variants:
+        for form in forms_of(spec, variant, suite):
             yield form, variant
 
 
@@ -89,45 +130,83 @@ def calling_variants(spec: OpSpec, form: str, variant: Variant) -> list[Variant]
     """`variant`, and it with `reverse` and `state_v_first` switched on where the form has them."""
     found = [variant]
     for keyword in ("reverse", "state_v_first"):
-        if accepts(Case(spec, form, variant), keyword) and keyword not in variant.settings:
-            found += [
-                replace(v, name=f"{v.name} {keyword}", settings={**v.settings, keyword: True}) for v in tuple(found)
-            ]
+        if takes(spec, form, variant, keyword):
+            found += [switched(v, keyword) for v in tuple(found)]
     return found
 
 
+def takes(spec: OpSpec, form: str, variant: Variant, keyword: str) -> bool:
+    """Whether the form has this parameter, and the variant leaves it open."""
+    return accepts(Case(spec, form, variant), keyword) and keyword not in variant.settings
+
+
+def switched(variant: Variant, keyword: str) -> Variant:
+    return replace(variant, name=f"{variant.name} {keyword}", settings={**variant.settings, keyword: True})
+
+
 def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
-    """Cases in which every pair of levels (form and variant, tokens, heads, dtype, gates, scale, states, ...) meets."""
+    """Cases in which every pair of levels (variant, tokens, sizes, dtype, gates, scale, states, ...) meets.
+
+    Each problem is given to every form that can do it: they share its reference. An exhaustive suite lets every pair of
+    a form and another level meet too, and each form has problems of its own.
+    """
+    gated = bool(spec.gates)
     factors: dict[str, Sequence[Any]] = {
-        "form": list(forms(spec, suite)),
-        "heads": suite.heads,
+        "variant": list(forms(spec, suite))
+        if suite.exhaustive
+        else [v for v in spec.variants if forms_of(spec, v, suite)],
+        "sizes": [sizes_of(spec, level, turn) for turn, level in enumerate(suite.sizes)],
         "tokens": suite.tokens,
         "dtype": suite.dtypes,
-        "gates": ("ordinary", "weak") if spec.gates else ("ordinary",),
-        "gate_dtype": (None, torch.float32) if spec.gates else (None,),
-        "calling": (0, 1, 2, 3),
-        "state": ("both", "in", "out", "none"),
-        "scale": (None, 0.3),
+        "gates": ("ordinary", "weak") if gated else ("ordinary",),
+        "gate_dtype": (None, torch.float32) if gated else (None,),
+        "reverse": (False, True) if suite.exhaustive else (False, True, False),  # forms without it share nothing then
+        "state_v_first": (False, True),
+        "state": STATES if suite.exhaustive else (None,),  # None: as the next two say
+        "takes_state": (True, False),
+        "returns_state": (True, False),
+        "scale": (None, 0.3) if any(_has_scale(spec, form) for form in spec.forms) else (None,),
         "index_dtype": (torch.int32, torch.int64),
         "state_dtype": (None, torch.bfloat16),
     }
     cases = []
     for seed, row in enumerate(pairwise(factors)):
-        form, variant = row.pop("form")
-        variants = calling_variants(spec, form, variant)
-        variant = variants[row.pop("calling") % len(variants)]
-        row["tokens"] = suite.tokens_of(form, row["tokens"])
-        if row["gate_dtype"] == row["dtype"] or not any(name not in variant.without for name in spec.gates):
-            row["gate_dtype"] = None
-        if row["state"] not in ("both", "in") or form in spec.stateless or row["dtype"] == torch.float64:
-            row["state_dtype"] = None
-        fixed: dict[str, Any] = {"batch": suite.batch, "device": suite.device, "backend": suite.backend, "seed": seed}
-        cases.append(suite.shortened(enough_heads(Case(spec, form, variant, **row, **fixed))))
+        chosen, called = row.pop("variant"), [name for name in ("reverse", "state_v_first") if row.pop(name)]
+        state = STATES[2 * (not row.pop("takes_state")) + (not row.pop("returns_state"))]
+        row["state"] = row["state"] or state
+        pairs = [chosen] if suite.exhaustive else [(form, chosen) for form in forms_of(spec, chosen, suite)]
+        made = [_value_case(spec, suite, form, variant, called, row, seed) for form, variant in pairs]
+        cases += distinct(made, suite, seed)
     return cases
 
 
+def distinct(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
+    """The same problem in several forms: one of them, in turn, where all are computed token by token (`shortened`)."""
+    shortened = suite.steps is not None and not suite.exhaustive and cases[0].dtype == torch.float32
+    return [cases[turn % len(cases)]] if shortened else cases
+
+
+def _value_case(spec, suite: Suite, form: str, variant: Variant, called: list[str], row: dict, seed: int) -> Case:
+    row = row | {"tokens": suite.tokens_of(form, row["tokens"])}
+    if row["gate_dtype"] == row["dtype"] or not any(name not in variant.without for name in spec.gates):
+        row["gate_dtype"] = None
+    if row["state"] not in ("both", "in") or form in spec.stateless or row["dtype"] == torch.float64:
+        row["state_dtype"] = None
+    if not _has_scale(spec, form):
+        row["scale"] = None
+    for keyword in called:
+        if takes(spec, form, variant, keyword):
+            variant = switched(variant, keyword)
+    fixed: dict[str, Any] = {"batch": suite.batch, "device": suite.device, "backend": suite.backend, "seed": seed}
+    return suite.shortened(enough_heads(Case(spec, form, variant, **row, **fixed)))
+
+
+def _has_scale(spec: OpSpec, form: str) -> bool:
+    return accepts(Case(spec, form, spec.variants[0]), "scale")
+
+
 def enough_heads(case: Case) -> Case:
-    """The case with eight heads or more where a gradient has one number a head (that of a constant decay).
+    """The case with eight heads or more (interpreted: four) where a gradient has one number a head, a constant decay's.
 
     Such a number is a sum over all tokens that may cancel, and then its relative error says nothing; the RMS over
     several does. In float64, and in the torch backend's float32, the sum is good anyway.
@@ -135,31 +214,35 @@ def enough_heads(case: Case) -> Case:
     gates = [name for name in case.spec.gates if name not in case.variant.without]
     constant = any("T" not in case.spec.shapes[name].split() for name in gates)
     good = case.dtype == torch.float64 or (case.dtype == torch.float32 and case.backend == "torch")
-    if not constant or good:
+    if not constant or good or "H" not in case.dims:
         return case
-    return replace(case, heads=(max(8, case.heads[0]), *case.heads[1:]))
+    interpreted = case.backend == "triton" and case.device == "cpu"
+    return case.resized(H=4, K=16, V=16) if interpreted else case.resized(H=max(8, case.dims["H"]))
 
 
-def plain_cases(spec: OpSpec, suite: Suite, *, all_callings: bool = False, **changes: Any) -> list[Case]:
-    """One case of every form and variant, over more than two chunks; heads and dtypes in turn.
+def plain_cases(spec: OpSpec, suite: Suite, *, turn: int = 0, all_callings: bool = False, **changes: Any) -> list[Case]:
+    """One case of every form and variant, over more than a chunk; sizes and dtypes in turn, by default from the first.
 
-    `changes`: fields of `Case` that all get; `all_callings`: with `reverse` and `state_v_first` too.
+    `changes`: fields of `Case` that all get; `all_callings`: with `reverse` and `state_v_first` too. Forms of a variant
+    get the same problem.
     """
     cases: list[Case] = []
-    for form, variant in forms(spec, suite):
-        for way in calling_variants(spec, form, variant) if all_callings else [variant]:
-            i = len(cases)
-            turns: dict[str, Any] = {
-                "heads": suite.heads[i % len(suite.heads)],
-                "dtype": suite.dtypes[i % len(suite.dtypes)],
-                "tokens": suite.long,
-                "batch": suite.batch,
-                "seed": i,
-            }
-            fields = turns | changes
-            fields["tokens"] = suite.tokens_of(form, fields["tokens"])
-            case = Case(spec, form, way, **fields, device=suite.device, backend=suite.backend)
-            cases.append(suite.shortened(enough_heads(case)))
+    for i, variant in enumerate(spec.variants):
+        for form in forms_of(spec, variant, suite):
+            for way in calling_variants(spec, form, variant) if all_callings else [variant]:
+                at = turn + (len(cases) if suite.exhaustive else i)
+                level = suite.sizes[at % len(suite.sizes)]
+                turns: dict[str, Any] = {
+                    "sizes": sizes_of(spec, level, at),
+                    "dtype": suite.dtypes[at % len(suite.dtypes)],
+                    "tokens": suite.long,
+                    "batch": suite.batch,
+                    "seed": at,
+                }
+                made = turns | changes
+                made["tokens"] = suite.tokens_of(form, made["tokens"])
+                case = Case(spec, form, way, **made, device=suite.device, backend=suite.backend)
+                cases.append(suite.shortened(enough_heads(case)))
     return cases
 
 

@@ -5,8 +5,8 @@ All checks hold a result to the op's float64 reference by `assert_within_budget`
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,19 @@ from torch import Tensor
 
 from fla.ops._spec import OpSpec, Variant
 from fla.testing.budget import assert_within_budget
-from fla.testing.inputs import STRONG_GATE, make_inputs, pack, state_names
-from fla.testing.runs import Result, call, call_reference, parameters, run, seeded_cotangent, slice_axis
+from fla.testing.inputs import STRONG_GATE, USUAL_AXES, make_inputs, pack, sizes_of, state_names
+from fla.testing.runs import CALLING, Result, call, call_reference, parameters, run, seeded_cotangent, slice_axis
 
 Inputs = dict[str, Tensor]
 Evaluate = Callable[[Inputs], tuple[Tensor, tuple[Tensor, ...]]]
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+REMEMBERED = 64  # references that are kept, for other calls of the same problem
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one form, as data. `tokens`: T, or the lengths of packed sequences; `heads`: (H, K, V).
+    """One call of one form, as data. `tokens`: T, or the lengths of packed sequences; `sizes`: of the op's other axes,
+    which may be given in part (`sizes_of`) and are kept as pairs.
 
     `state`: "both" (initial state in, final state out), "in", "out" or "none". `gate_dtype`: None is `dtype`.
     """
@@ -33,7 +35,7 @@ class Case:
     form: str
     variant: Variant
     tokens: int | tuple[int, ...] = 65
-    heads: tuple[int, int, int] = (2, 16, 16)
+    sizes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     dtype: torch.dtype = torch.float32
     gates: str | float = "ordinary"
     gate_dtype: torch.dtype | None = None
@@ -46,17 +48,14 @@ class Case:
     backend: str = "torch"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(sizes_of(self.spec, dict(self.sizes)).items()))
+
     def __str__(self) -> str:
         packed = isinstance(self.tokens, tuple)
         tokens = "pack" + ".".join(map(str, self.tokens)) if isinstance(self.tokens, tuple) else f"T{self.tokens}"
-        words = [
-            self.spec.name,
-            self.form,
-            self.variant.name.replace(" ", "_"),
-            tokens,
-            "H{}K{}V{}".format(*self.heads),
-        ]
-        words += [_SHORT[self.dtype]]
+        words = [self.spec.name, self.form, self.variant.name.replace(" ", "_"), tokens]
+        words += ["".join(f"{axis}{size}" for axis, size in self.dims.items()), _SHORT[self.dtype]]
         words += ["i64"] if packed and self.index_dtype == torch.int64 else []
         words += [f"g={self.gates}"] if self.gated and self.gates != "ordinary" else []
         words += [f"g{_SHORT[self.gate_dtype]}"] if self.gated and self.gate_dtype else []
@@ -68,6 +67,17 @@ class Case:
     @property
     def function(self) -> Callable:
         return self.spec.forms[self.form]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The size of every axis but those of rows, tokens and sequences."""
+        return dict(self.sizes)
+
+    def resized(self, **sizes: int) -> "Case":
+        """The case with other sizes; an axis that follows from others ("2 H") does so again."""
+        rules = USUAL_AXES | self.spec.axes
+        follow = {axis for axis, rule in rules.items() if "H" in str(rule)}
+        return replace(self, sizes={axis: size for axis, size in self.dims.items() if axis not in follow} | sizes)
 
     @property
     def gated(self) -> bool:
@@ -84,10 +94,9 @@ class Case:
     def inputs(self) -> Inputs:
         packed = isinstance(self.tokens, tuple)
         tokens = sum(self.tokens) if isinstance(self.tokens, tuple) else self.tokens
-        heads = dict(zip(("H", "K", "V"), self.heads, strict=True)) | {"HV": self.heads[0]}
         made = make_inputs(
             self.spec,
-            {"B": 1 if packed else self.batch, "T": tokens, **heads},
+            {"B": 1 if packed else self.batch, "T": tokens, **self.dims},
             self.dtype,
             self.device,
             self.seed,
@@ -97,8 +106,12 @@ class Case:
             state_dtype=self.state_dtype,
             gates=self.gates,
         )
-        keep = self.stateful and self.state in ("both", "in")
-        return {name: x for name, x in made.items() if keep or name not in state_names(self.spec, self.variant)}
+        states = () if self.takes_state else state_names(self.spec, self.variant)
+        return {name: x for name, x in made.items() if name not in states}
+
+    @property
+    def takes_state(self) -> bool:
+        return self.stateful and self.state in ("both", "in")
 
     @property
     def returns_state(self) -> bool:
@@ -171,6 +184,43 @@ def rounded_cotangent(case: Case) -> Callable[[int, Tensor], Tensor]:
     return lambda i, x: seeded_cotangent(i, x, case.dtype if i == 0 else None)
 
 
+_remembered: dict[tuple, tuple[Result, Result]] = {}
+
+
+def references(case: Case, use: tuple[str, ...] = ("output", "state")) -> tuple[Result, Result]:
+    """The exact results of the case on its own inputs, and naive ones, with the gradients of all inputs.
+
+    The last few are remembered: they cost more than what they are compared with, and other forms, backends and ways of
+    calling have the same.
+    """
+    settings = {
+        name: value for name, value in case.variant.settings.items() if name not in CALLING or name == "reverse"
+    }
+    called = ("form", "variant", "backend", "index_dtype", "state")
+    key = (
+        *(getattr(case, field.name) for field in fields(case) if field.name not in ("spec", *called)),
+        *(case.spec.name, case.spec.reference, case.spec.inputs, repr(settings), case.variant.without),
+        *(case.takes_state, case.returns_state, use),
+    )
+    if key not in _remembered:
+        while len(_remembered) >= REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = _references(case, case.inputs(), None, use, rounded_cotangent(case))
+    return _remembered[key]
+
+
+def _references(case, inputs, needs, use, cotangents) -> tuple[Result, Result]:
+    def reference(x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, state = call_reference(case.spec, x, case.variant, cu_seqlens=case.cu_seqlens, scale=case.scale)
+        return output, state if case.returns_state else ()
+
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run(reference, wide, needs=needs, use=use, cotangents=cotangents)
+    narrow = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
+    rounding = torch.float32 if case.dtype == torch.float64 else case.dtype
+    return exact, run(reference, narrow, needs=needs, use=use, cotangents=cotangents, dtype=rounding)
+
+
 def check_values(
     case: Case,
     evaluate: Evaluate | None = None,
@@ -181,21 +231,16 @@ def check_values(
     cotangents: Callable[[int, Tensor], Tensor] | None = None,
     eps: float | None = None,
 ) -> Result:
-    """Output, final state and all gradients of `evaluate` (default: the plain call) within the budget. Returns them."""
+    """Output, final state and all gradients of `evaluate` (default: the plain call) within the budget. Returns them.
+
+    `inputs` and `cotangents`: others than the case's own, of other values.
+    """
+    own = inputs is None and cotangents is None
     inputs = case.inputs() if inputs is None else inputs
     cotangents = cotangents or rounded_cotangent(case)
     use = use if case.returns_state else ("output",)
     actual = run(evaluate or whole(case), inputs, needs=needs, use=use, cotangents=cotangents)
-
-    def reference(x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        output, state = call_reference(case.spec, x, case.variant, cu_seqlens=case.cu_seqlens, scale=case.scale)
-        return output, state if case.returns_state else ()
-
-    wide = {name: x.double() for name, x in inputs.items()}
-    exact = run(reference, wide, needs=needs, use=use, cotangents=cotangents)
-    narrow = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
-    rounding = torch.float32 if case.dtype == torch.float64 else case.dtype
-    naive = run(reference, narrow, needs=needs, use=use, cotangents=cotangents, dtype=rounding)
+    exact, naive = references(case, use) if own else _references(case, inputs, needs, use, cotangents)
     compare(case, inputs, actual, exact, naive, eps)
     return actual
 
@@ -213,8 +258,8 @@ def compare(case: Case, inputs: Inputs, actual: Result, exact: Result, naive: Re
         raise AssertionError(f"{case}: {len(actual.state)} parts of the final state, expected {len(exact.state)}")
     for i, parts in enumerate(zip(actual.state, exact.state, naive.state, strict=True)):
         within(f"final state {i}", *parts)
-    for name, expected in exact.grads.items():
-        got, rounded = actual.grads[name], naive.grads[name]
+    for name, got in actual.grads.items():
+        expected, rounded = exact.grads[name], naive.grads[name]
         if expected is None or rounded is None:
             if got is not None and got.count_nonzero():
                 raise AssertionError(f"{case}: d{name} is not zero, but nothing depends on {name}")
@@ -253,14 +298,44 @@ def check_strides(case: Case, kind: str) -> None:
     """Inputs and incoming gradients of any strides give what contiguous ones give."""
     inputs = {name: restride(x, kind) for name, x in case.inputs().items()}
     made = rounded_cotangent(case)
-    check_values(case, inputs=inputs, cotangents=lambda i, x: restride(made(i, x), kind))
+
+    def cotangents(i: int, x: Tensor) -> Tensor:
+        return restride(made(i, x), kind)
+
+    if kind == "expanded":
+        check_values(case, inputs=inputs, cotangents=cotangents)
+        return
+    actual = run(whole(case), inputs, cotangents=cotangents)
+    compare(case, inputs, actual, *references(case, ("output", "state") if case.returns_state else ("output",)))
 
 
 def check_repeats(case: Case) -> None:
-    """Two runs give the same bits: outputs, states and gradients."""
-    inputs = case.inputs()
-    first, second = (run(whole(case), inputs, cotangents=rounded_cotangent(case)) for _ in range(2))
+    """Two runs give the same bits: outputs, states and gradients. They write neither to the inputs nor to the incoming
+    gradients."""
+    inputs, given = case.inputs(), []
+
+    def keep(i: int, x: Tensor) -> Tensor:
+        given.append((rounded_cotangent(case)(i, x), i, x))
+        return given[-1][0]
+
+    before = {name: (x.clone(), x._version) for name, x in inputs.items()}
+    first, second = (run(whole(case), inputs, cotangents=keep) for _ in range(2))
     _assert_same(case, "the second run", first, second)
+    for name, (values, version) in before.items():
+        if inputs[name]._version != version or not torch.equal(inputs[name], values):
+            raise AssertionError(f"{case}: {name} was written to")
+    for incoming, i, x in given:
+        if incoming._version or not torch.equal(incoming, rounded_cotangent(case)(i, x)):
+            raise AssertionError(f"{case}: incoming gradient {i} was written to")
+
+
+def check_same_form(case: Case) -> None:
+    """A form that only calls another one (`OpSpec.same`) gives its bits."""
+    state = case.state if case.stateful else "none"
+    other = replace(case, form=case.spec.same[case.form], state=state)
+    inputs, cotangents = replace(case, state=state).inputs(), rounded_cotangent(case)
+    results = [run(whole(x), inputs, cotangents=cotangents) for x in (other, case)]
+    _assert_same(case, f"the form {other.form}", *results)
 
 
 def check_index_dtypes(case: Case) -> None:
@@ -282,30 +357,13 @@ def _assert_same(case: Case, what: str, first: Result, second: Result) -> None:
             raise AssertionError(f"{case}: {name} of {what} differs")
 
 
-def check_inputs_unwritten(case: Case) -> None:
-    """Forward and backward write neither to the inputs nor to the incoming gradients."""
-    inputs, cotangents = case.inputs(), []
-
-    def keep(i: int, x: Tensor) -> Tensor:
-        cotangents.append(rounded_cotangent(case)(i, x))
-        return cotangents[-1]
-
-    before = {name: (x.clone(), x._version) for name, x in inputs.items()}
-    run(whole(case), inputs, cotangents=keep)
-    for name, (values, version) in before.items():
-        if inputs[name]._version != version or not torch.equal(inputs[name], values):
-            raise AssertionError(f"{case}: {name} was written to")
-    for i, x in enumerate(cotangents):
-        if x._version or not torch.equal(x, rounded_cotangent(case)(0 if i == 0 else i, x)):
-            raise AssertionError(f"{case}: incoming gradient {i} was written to")
-
-
 def check_attentions(case: Case) -> None:
     """`output_attentions=True` returns the matrix `A` `[B, H, T, T]` of `o = A v`, and the same `o` as without.
 
     The reference gives A column by column: it is the output for the values `v = I`.
     """
     inputs, options = case.inputs(), {"scale": case.scale, "backend": case.backend}
+    heads = case.dims.get("HV", case.dims["H"])
     output, matrix = case.function(**inputs, **case.variant.settings, **options, output_attentions=True)
     plain, nothing = case.function(**inputs, **case.variant.settings, **options)
     if nothing is not None or not torch.equal(output, plain):
@@ -313,7 +371,7 @@ def check_attentions(case: Case) -> None:
             f"{case}: output_attentions changes the output, or without it the second result is not None"
         )
     columns = torch.eye(case.tokens, device=case.device, dtype=case.dtype)[None, :, None]  # type: ignore[arg-type]
-    unit = inputs | {"v": columns.expand(case.batch, -1, case.heads[0], -1)}
+    unit = inputs | {"v": columns.expand(case.batch, -1, heads, -1)}
     wide = {name: x.double() for name, x in unit.items()}
     exact, naive = (
         call_reference(case.spec, x, case.variant, scale=case.scale)[0].transpose(1, 2) for x in (wide, unit)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fla.testing.contract import Case, accepts
 from fla.testing.inputs import state_names
+from fla.testing.runs import initial_state
 
 Keywords = dict[str, Any]
 
@@ -36,9 +37,7 @@ def good_call(case: Case) -> Keywords:
     states = state_names(case.spec, case.variant)
     inputs = case.inputs()
     keywords: Keywords = {name: x for name, x in inputs.items() if name not in states} | case.variant.settings
-    parts = tuple(inputs[name] for name in states if name in inputs)
-    if parts:
-        keywords["initial_state"] = parts if len(parts) > 1 else parts[0]
+    keywords |= initial_state(tuple(inputs[name] for name in states if name in inputs))
     if case.cu_seqlens is not None:
         keywords["cu_seqlens"] = case.cu_seqlens
     return keywords | {"backend": case.backend}
@@ -63,7 +62,8 @@ def bad_calls(cases: list[Case]) -> list[BadCall]:
 
 
 def small(case: Case) -> Case:
-    return replace(case, tokens=5, heads=(2, 4, 3), batch=2)
+    """Five tokens, and sizes that tell the axes apart."""
+    return replace(case.resized(H=2, K=4, V=3, D=6), tokens=5, batch=2)
 
 
 def _bad_calls(case: Case) -> Iterator[BadCall]:
@@ -90,7 +90,7 @@ def _bad_tensor(case: Case, name: str, tensors: list[str]) -> Iterator[BadCall]:
     yield bad("one_axis_more", lambda x: x.unsqueeze(0), name, str(len(shape) + 1), error=ValueError)
     yield bad("one_axis_less", lambda x: x[0], name, error=ValueError)
     yield bad("integer", lambda x: x.long(), name, "int64", error=TypeError)
-    if name in ("q", "k", "v"):
+    if name in case.spec.required:
         yield bad("missing", lambda x: None, name)
     for i, axis in enumerate(shape):
         # the first tensor defines the sizes it has, so another one is named if it is the odd one out
@@ -103,7 +103,7 @@ def _bad_tensor(case: Case, name: str, tensors: list[str]) -> Iterator[BadCall]:
             yield bad(f"one_{axis}", _keep_one(i), named, r"\b1\b", error=ValueError)
     if name != first:
         yield bad("other_device", lambda x: x.to("meta"), name, "meta", error=ValueError)
-    if name in ("k", "v"):
+    if name in case.spec.same_dtype and name != first:
         yield bad("other_dtype", lambda x: x.to(torch.float64), name, "float64")
 
 
@@ -116,6 +116,8 @@ def _keep_one(axis: int) -> Callable[[Tensor], Tensor]:
 
 
 def _bad_state(case: Case, packed: Case) -> Iterator[BadCall]:
+    first = state_names(case.spec, case.variant)[0]
+
     def bad(
         what: str, change: Callable[[Tensor], Any], *says: str, of: Case = case, error: Any = ValueError
     ) -> BadCall:
@@ -124,13 +126,18 @@ def _bad_state(case: Case, packed: Case) -> Iterator[BadCall]:
             wrong = (change(state[0]), *state[1:]) if isinstance(state, tuple) else change(state)
             return good | {"initial_state": wrong}
 
-        return BadCall(f"initial_state-{what}", of, changed, ("initial_state", *says), error)
+        return BadCall(f"initial_state-{what}", of, changed, (f"initial_state|{first}", *says), error)
 
     yield bad("one_axis_less", lambda s: s[0], r"\d")
     yield bad("wrong_N", lambda s: s[:1], r"\b1\b")
     yield bad("wrong_N_packed", lambda s: s[:1], r"\b1\b", of=packed)
-    yield bad("wrong_H", lambda s: s[:, :1], r"\b1\b")
-    yield bad("transposed", lambda s: s.transpose(-1, -2), r"\b4\b", r"\b3\b")
+    axes = case.spec.shapes[first].split()
+    dims = case.dims | {"N": case.batch}
+    sizes = [int(axis) if axis.isdigit() else dims[axis] for axis in axes]
+    for i in [i for i in range(1, len(axes)) if sizes[i] > 1]:
+        yield bad(f"wrong_{axes[i]}", _keep_one(i), r"\b1\b")
+    if sizes[-1] != sizes[-2]:
+        yield bad("transposed", lambda s: s.transpose(-1, -2), rf"\b{sizes[-1]}\b", rf"\b{sizes[-2]}\b")
     yield bad("integer", lambda s: s.long(), "int64", error=TypeError)
     yield bad("other_device", lambda s: s.to("meta"), "meta")
 

@@ -1,7 +1,8 @@
 """Seeded inputs of an op from its `OpSpec`, gates of a chosen strength, and allocation that shows unwritten memory."""
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,14 +11,51 @@ from torch import Tensor
 
 from fla.ops._spec import OpSpec, Variant
 
-DEFAULT_DIMS = {"B": 2, "T": 65, "H": 2, "HV": 2, "K": 16, "V": 16}
+USUAL_AXES = {"H": 2, "HV": "H", "K": 16, "V": 16, "D": "H K"}  # axes that an op need not give sizes for
+DEFAULT_DIMS = {"B": 2, "T": 65}
 EXTREME_GATES = (0.0, -1e-6, -5.0, -50.0, -1e4, -float("inf"))
 STRONG_GATE = -16.0  # below it the gradient of a log decay is defined as 0 (its true value is under e^-16 of scale)
 
 
+def axes_of(spec: OpSpec) -> tuple[str, ...]:
+    """The axes that tests choose sizes for: all letters in its shapes but those of rows, tokens and sequences."""
+    letters = (axis for shape in spec.shapes.values() for axis in shape.split() if not axis.isdigit())
+    return tuple(axis for axis in dict.fromkeys(letters) if axis not in ("B", "T", "N"))
+
+
+def sizes_of(spec: OpSpec, given: Mapping[str, int], turn: int = 0) -> dict[str, int]:
+    """The size of each of `axes_of(spec)`: as given, else by the op's own `axes`, else the usual one.
+
+    `turn`: which of several sizes. A size over the op's limit becomes the limit. Raises ValueError for an axis that
+    nothing gives a size for.
+    """
+    found: dict[str, int] = {}
+
+    def size(axis: str) -> int:
+        if axis in found:
+            return found[axis]
+        rule: Any = given.get(axis, spec.axes.get(axis, USUAL_AXES.get(axis)))
+        if rule is None:
+            raise ValueError(f"OpSpec.axes of {spec.name} must give sizes of the axis {axis}, got {spec.axes}")
+        if isinstance(rule, tuple):
+            rule = rule[turn % len(rule)]
+        if isinstance(rule, str):
+            rule = math.prod(int(word) if word.isdigit() else size(word) for word in rule.split())
+        return min(rule, spec.limits.get(axis, rule))
+
+    for axis in axes_of(spec):
+        found[axis] = size(axis)
+    return found
+
+
+def state_shapes(spec: OpSpec) -> dict[str, str]:
+    """Name -> shape of every part of a state: the tensors whose first axis is `N`."""
+    return {name: shape for name, shape in spec.shapes.items() if shape.startswith("N ")}
+
+
 def state_names(spec: OpSpec, variant: Variant) -> tuple[str, ...]:
-    """The tensors that make up the initial state: those whose first axis is `N`."""
-    return tuple(name for name, shape in spec.shapes.items() if shape.startswith("N ") and name not in variant.without)
+    """The tensors that make up the initial state."""
+    return tuple(name for name in state_shapes(spec) if name not in variant.without)
 
 
 def pack(lengths: tuple[int, ...], dtype: torch.dtype = torch.int32, device: str = "cpu") -> Tensor:
@@ -40,17 +78,15 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Legal inputs of an op by argument name, from seeded noise; what `variant` leaves out is left out.
 
-    `dims`: sizes of the axes in `spec.shapes`, over `DEFAULT_DIMS`; `N` follows from `B` or `cu_seqlens`.
-    `gate_dtype`: of the log decays of tokens (default `dtype`); `state_dtype`: of the initial state (default float32,
-    float64 for float64). `gates`: see `set_gates`. The state is in the layout `[N, H, K, V]`. Raises ValueError for an
-    axis without a size.
+    `dims`: sizes of axes in `spec.shapes`, over `DEFAULT_DIMS` and those of `sizes_of`; `N` follows from `B` or
+    `cu_seqlens`. `gate_dtype`: of the log decays of tokens (default `dtype`); `state_dtype`: of the initial state
+    (default float32, float64 for float64). `gates`: see `set_gates`. The state is in the layout of `spec.shapes`.
+    Raises ValueError for an axis without a size.
     """
     variant = variant or spec.variants[0]
     sizes = DEFAULT_DIMS | (dims or {})
+    sizes |= sizes_of(spec, sizes)
     sizes["N"] = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
-    unknown = {axis for shape in spec.shapes.values() for axis in shape.split()} - set(sizes)
-    if any(not axis.isdigit() for axis in unknown):
-        raise ValueError(f"dims must give the axes {sorted(unknown)} of {spec.name}, got {sorted(sizes)}")
     generator = torch.Generator(device).manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     noise = {}
@@ -60,7 +96,7 @@ def make_inputs(
     states = state_names(spec, variant)
     # a constant decay is a parameter: its gradient, a sum over all tokens, would overflow float16
     dtypes = {name: gate_dtype or dtype if "T" in spec.shapes[name].split() else wide for name in spec.gates}
-    dtypes |= dict.fromkeys(states, state_dtype or wide)
+    dtypes |= dict.fromkeys(spec.wide, wide) | dict.fromkeys(states, state_dtype or wide)
     legal = {name: x for name, x in spec.inputs(noise).items() if name not in variant.without}
     present = [name for name in spec.gates if name in legal]
     for name in present if gates == "weak" else present[:1]:  # two strong gates would multiply to another strength

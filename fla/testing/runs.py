@@ -1,6 +1,6 @@
 """Calling an op the way tests need it: any form by argument names, its reference on packs, all gradients at once.
 
-States are handled in the layout `[N, H, K, V]` throughout: `call` transposes at the op's door for `state_v_first`.
+States are handled in the layout of `OpSpec.shapes` throughout: `call` transposes at the op's door for `state_v_first`.
 """
 
 import inspect
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fla.ops._spec import OpSpec, Variant
-from fla.testing.inputs import state_names
+from fla.testing.inputs import state_names, state_shapes
 
 # keywords that change how an op is called and not what it computes: its reference need not know them
-_CALLING = ("state_v_first", "reverse", "output_attentions", "backend")
+CALLING = ("state_v_first", "reverse", "output_attentions", "backend")
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ def call(
     states, turn = state_names(spec, variant), variant.settings.get("state_v_first", False)
     state = tuple(inputs[name] for name in states if name in inputs) if state is None else state
     keywords: dict[str, Any] = {**variant.settings, **settings, **{n: x for n, x in inputs.items() if n not in states}}
-    keywords |= _initial_state(tuple(_turn(part, turn) for part in state))
-    if "output_final_state" in parameters(function):
+    keywords |= initial_state(turned(spec, state) if turn else state)
+    taken = parameters(function)
+    if "output_final_state" in taken:
         keywords["output_final_state"] = output_final_state
+    if "scale" not in taken:
+        keywords.pop("scale", None)
     output, final = function(**keywords)
-    return output, tuple(_turn(part, turn) for part in _parts(final))
+    return output, turned(spec, parts_of(final)) if turn else parts_of(final)
 
 
 def call_reference(
@@ -77,18 +80,18 @@ def call_reference(
 
 def _call_reference(spec, inputs, variant, scale) -> tuple[Tensor, tuple[Tensor, ...]]:
     names, states = parameters(spec.reference), state_names(spec, variant)
-    keywords = {name: value for name, value in variant.settings.items() if name in names or name not in _CALLING}
+    keywords = {name: value for name, value in variant.settings.items() if name in names or name not in CALLING}
     flipped = variant.settings.get("reverse", False) and "reverse" not in names
     if flipped:
         inputs = {name: _flip_tokens(spec, name, x) for name, x in inputs.items()}
     keywords |= {name: x for name, x in inputs.items() if name not in states}
-    keywords |= _initial_state(tuple(inputs[name] for name in states if name in inputs))
+    keywords |= initial_state(tuple(inputs[name] for name in states if name in inputs))
     keywords |= {name: value for name, value in (("scale", scale), ("output_final_state", True)) if name in names}
     output, state = spec.reference(**keywords)
-    return (output.flip(1) if flipped else output), _parts(state)
+    return (output.flip(1) if flipped else output), parts_of(state)
 
 
-def _initial_state(parts: tuple[Tensor, ...]) -> dict[str, Any]:
+def initial_state(parts: tuple[Tensor, ...]) -> dict[str, Any]:
     """The keyword for a state of these parts: one tensor, or a tuple where an op has several."""
     return {"initial_state": parts if len(parts) > 1 else parts[0]} if parts else {}
 
@@ -131,13 +134,16 @@ def seeded_cotangent(i: int, result: Tensor, dtype: torch.dtype | None = None) -
     return noise.to(dtype or result.dtype).to(result.dtype)
 
 
-def _parts(state: Any) -> tuple[Tensor, ...]:
+def parts_of(state: Any) -> tuple[Tensor, ...]:
+    """The tensors of a state that an op returned."""
     parts = state if isinstance(state, (tuple, list)) else (state,)
     return tuple(part for part in parts if part is not None)
 
 
-def _turn(state: Tensor, turn: bool) -> Tensor:
-    return state.transpose(-1, -2) if turn and state.dim() == 4 else state
+def turned(spec: OpSpec, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Between the layouts `[N, H, K, V]` and `[N, H, V, K]`; a part without these axes stays."""
+    shapes = state_shapes(spec).values()
+    return tuple(x.mT if shape.endswith(" K V") else x for x, shape in zip(parts, shapes, strict=False))
 
 
 def slice_axis(spec: OpSpec, inputs: dict[str, Tensor], axis: str, start: int, length: int) -> dict[str, Tensor]:

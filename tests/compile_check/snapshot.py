@@ -15,17 +15,11 @@ from pathlib import Path
 import triton
 
 from tests.compile_check.compiling import Report, compile_kernel
-from tests.compile_check.variants import DTYPES, HEADS, Variant, variants
+from tests.compile_check.recording import DTYPES, Variant, variants_of
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "tests" / "snapshots" / "kernels.txt"
 TITLE = "# sm_90, Triton {}: python -m tests.compile_check.snapshot\n"
-
-
-@functools.cache
-def variants_of(dtype: str) -> dict[str, Variant]:
-    """float32 has the recurrent kernels only, whose slices differ in the largest heads too."""
-    return variants(dtype, (*HEADS, (256, 512)) if dtype == "fp32" else HEADS)
 
 
 def line(variant: Variant, report: Report) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.compiling import one_at_a_time
+from tests.ops.suite import gaps
 
 
 def pytest_collection_modifyitems(items):
@@ -41,3 +42,9 @@ def _compiled_once(_gpu, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.compiler, "compile", one_at_a_time(triton.compiler.compile, folder / "locks"))
         yield
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which ops these kernels leave out."""
+    for line in gaps("triton"):
+        terminalreporter.write_line(line)

@@ -9,28 +9,28 @@ import time
 
 import torch
 
-from fla.ops._spec import REGISTRY
 from fla.testing import GPU, plain_cases
 from fla.testing.contract import rounded_cotangent, run, whole
+from tests.ops.suite import specs
 
 CASES = (
     # two chunks and a rest, ordinary decays and ones that leave the near range; columns beside and inside the tiles
-    {"tokens": 130, "heads": (2, 64, 64), "dtype": torch.bfloat16},
-    {"tokens": 130, "heads": (2, 64, 64), "dtype": torch.bfloat16, "gates": "mixed"},
-    {"tokens": (65, 0, 1, 62), "heads": (1, 100, 33), "dtype": torch.float16},
+    {"tokens": 130, "sizes": {"H": 2, "K": 64, "V": 64}, "dtype": torch.bfloat16},
+    {"tokens": 130, "sizes": {"H": 2, "K": 64, "V": 64}, "dtype": torch.bfloat16, "gates": "mixed"},
+    {"tokens": (65, 0, 1, 62), "sizes": {"H": 1, "K": 100, "V": 33}, "dtype": torch.float16},
     # several sequences a chunk
-    {"tokens": (40, 1, 0, 89), "heads": (2, 64, 64), "dtype": torch.bfloat16, "state": "none"},
+    {"tokens": (40, 1, 0, 89), "sizes": {"H": 2, "K": 64, "V": 64}, "dtype": torch.bfloat16, "state": "none"},
     # segments, and slices of K and V
-    {"tokens": 2100, "heads": (1, 64, 64), "dtype": torch.bfloat16, "batch": 1},
-    {"tokens": 70, "heads": (1, 272, 144), "dtype": torch.bfloat16, "batch": 1},
-    {"tokens": 3, "heads": (2, 64, 64), "dtype": torch.float32},
+    {"tokens": 2100, "sizes": {"H": 1, "K": 64, "V": 64}, "dtype": torch.bfloat16, "batch": 1},
+    {"tokens": 70, "sizes": {"H": 1, "K": 272, "V": 144}, "dtype": torch.bfloat16, "batch": 1},
+    {"tokens": 3, "sizes": {"H": 2, "K": 64, "V": 64}, "dtype": torch.float32},
 )
 
 
 def main() -> int:
     start = time.perf_counter()
     for changes in CASES:
-        for spec in REGISTRY.values():
+        for spec in specs(GPU):
             gates = changes.get("gates", "ordinary") if spec.gates else "ordinary"
             cases = plain_cases(spec, GPU, **changes | {"gates": gates})
             for case in cases:

@@ -6,33 +6,43 @@ import pytest
 import torch
 
 from fla import check_packing
-from fla.ops import chunk_gla, chunk_simple_gla, fused_recurrent_gla
+from fla.ops import chunk_gla
 from fla.ops._spec import REGISTRY
-from fla.testing import GPU, check_values, make_inputs, plain_cases, relative_rms
+from fla.testing import GPU, check_values, make_inputs, plain_cases
+from fla.testing.cases import GPU_EXHAUSTIVE
 from fla.testing.contract import accepts, rounded_cotangent, run, whole
 from fla.testing.errors import good_call
-from tests.ops.suite import contract, every_op
+from tests.ops.suite import contract, every_op, specs
 
 
 class TestContract(contract(GPU)):
     """All of `suite.contract`."""
 
 
-LONG = {"tokens": 2048, "heads": (4, 128, 128), "dtype": torch.bfloat16}
+@pytest.mark.exhaustive
+class TestExhaustively(contract(GPU_EXHAUSTIVE)):
+    """The same with products of levels in place of pairs."""
 
 
-def chunk_cases(**changes):
-    return [case for case in every_op(lambda spec: plain_cases(spec, GPU, **changes)) if case.form == "chunk"]
+LONG = {"sizes": {"H": 4, "K": 128, "V": 128}, "dtype": torch.bfloat16}
+
+
+def plain(**changes):
+    return every_op(lambda spec: plain_cases(spec, GPU, **changes), GPU)
+
+
+def in_chunks(**changes):
+    return [case for case in plain(**changes) if "chunk" in case.form]
 
 
 @pytest.mark.parametrize("gates", ("ordinary", "weak"))
-@pytest.mark.parametrize("case", chunk_cases(tokens=1024, heads=(4, 128, 128), dtype=torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", in_chunks(tokens=1024, **LONG), ids=str)
 def test_many_chunks(case, gates):
     """Errors that grow with the number of chunks show here: the gate gradient's, and the state's."""
     check_values(replace(case, gates=gates))
 
 
-@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, **LONG)), ids=str)
+@pytest.mark.parametrize("case", plain(tokens=2048, **LONG), ids=str)
 def test_many_repeats_are_bitwise_equal(case):
     """Races show in some runs only: twenty of them, forward and backward."""
     inputs, cotangents = case.inputs(), rounded_cotangent(case)
@@ -46,7 +56,7 @@ def test_many_repeats_are_bitwise_equal(case):
             assert grad is None or torch.equal(grad, again.grads[name]), name
 
 
-@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, tokens=(65, 0, 1, 62))), ids=str)
+@pytest.mark.parametrize("case", plain(tokens=(65, 0, 1, 62)), ids=str)
 def test_no_host_sync_on_the_packed_path(case):
     """Forward and backward of a pack never wait for the GPU."""
     inputs, cotangents = case.inputs(), rounded_cotangent(case)
@@ -63,11 +73,16 @@ def test_no_host_sync_on_the_packed_path(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, tokens=130)), ids=str)
+def _parts(value) -> list[torch.Tensor]:
+    """The tensors of an argument: itself, or the parts of a state."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [x for x in values if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize("case", plain(tokens=130), ids=str)
 def test_cuda_graph_capture(case):
     """A captured forward replays on new values: nothing in it was decided on the host."""
     keywords = good_call(case)
-    tensors = {name: x for name, x in keywords.items() if isinstance(x, torch.Tensor)}
     stream = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(stream):
         for _ in range(3):
@@ -77,8 +92,9 @@ def test_cuda_graph_capture(case):
     with torch.no_grad(), torch.cuda.graph(graph):
         captured, _ = case.function(**keywords)
     other = good_call(replace(case, seed=case.seed + 100))
-    for name, x in tensors.items():
-        x.copy_(other[name])
+    for name, x in keywords.items():
+        for part, new in zip(_parts(x), _parts(other[name]), strict=True):
+            part.copy_(new)
     graph.replay()
     with torch.no_grad():
         expected, _ = case.function(**other)
@@ -93,7 +109,7 @@ def test_default_backend_is_triton():
     assert torch.equal(default, triton)
 
 
-@pytest.mark.parametrize("case", chunk_cases(tokens=65, dtype=torch.float32), ids=str)
+@pytest.mark.parametrize("case", in_chunks(tokens=65, dtype=torch.float32), ids=str)
 def test_torch_backend_on_the_gpu(case):
     check_values(replace(case, backend="torch"))
 
@@ -104,12 +120,6 @@ def test_float64_names_the_torch_backend():
         chunk_gla(*(x[name] for name in ("q", "k", "v", "g")))
 
 
-def test_other_gpu_tensors_are_refused():
-    x = make_inputs(REGISTRY["simple_gla"], {"T": 65}, torch.bfloat16, "cuda")
-    with pytest.raises(ValueError, match="k must be on cuda"):
-        chunk_simple_gla(x["q"], x["k"].cpu(), x["v"], x["g"])
-
-
 def test_packing_checked_on_the_device_is_off_by_default_and_passes_when_right():
     x = make_inputs(REGISTRY["gla"], {"B": 1, "T": 65}, torch.bfloat16, "cuda")
     bounds = torch.tensor([0, 1, 65], dtype=torch.int32, device="cuda")
@@ -118,23 +128,7 @@ def test_packing_checked_on_the_device_is_off_by_default_and_passes_when_right()
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("function, gate", ((chunk_gla, "g"), (fused_recurrent_gla, "gk")), ids=("chunk", "recurrent"))
-def test_more_than_two_to_the_31_elements(function, gate):
-    """Offsets are 64-bit: a row far behind 2^31 elements is what it is alone. (The recurrent form's tiles follow the
-    number of states, and with them the order of its sums.)"""
-    B, T, H, D = 9, 32768, 64, 128
-    assert (B - 1) * T * H * D >= 2**31
-    q = torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16)
-    g = torch.full((1, T, H, D), -0.1, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        alone, _ = function(q, q, q, **{gate: g})
-        many = torch.cat([torch.zeros_like(q).expand(B - 1, -1, -1, -1), q])
-        output, _ = function(many, many, many, **{gate: g.expand(B, -1, -1, -1)})
-    assert torch.equal(output[-1], alone[0]) or (gate == "gk" and relative_rms(output[-1], alone[0]) < 2.0**-8)
-    assert not output[:-1].any()
-
-
-@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, GPU, tokens=65)), ids=str)
+@pytest.mark.parametrize("case", plain(tokens=65), ids=str)
 def test_another_stream(case):
     """Kernels run on the current stream."""
     inputs = case.inputs()
@@ -149,6 +143,6 @@ def test_another_stream(case):
 
 def test_every_form_is_here():
     """The suite runs every registered form on Triton but those that only call another."""
-    seen = {(case.spec.name, case.form) for case in every_op(lambda spec: plain_cases(spec, GPU))}
-    assert seen == {(spec.name, form) for spec in REGISTRY.values() for form in spec.forms if form not in GPU.same}
-    assert all(accepts(case, "backend") for case in every_op(lambda spec: plain_cases(spec, GPU)))
+    seen = {(case.spec.name, case.form) for case in plain()}
+    assert seen == {(spec.name, form) for spec in specs(GPU) for form in spec.forms if form not in spec.same}
+    assert all(accepts(case, "backend") for case in plain())

@@ -1,9 +1,14 @@
 """What is special about a layer: names and shapes of weights, printed form, bad input, building from a config."""
 
+import copy
+import inspect
 import types
+import typing
 
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.activations import ACT2FN as THEIRS
 
 from fla.layers import (
     Attention,
@@ -15,6 +20,7 @@ from fla.layers import (
 from fla.layers._heads import MultiHeadMixer
 from fla.layers.utils import Padding
 from fla.models.cache import Cache
+from fla.modules.activations import ACT2FN
 from tests.layers.cases import CASES, IDX, PLAIN, D
 
 EVERY = [CASES[name].cls for name in PLAIN]
@@ -166,6 +172,8 @@ def test_state_size():
     assert Attention(**GQA, window_size=5).state_size(sequence_length=3) == 2 * 16 * 3
     with pytest.raises(ValueError, match="sequence_length must be given"):
         Attention(**GQA).state_size()
+    with pytest.raises(TypeError, match="sequence_lenght"):
+        Attention(**GQA).state_size(sequence_lenght=5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -182,6 +190,38 @@ def test_unknown_settings_get_a_type_error(cls):
         cls(hidden_size=D, unknown_setting=1)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
         tiny(cls, hidden_size=0)
+
+
+NEVER = {
+    bool: [("false", TypeError, "True or False, got str 'false'"), (1, TypeError, "True or False, got int 1")],
+    int: [("4", TypeError, "an int, got str '4'"), (2.0, TypeError, "an int, got float"), (-1, ValueError, "got -1")],
+    float: [
+        ("0.5", TypeError, "a number, got str '0.5'"),
+        (float("nan"), ValueError, "a finite number .*, got nan"),
+        (float("inf"), ValueError, "a finite number .*, got inf"),
+        (-1, ValueError, "a finite number .*, got -1"),
+    ],
+    str: [(3, TypeError, "a string, got int 3")],
+}
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_no_setting_takes_what_it_cannot_be(cls):
+    annotations = typing.get_type_hints(cls.__init__)
+    for name in set(inspect.signature(cls).parameters) & set(annotations):
+        (kind,) = (set(typing.get_args(annotations[name])) or {annotations[name]}) - {type(None)}
+        for value, error, message in NEVER[kind]:
+            if name == "clamp_min" and value == -1:
+                value, message = 1.0, "a finite number of at most 0, got 1.0"
+            with pytest.raises(error, match=f"^{name} must be .*{message}"):
+                tiny(cls, **{name: value})
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_layers_are_copied_without_their_settings(cls):
+    """Which `copy` and `pickle` do by an empty call of `__new__`."""
+    layer = tiny(cls)
+    assert str(copy.deepcopy(layer)) == str(layer)
 
 
 @pytest.mark.parametrize("cls", HEADED)
@@ -203,6 +243,8 @@ def test_what_bad_settings_of_linear_layers_get(cls):
     with pytest.raises(ValueError, match=r"expand_k \* hidden_size must be a positive multiple of num_heads=4"):
         cls(hidden_size=D, num_heads=4, expand_k=0.3)
     with pytest.raises(ValueError, match=r"expand_v \* hidden_size must be a positive multiple of num_heads=4"):
+        cls(hidden_size=D, num_heads=4, expand_v=0.01)
+    with pytest.raises(ValueError, match=r"expand_v must be a finite number above 0, got 0.0"):
         cls(hidden_size=D, num_heads=4, expand_v=0.0)
 
 
@@ -257,6 +299,86 @@ def test_what_bad_calls_get(cls):
     ):
         with pytest.raises(error, match=match):
             layer(**({"hidden_states": x} | changes))
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_what_unknown_keywords_get(cls):
+    layer, x = tiny(cls, layer_idx=0), torch.randn(1, 5, D)
+    for name, hint in (
+        ("cu_seqlen", "did you mean cu_seqlens?"),
+        ("attn_mask", "did you mean attention_mask?"),
+        ("past_key_value", "did you mean past_key_values?"),
+        ("zzz", "the keywords are hidden_states, attention_mask, past_key_values"),
+    ):
+        with pytest.raises(TypeError) as error:
+            layer(x, **{name: None})
+        assert f"{name!r} of {cls.__name__}.forward()" in str(error.value) and hint in str(error.value)
+    known = {"position_ids": torch.arange(5)[None], "cu_seq_lens_k": None, "max_length_q": 5, "max_length_k": 5}
+    of_others = {name: None for other in EVERY for name in other.inputs if name not in layer.inputs}
+    assert torch.equal(layer(x, **known, **of_others)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_the_packing_on_the_cpu_is_enough(cls):
+    layer, x, bounds = tiny(cls), torch.randn(1, 5, D), torch.tensor([0, 2, 5])
+    expected = layer(x, cu_seqlens=bounds)[0]
+    assert torch.equal(layer(x, cu_seqlens_cpu=bounds)[0], expected)
+    assert torch.equal(layer(x, cu_seqlens=bounds, cu_seqlens_cpu=bounds)[0], expected)
+    assert not torch.allclose(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_what_caches_that_do_not_fit_get(cls):
+    layer, cache, x = tiny(cls, layer_idx=0), Cache(), torch.randn(3, 5, D)
+    layer(x[:2], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"^past_key_values must hold .* as this call has, 3, got those of 2$"):
+        layer(x, past_key_values=cache)
+    with pytest.raises(TypeError, match=r"^past_key_values must be a fla.models.utils.Cache .*, got DynamicCache$"):
+        layer(x, past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=r"^past_key_values must be a fla.models.utils.Cache .*, got list$"):
+        layer(x, past_key_values=[(x, x)])
+    if not cls.uses_positions:
+        with pytest.raises(ValueError, match=r"^past_key_values must hold .* as this call has, 1, got those of 2$"):
+            layer(x[:1], past_key_values=cache, cu_seqlens=torch.tensor([0, 5]))
+
+
+def test_attention_by_position():
+    layer, cache, x = Attention(D, 2, layer_idx=0), Cache(), torch.randn(2, 5, D)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        layer(x, None, cache, True)
+    expected = layer(x)[0]
+    o, _, returned = layer(x, None, cache, False, True)
+    torch.testing.assert_close(o, expected)
+    assert returned is cache
+    assert (layer.qkv_bias, layer.rope_theta) == (False, 10000.0)
+
+
+def test_attention_takes_the_packing_of_a_batch():
+    """`cu_seqlens` over all rows in turn: the rows themselves, or sequences that end anywhere."""
+    layer, x = Attention(D, 2), torch.randn(2, 5, D)
+    for bounds in ([0, 5, 10], [0, 2, 5, 6, 10], [0, 10]):
+        for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seqlens_cpu"):
+            o = layer(x, **{name: torch.tensor(bounds)})[0]
+            expected = layer(x.reshape(1, 10, D), cu_seqlens=torch.tensor(bounds))[0]
+            assert torch.equal(o, expected.view(2, 5, D))
+    torch.testing.assert_close(layer(x, cu_seqlens=torch.tensor([0, 5, 10]))[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("name", sorted(set(ACT2FN) & set(THEIRS)))
+def test_activations_by_name(name):
+    """Every name that transformers has, with its meaning, as gate and as feature map."""
+    x, theirs = torch.linspace(-3, 3, 64).view(1, 2, D), THEIRS[name].float()
+    for cls in (GatedLinearAttention, MultiScaleRetention, SimpleGatedLinearAttention):
+        layer = tiny(cls, gate_fn=name, feature_map=name, fuse_norm=False)
+        for function in (layer.gate_fn, layer.feature_map_fn):
+            if list(theirs.parameters()):  # which transformers rounds to bfloat16
+                function.load_state_dict(theirs.state_dict())
+            torch.testing.assert_close(function(x), theirs(x))
+        layer(x)[0].sum().backward()
+
+
+def test_no_activation_of_transformers_is_missing():
+    assert set(THEIRS) <= set(ACT2FN)
 
 
 @pytest.mark.parametrize("cls", [cls for cls in EVERY if cls.uses_positions])

@@ -78,6 +78,10 @@ def test_layer_cache():
     assert utils.update_layer_cache(layer, None, offset=3) is None
     with pytest.raises(ValueError, match="layer_idx must be given"):
         utils.get_layer_cache(layer, {})
+    assert utils.require_cache_layer_idx(layer, None) is None
+    with pytest.raises(ValueError, match="layer_idx must be given when Identity is built"):
+        utils.require_cache_layer_idx(layer, {})
     layer.layer_idx = 2
+    assert utils.require_cache_layer_idx(layer, {}) == utils.require_cache_layer_idx(layer, None) == 2
     assert utils.get_layer_cache(layer, {}) is None
     assert utils.get_layer_cache(layer, {2: {"ffn_state": 1}}) == {"ffn_state": 1}

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import Cache as TransformersCache
 
-from fla.models.utils import Cache
+from fla.models.utils import Cache, FLACache, FLAGenerationMixin, FLALayer, LegacyFLACache
+
+from .tiny import build, every_case, every_type, tiny_config, tokens
 
 
 def filled(rows=3):
@@ -46,6 +48,7 @@ def test_slots_and_counters():
     assert cache.batch_size == 2
     with pytest.raises(TypeError, match="unknown_state"):
         cache.update(unknown_state=state)
+    assert cache.get_seq_length(None) == cache.get_seq_length(0)
     assert cache.get_max_length() == cache.get_max_cache_shape() == -1
     assert cache.get_mask_sizes(3, 1) == (10, 0)
     assert not cache.is_compileable
@@ -89,8 +92,12 @@ def test_reset_copy_and_crop():
     saved = copy.deepcopy(cache)
     cache.reset()
     assert cache.get_seq_length() == 0
-    with pytest.raises(KeyError):
-        cache[0]
+    assert cache[0] == {}
+    assert cache[0]["recurrent_state"] is None
+    with pytest.raises(KeyError, match="other_state"):
+        cache[0]["other_state"]
+    with pytest.raises(KeyError, match="layer 3"):
+        cache[3]
     assert torch.equal(rows_of(saved), rows_of(filled()))
     for target in (saved, saved.layers[0]):
         with pytest.raises(NotImplementedError, match="cannot be cropped"):
@@ -112,7 +119,137 @@ def test_legacy_form_and_foreign_caches():
     assert [again.get_seq_length(i) for i in range(3)] == [5, 5, 5]
     assert Cache.wrap(cache) is cache
     assert isinstance(Cache.wrap(DynamicCache()), Cache)
-    foreign = DynamicCache()
-    foreign.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
-    with pytest.raises(ValueError, match="past_key_values must be a fla"):
-        Cache.wrap(foreign)
+    with pytest.raises(TypeError, match="one mapping of slot name to states per layer, got tuple for layer 0"):
+        Cache.from_legacy_cache([(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))])
+
+
+def in_storage(cache):
+    """Where the memory of every stored tensor begins."""
+    values = [value for slots in cache for value in slots.values()]
+    return {x.untyped_storage().data_ptr() for v in values for x in (v if isinstance(v, tuple) else (v,))}
+
+
+def changed(cache, method, *arguments):
+    getattr(cache, method)(*arguments)
+    return cache
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "to_legacy": lambda cache: cache.to_legacy_cache(),
+    "from_legacy": lambda cache: Cache.from_legacy_cache(list(cache)),
+    "reordered": lambda cache: changed(cache, "reorder_cache", torch.arange(3)),
+    "repeated": lambda cache: changed(cache, "batch_repeat_interleave", 1),
+    "selected": lambda cache: changed(cache, "batch_select_indices", torch.ones(3, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_share_no_memory(name):
+    cache = filled()
+    before = [dict(slots) for slots in cache]  # which keeps the memory in use
+    after = COPIES[name](cache)
+    assert not in_storage(before) & in_storage(after)
+    assert torch.equal(rows_of(after), rows_of(before))
+
+
+def continued(model, cache, count=4):
+    """Logits of some further tokens, one at a time."""
+    new = tokens(2, count, seed=3)
+    with torch.no_grad():
+        return torch.cat([model(new[:, [t]], past_key_values=cache).logits for t in range(count)], 1)
+
+
+def prompted(model, mode=torch.no_grad, cache=None):
+    with mode():
+        return model(tokens(2, 7), past_key_values=cache, use_cache=True).past_key_values
+
+
+@every_case
+def test_one_prompt_is_continued_many_times(model_type, overrides):
+    """From snapshots of either kind; a snapshot stays what it was, whatever its cache goes on with."""
+    model = build(model_type, overrides)
+    cache = prompted(model)
+    expected = continued(model, prompted(model))
+    states, copied = cache.to_legacy_cache(), copy.deepcopy(cache)
+    for _ in range(2):
+        assert torch.equal(continued(model, Cache.from_legacy_cache(states, seen_tokens=7)), expected)
+        assert torch.equal(continued(model, copy.deepcopy(copied)), expected)
+    assert torch.equal(continued(model, cache), expected)
+    assert torch.equal(continued(model, Cache.from_legacy_cache(states, seen_tokens=7)), expected)
+
+
+@every_case
+def test_a_prompt_of_inference_mode_is_continued_outside(model_type, overrides):
+    model = build(model_type, overrides)
+    expected = continued(model, prompted(model))
+    assert torch.equal(continued(model, prompted(model, torch.inference_mode)), expected)
+    assert torch.equal(continued(model, copy.deepcopy(prompted(model, torch.inference_mode))), expected)
+    cache = prompted(model, torch.inference_mode)
+    with torch.inference_mode():
+        cache.reorder_cache(torch.tensor([0, 1]))
+    logits = model(tokens(2, 4, seed=3)[:, :1], past_key_values=cache).logits
+    logits.sum().backward()  # nor does a graph mind where the states come from
+    torch.testing.assert_close(logits[:, 0], expected[:, 0])
+
+
+@every_type
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: DynamicCache(config=config)], ids=["bare", "by-config"])
+def test_a_caller_s_empty_cache_is_filled(model_type, make):
+    """The same object goes on, is copied and reset like ours, and a second one is another past."""
+    model = build(model_type)
+    expected = continued(model, prompted(model))
+    mine = make(tiny_config(model_type)) if make is not DynamicCache else DynamicCache()
+    prompted(model, cache=mine)
+    other = make(tiny_config(model_type)) if make is not DynamicCache else DynamicCache()
+    assert (mine.get_seq_length(), other.get_seq_length()) == (7, 0)
+    saved = copy.deepcopy(mine)
+    assert torch.equal(continued(model, mine), expected)
+    assert mine.get_seq_length() == 11
+    assert torch.equal(continued(model, saved), expected)
+    mine.reset()
+    assert torch.equal(continued(model, prompted(model, cache=mine)), expected)
+
+
+@every_type
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # transformers 5.24: `cache`
+def test_generation_goes_on_in_a_caller_s_cache(model_type):
+    model, mine, ids = build(model_type), DynamicCache(), tokens(1, 5)
+    settings = {"do_sample": False, "pad_token_id": 0}
+    first = model.generate(ids, past_key_values=mine, max_new_tokens=3, **settings)
+    both = torch.cat([first, tokens(1, 2, seed=4)], 1)
+    again = model.generate(both, past_key_values=mine, max_new_tokens=3, **settings)
+    assert torch.equal(again, model.generate(both, max_new_tokens=3, **settings))
+
+
+def in_use():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    return cache
+
+
+FOREIGN = {
+    "DynamicCache with tokens in it": in_use,
+    "DynamicCache with offloading": lambda: DynamicCache(offloading=True),
+    "StaticCache": lambda: StaticCache(tiny_config("transformer"), max_cache_len=9),
+    "EncoderDecoderCache": lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    "tuple": lambda: ((torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)),),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_caches_that_cannot_be_filled_are_named(name):
+    with pytest.raises(ValueError, match=f"past_key_values must be a fla.models.utils.Cache or .*, got {name};"):
+        build("gla")(tokens(1, 3), past_key_values=FOREIGN[name]())
+
+
+def test_a_cache_of_another_batch_is_named():
+    model = build("gla", {"use_short_conv": True})
+    with pytest.raises(ValueError, match=r"past_key_values must hold the states of as many .* has, 3, got those of 2"):
+        model(tokens(3, 1), past_key_values=prompted(model))
+
+
+def test_other_names():
+    assert FLACache is LegacyFLACache is Cache
+    assert isinstance(filled().layers[0], FLALayer)
+    assert isinstance(build("gla"), FLAGenerationMixin)

@@ -2,11 +2,17 @@
 
 import copy
 import dataclasses
+import logging
 import re
+import typing
 
 import pytest
 import torch
 from transformers import PreTrainedConfig
+
+from fla.models import GLAConfig
+from fla.models._config import DecoderConfig
+from fla.models._fields import FIELDS
 
 from .tiny import COMMON, HYBRID, REGISTRY, build, every_gated, every_type, tokens
 
@@ -58,9 +64,104 @@ BAD_FIELDS = {
     "heads_type": ({"num_heads": "4"}, TypeError, "num_heads must be an int"),
     "layers": ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be at least 1"),
     "hidden_size": ({"hidden_size": 2.0}, TypeError, "hidden_size must be an int"),
+    "pad": ({"pad_token_id": 32000}, ValueError, "pad_token_id must be less than vocab_size 32000, got 32000"),
+    "ends": ({"eos_token_id": [2, "x"]}, TypeError, "eos_token_id must be an int, got str 'x'"),
+    "end": ({"eos_token_id": -2}, ValueError, "eos_token_id must be at least -1, got -2"),
     "l2warp": ({"use_l2warp": True}, ValueError, "use_l2warp is not supported"),
     "attnres": ({"attnres_block_size": 4}, ValueError, "attnres_block_size is not supported"),
 }
+
+
+# What no field of an annotation can be, and what comes of it where the field has no range of its own.
+NEVER = {
+    bool: [("false", TypeError, "must be True or False, got str 'false'"), (1, TypeError, "must be True or False")],
+    int: [
+        ("4", TypeError, "must be an int, got str '4'"),
+        (2.0, TypeError, "must be an int"),
+        (True, TypeError, "int"),
+    ],
+    float: [
+        ("10000", TypeError, "must be a number, got str '10000'"),
+        (float("nan"), ValueError, "must be a finite number .*, got nan"),
+        (float("inf"), ValueError, "must be a finite number .*, got inf"),
+        (False, TypeError, "must be a number"),
+    ],
+    str: [(3, TypeError, "must be a string, got int 3"), (["swish"], TypeError, "must be a string")],
+}
+IMPOSSIBLE = {int: [-2, 0], float: [-1, -2.0, 0]}
+MAY_BE_0 = {"norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "clamp_min"}
+MAY_BE_NEGATIVE = {"clamp_min"}
+
+
+def kinds(field):
+    """The one or more types of a field, and whether it may be None."""
+    found = set(typing.get_args(field.type)) or {field.type}
+    return found - {type(None)}, type(None) in found
+
+
+@every_type
+def test_no_field_takes_what_it_cannot_be(model_type):
+    config_class = REGISTRY[model_type].config_class
+    assert {"norm_eps", "vocab_size"} <= own_fields(config_class) - set(config_class.fixed_fields)
+    for field in dataclasses.fields(config_class):
+        if field.name not in own_fields(config_class) - {"attn", "eos_token_id", *config_class.fixed_fields}:
+            continue
+        (kind,), optional = kinds(field)
+        bad = list(NEVER[kind])
+        for value in IMPOSSIBLE.get(kind, []):
+            if not ((value == 0 and field.name in MAY_BE_0) or (value < 0 and field.name in MAY_BE_NEGATIVE)):
+                bad.append((value, ValueError, re.escape(f", got {value}")))
+        if not optional:
+            bad.append((None, TypeError, "got NoneType None"))
+        for value, error, message in bad:
+            with pytest.raises(error, match=f"^{field.name} must be .*{message.removeprefix('must be ')}"):
+                config_class(**{field.name: value})
+        with pytest.raises(bad[0][1], match=f"^{field.name} must be"):
+            setattr(config_class(), field.name, bad[0][0])
+
+
+@every_type
+def test_every_field_says_what_it_is(model_type):
+    config_class = REGISTRY[model_type].config_class
+    for described in (config_class, DecoderConfig):
+        for name in own_fields(described):
+            (line,) = re.findall(rf"^        {name} \(.*\): (.*)$", described.__doc__, re.MULTILINE)
+            assert re.fullmatch(r"[A-Z].*\.", line), f"{name}: {line!r} is no sentence"
+            assert len(line) < 120
+    assert f"vocab_size ({config_class().vocab_size}): How many tokens" in config_class.__doc__
+    own = set(vars(config_class).get("field_help", ()))
+    assert own <= own_fields(config_class) - set(FIELDS)
+
+
+def test_every_sentence_is_of_a_field():
+    every = {name for causal_lm in REGISTRY.values() for name in own_fields(causal_lm.config_class)}
+    assert set(FIELDS) <= every
+
+
+def test_unknown_fields_load_and_a_near_miss_is_logged(caplog):
+    """Checkpoints of other programs have fields of their own; a typo of ours is one of them, so it is no error."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        config = GLAConfig(use_cahce=False, conv_bias=True, head_first=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert (config.use_cahce, config.conv_bias, config.head_first) == (False, True, False)
+    assert [r.message for r in caplog.records] == ["GLAConfig has no field use_cahce (did you mean use_cache?)"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gate_logit_normalizer": -1}, "gate_logit_normalizer must be a finite number above 0, got -1"),
+        ({"gate_fn": "tanh?"}, "gate_fn must be one of"),
+        ({"attn_mode": "nonsense"}, "attn_mode must be one of chunk, .*, got 'nonsense'"),
+        ({"hidden_act": "swish?"}, "hidden_act must be one of"),
+    ],
+)
+def test_what_layers_take_from_a_config_is_named_as_it_is_there(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build("gla", fields)
 
 
 @every_type
@@ -81,7 +182,7 @@ def test_sizes_that_do_not_divide_are_named(model_type):
         with pytest.raises(ValueError, match="num_kv_heads"):
             build(model_type, {"num_heads": 4, "num_kv_heads": 3})
     if "attn_mode" in fields:
-        with pytest.raises(ValueError, match="mode must be one of"):
+        with pytest.raises(ValueError, match=r"^attn_mode must be one of"):
             build(model_type, {"attn_mode": "nonsense"})
 
 
@@ -108,6 +209,19 @@ BAD_HYBRIDS = {
         ValueError,
         r"attn\['window_size'\] must be a positive int",
     ),
+    "typo": (
+        {"layers": [0], "num_heads": 2, "windw_size": 4},
+        ValueError,
+        r"attn must have no keys but layers, .*, got 'windw_size' \(did you mean window_size\?\)",
+    ),
+    "note": ([{"layers": [0], "num_heads": 2, 3: 4}], ValueError, r"attn\[0\] must have no keys but .*, got 3$"),
+    "bias": ({"layers": [0], "num_heads": 2, "qkv_bias": "false"}, TypeError, r"attn\['qkv_bias'\] must be True or"),
+    "theta": ({"layers": [0], "num_heads": 2, "rope_theta": 0}, ValueError, r"attn\['rope_theta'\] must be .* above 0"),
+    "theta_type": (
+        {"layers": [0], "num_heads": 2, "rope_theta": "10000"},
+        TypeError,
+        r"attn\['rope_theta'\] must be a number, got str '10000'",
+    ),
     "groups": ({"layers": [0], "num_heads": 4, "num_kv_heads": 3}, ValueError, "must be a multiple of num_kv_heads 3"),
     "overlap": (
         [{"layers": [0, 1], "num_heads": 2}, {"layers": [1], "num_heads": 2}],
@@ -132,7 +246,7 @@ def test_bad_hybrids_are_named(model_type, case):
 @every_type
 def test_hybrid_configs_are_checked_copies(model_type, tmp_path):
     config_class = REGISTRY[model_type].config_class
-    given = {"layers": (0, 2), "num_heads": 4, "note": "kept"}
+    given = {"layers": (0, 2), "num_heads": 4}
     before = copy.deepcopy(given)
     filled = {"num_kv_heads": 4, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
     expected = {**given, **filled, "layers": [0, 2]}

@@ -111,7 +111,7 @@ def test_rows_in_chunks_give_the_same(problem, monkeypatch):
         return losses, *torch.autograd.grad(losses.sum(), logits)
 
     whole = both()
-    monkeypatch.setattr(torch_loss, "_CHUNK", 4 * V)
+    monkeypatch.setattr(torch_loss, "_CHUNK_ELEMENTS", 4 * V)
     assert all(torch.equal(a, b) for a, b in zip(whole, both(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What `inplace_final_state` and `state_indices` must do, for every suite; and recurrences held to float64 directly."""
+"""What `inplace_final_state` and `state_indices` must do, for every suite and every form that has them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,35 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.backends.decay import Problem
-from fla.ops._spec import REGISTRY, Variant
+from fla.ops._spec import OpSpec, Variant
 from fla.testing import Case, assert_within_budget, call_reference
-from fla.testing.inputs import EXTREME_GATES, pack, state_names
+from fla.testing.cases import Suite, forms_of, switched, takes
+from fla.testing.inputs import make_inputs, state_names
+from fla.testing.runs import initial_state, parameters, parts_of, slice_axis, turned
+from tests.ops.suite import specs
 
-V_FIRST = {"state_v_first": True}
-WAYS = {
-    "linear_attn": (
-        Variant("default", {"normalize": False}, without=("z",)),
-        Variant("normalized", {"normalize": True}),
-    ),
-    "retention": (Variant("default"), Variant("v_first", V_FIRST)),
-    "simple_gla": (Variant("g", without=("g_gamma",)), Variant("g_and_g_gamma_v_first", V_FIRST)),
-    "gla": (Variant("gk", without=("g", "gv")), Variant("gk_and_gv_v_first", V_FIRST, without=("g",))),
-}
 TOKENS = (1, 3, (2, 0, 1, 4))
 
 
-def step_cases(suite, tokens=TOKENS, **changes: Any) -> list[Case]:
-    """Every op and layout with every kind of `tokens`, dtypes and heads in turn."""
-    found = []
-    for op, variants in WAYS.items():
-        for variant in variants:
-            for T in tokens:
+def step_variants(spec: OpSpec, suite: Suite) -> list[tuple[str, Variant]]:
+    """Every form that steps with every variant that does, and each layout of the state: in turn, or both of the only
+    variant."""
+    found: list[tuple[str, Variant]] = []
+    variants = [(form, v) for v in spec.variants if v.steps for form in forms_of(spec, v, suite)]
+    for form in [form for form in spec.forms if "state_indices" in parameters(spec.forms[form])]:
+        own = [v for other, v in variants if other == form]
+        for i, variant in enumerate(own if len(own) > 1 else own * 2):
+            turn = i % 2 == 1 and takes(spec, form, variant, "state_v_first")
+            if turn or i == 0 or len(own) > 1:
+                found.append((form, switched(variant, "state_v_first") if turn else variant))
+    return found
+
+
+def step_cases(suite: Suite, tokens=TOKENS, each: int | None = None, **changes: Any) -> list[Case]:
+    """Every op, variant and layout with every kind of `tokens`, or with `each` of them in turn; dtypes and sizes in
+    turn."""
+    found: list[Case] = []
+    for spec in specs(suite):
+        for n, (form, variant) in enumerate(step_variants(spec, suite)):
+            for T in [tokens[(n + i) % len(tokens)] for i in range(each or len(tokens))]:
                 i = len(found)
-                turns = {"dtype": suite.dtypes[i % len(suite.dtypes)], "heads": suite.heads[i % len(suite.heads)]}
+                turns = {"dtype": suite.dtypes[i % len(suite.dtypes)], "sizes": suite.sizes[i % len(suite.sizes)]}
                 fields = {**turns, "tokens": T, "batch": 4, "seed": i, **changes}
-                case = Case(REGISTRY[op], "fused_recurrent", variant, **fields)
-                found.append(replace(case, device=suite.device, backend=suite.backend))
+                found.append(Case(spec, form, variant, **fields, device=suite.device, backend=suite.backend))
     return found
 
 
@@ -52,15 +58,10 @@ class Served:
         case, inputs = self.case, self.case.inputs()
         names = state_names(case.spec, case.variant)
         self.tensors = {name: x for name, x in inputs.items() if name not in names}
-        generator = torch.Generator(case.device).manual_seed(case.seed + 1)
-        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
         P = len(inputs[names[0]]) if self.indices is None else self.slots
-        self.pools = [
-            torch.randn(P, *inputs[name].shape[1:], generator=generator, device=case.device, dtype=wide)
-            for name in names
-        ]
-        if len(self.pools) > 1:
-            self.pools[1] = self.pools[1].abs()  # a normaliser stays away from zero
+        sizes = case.dims | {"B": P, "T": 1}
+        made = make_inputs(case.spec, sizes, case.dtype, case.device, case.seed + 1, case.variant)
+        self.pools = [made[name] for name in names]
         self.names = names
 
     @property
@@ -75,31 +76,35 @@ class Served:
 
     def owned(self) -> tuple[Tensor, ...]:
         """Fresh copies of the pools, in the layout of the call."""
-        return tuple(
-            (pool.mT if self.v_first and pool.dim() == 4 else pool).clone().contiguous() for pool in self.pools
-        )
+        return tuple(pool.clone(memory_format=torch.contiguous_format) for pool in self.turned(tuple(self.pools)))
 
     def keywords(self, owned: tuple[Tensor, ...], in_place: bool) -> dict[str, Any]:
         case = self.case
-        keywords = {**self.tensors, **case.variant.settings, "scale": case.scale, "backend": case.backend}
+        keywords = {**self.tensors, **case.variant.settings, "backend": case.backend}
+        if "scale" in parameters(case.function):
+            keywords["scale"] = case.scale
         if case.cu_seqlens is not None:
             keywords["cu_seqlens"] = case.cu_seqlens
-        keywords["initial_state"] = owned if len(owned) > 1 else owned[0]
-        return keywords | {
-            "output_final_state": True,
-            "inplace_final_state": in_place,
-            "state_indices": self.state_indices,
-        }
+        return (
+            keywords
+            | initial_state(owned)
+            | {
+                "output_final_state": True,
+                "inplace_final_state": in_place,
+                "state_indices": self.state_indices,
+            }
+        )
 
     def run(self, in_place: bool, function: Callable | None = None, owned: tuple[Tensor, ...] | None = None):
         """Output, final states as returned, and the pools afterwards, all in the layout of the call."""
         owned = self.owned() if owned is None else owned
         with torch.no_grad():
             o, final = (function or self.case.function)(**self.keywords(owned, in_place))
-        return o, final if isinstance(final, tuple) else (final,), owned
+        return o, parts_of(final), owned
 
-    def turned(self, state: Tensor) -> Tensor:
-        return state.mT if self.v_first and state.dim() == 4 else state
+    def turned(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Between the layout of the pools and that of the call."""
+        return turned(self.case.spec, parts) if self.v_first else parts
 
     def live(self) -> list[int]:
         """The sequences that are not skipped."""
@@ -158,8 +163,8 @@ def hold(served: Served, o: Tensor, states: tuple[Tensor, ...]) -> None:
     naive, naive_states = served.reference(torch.float32 if case.dtype == torch.float64 else None)
     budget: dict[str, Any] = {"dtype": case.dtype, "backend": case.backend}
     assert_within_budget(f"{case}: o", o, exact, naive, **budget)
-    for i, parts in enumerate(zip(states, exact_states, naive_states, strict=True)):
-        assert_within_budget(f"{case}: state {i}", served.turned(parts[0]), *parts[1:], **budget)
+    for i, parts in enumerate(zip(served.turned(states), exact_states, naive_states, strict=True)):
+        assert_within_budget(f"{case}: state {i}", *parts, **budget)
 
 
 def check_against_separate_calls(served: Served) -> None:
@@ -170,131 +175,20 @@ def check_against_separate_calls(served: Served) -> None:
     bounds = None if case.cu_seqlens is None else case.cu_seqlens.tolist()
     apart, finals = torch.zeros_like(o), tuple(torch.zeros_like(state) for state in states)
     for n in served.live():
-        row, tokens = (n, slice(None)) if bounds is None else (0, slice(bounds[n], bounds[n + 1]))
+        row, tokens = (n, (0, o.shape[1])) if bounds is None else (0, (bounds[n], bounds[n + 1] - bounds[n]))
         alone = replace(served, indices=None)
-        alone.tensors = {name: x[row : row + 1, tokens] if x.dim() > 1 else x for name, x in served.tensors.items()}
-        alone.case = replace(case, tokens=o[row, tokens].shape[0], batch=1)
+        row_alone = slice_axis(case.spec, served.tensors, "B", row, 1)
+        alone.tensors = slice_axis(case.spec, row_alone, "T", *tokens)
+        alone.case = replace(case, tokens=tokens[1], batch=1)
         owned = tuple(pool[served.indices[n]][None].contiguous() for pool in served.owned())
         keywords = alone.keywords(owned, False)
         del keywords["inplace_final_state"], keywords["state_indices"]
         with torch.no_grad():
-            apart[row : row + 1, tokens], final = case.function(**keywords)
-        for part, found in zip(finals, final if isinstance(final, tuple) else (final,), strict=True):
+            found, final = case.function(**keywords)
+        apart[row : row + 1].narrow(1, *tokens).copy_(found)
+        for part, found in zip(finals, parts_of(final), strict=True):
             part[n : n + 1] = found
     hold(served, apart, finals)
     if case.backend == "triton" and not served.v_first and len(served.names) == 1:
         assert torch.equal(apart, o)
         assert all(torch.equal(*pair) for pair in zip(finals, states, strict=True))
-
-
-DECAYS = ((), ("g",), ("gk",), ("gv",), ("g_gamma",), ("g", "gk", "gv"), ("g_gamma", "gk"), ("gk", "gv"))
-
-
-@dataclass(frozen=True)
-class Direct:
-    """A problem given to the recurrent kernels themselves: head sizes and decays that no op combines."""
-
-    K: int
-    V: int
-    decays: tuple[str, ...] = ()
-    dtype: torch.dtype = torch.float32
-    tokens: int | tuple[int, ...] = 5
-    heads: int = 1
-    device: str = "cpu"
-    gates: str = "ordinary"
-    scale: float = 0.3
-    states: bool = True
-    index_dtype: torch.dtype = torch.int32
-
-    def __str__(self) -> str:
-        decays = "+".join(self.decays) or "none"
-        return f"K{self.K}V{self.V}-{decays}-{str(self.dtype)[6:]}-{self.tokens}-{self.gates}-{self.states}"
-
-    def inputs(self) -> dict[str, Tensor]:
-        packed = isinstance(self.tokens, tuple)
-        B, T = (1, sum(self.tokens)) if isinstance(self.tokens, tuple) else (2, self.tokens)
-        N, H, K, V = len(self.tokens) if packed else B, self.heads, self.K, self.V
-        generator = torch.Generator(self.device).manual_seed(K + 7 * V)
-
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=self.device)
-
-        made = {"q": noise(B, T, H, K), "k": noise(B, T, H, K), "v": noise(B, T, H, V)}
-        shapes = {"g": (B, T, H), "gk": (B, T, H, K), "gv": (B, T, H, V), "g_gamma": (H,)}
-        for name in self.decays:
-            gate = torch.nn.functional.logsigmoid(noise(*shapes[name])) / 4
-            if self.gates == "extreme" and name != "g_gamma":
-                extreme = torch.tensor(EXTREME_GATES, device=self.device)
-                pick = torch.randint(len(extreme), gate.shape, generator=generator, device=self.device)
-                taken = torch.rand(gate.shape, generator=generator, device=self.device) < 0.3
-                gate = torch.where(taken, extreme[pick], gate)
-            made[name] = gate
-        made = {name: x if name == "g_gamma" else x.to(self.dtype) for name, x in made.items()}
-        made |= {"do": noise(B, T, H, V).to(self.dtype)}
-        if self.states:
-            made |= {"initial_state": noise(N, H, K, V), "dht": noise(N, H, K, V)}
-        return made
-
-    def problem(self, x: dict[str, Tensor]) -> Problem:
-        names = ("q", "k", "v", "g", "gk", "gv", "initial_state", "g_gamma")
-        bounds = pack(self.tokens, self.index_dtype, self.device) if isinstance(self.tokens, tuple) else None
-        return Problem(*(x.get(name) for name in names), bounds, self.scale, "recurrent")
-
-
-def naive(case: Direct, x: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`o` and the final states, all decays at once, token by token in `dtype`."""
-    lengths = case.tokens if isinstance(case.tokens, tuple) else (case.tokens,) * 2
-    y = {name: value.to(dtype) for name, value in x.items()}
-    packed, outputs, finals, at = isinstance(case.tokens, tuple), [], [], 0
-    for n, length in enumerate(lengths):
-        b, start = (0, at) if packed else (n, 0)
-        at += length
-        zero = y["q"].new_zeros(case.heads, case.K, case.V)
-        state, rows = y["initial_state"][n] if case.states else zero, []
-        for t in range(start, start + length):
-            if "g" in y:
-                state = state * y["g"][b, t, :, None, None].exp()
-            if "g_gamma" in y:
-                state = state * y["g_gamma"][:, None, None].exp()
-            if "gk" in y:
-                state = state * y["gk"][b, t, :, :, None].exp()
-            if "gv" in y:
-                state = state * y["gv"][b, t, :, None, :].exp()
-            state = state + y["k"][b, t, :, :, None] * y["v"][b, t, :, None, :]
-            rows.append(torch.einsum("hk,hkv->hv", y["q"][b, t] * case.scale, state))
-        outputs.append(torch.stack(rows) if rows else zero[None, :, 0, :][:0])
-        finals.append(state)
-    o = torch.cat(outputs)[None] if packed else torch.stack(outputs)
-    return o, torch.stack(finals)
-
-
-def check_direct(case: Direct, forward: Callable, backward: Callable) -> None:
-    """Outputs, states and all gradients of the backend's own functions within the budget."""
-    x = case.inputs()
-    names = [name for name in x if name not in ("do", "dht", "g_gamma")]
-
-    def solve(dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = {name: value.to(dtype).requires_grad_(name in names) for name, value in x.items()}
-        o, final = naive(case, leaves, dtype)
-        results, incoming = [o], [x["do"].to(dtype)]
-        if case.states:
-            results, incoming = [o, final], [*incoming, x["dht"].to(dtype)]
-        found = torch.autograd.grad(results, [leaves[name] for name in names], incoming)
-        return {"o": o.detach(), "ht": final.detach()} | {f"d{name}": d for name, d in zip(names, found, strict=True)}
-
-    exact, rounded = solve(torch.float64), solve(torch.float32)
-    problem = case.problem(x)
-    o, ht = forward(problem, True)
-    gradients = backward(problem, x["do"], x.get("dht"), any(name in x for name in ("g", "gk", "gv")))
-    actual = {"o": o, "ht": ht} | {f"d{name}": gradients[name] for name in names}
-    for name, got in actual.items():
-        source = x.get(name[1:], x["v"]) if name.startswith("d") else x["v"]
-        wide = torch.float32 if name in ("ht", "dinitial_state") else source.dtype
-        expected, close, gate = exact[name], rounded[name].to(wide), name in ("dg", "dgk", "dgv")
-        if gate:
-            dead = source < -16.0
-            assert not got[dead].any(), f"{case}: {name} must be 0 below -16"
-            expected, close = expected.masked_fill(dead, 0.0), close.masked_fill(dead, 0.0)
-        assert_within_budget(
-            f"{case}: {name}", got.to(wide), expected, close, dtype=case.dtype, backend="triton", gate=gate
-        )

@@ -1,9 +1,11 @@
 """The contract of every registered op, once for all machines: each suite subclasses `contract(levels)`.
 
-A case is made by registering an op (`fla.ops`), not by editing a test.
+A case is made by registering an op (`fla.ops`), not by editing a test. Checks that need the same reference stand beside
+each other, so that it is computed once (`fla.testing.contract.references`).
 """
 
-import itertools
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +13,17 @@ import pytest
 import torch
 
 import fla.ops  # noqa: F401  (registers the ops)
+from fla.backends import computes
 from fla.ops._spec import REGISTRY, OpSpec
-from fla.testing.cases import PACKED, Suite, enough_heads, plain_cases, value_cases
+from fla.testing.cases import Suite, calling_variants, distinct, enough_heads, plain_cases, value_cases
 from fla.testing.contract import (
     Case,
     accepts,
     by_rows,
     check_attentions,
     check_index_dtypes,
-    check_inputs_unwritten,
     check_repeats,
+    check_same_form,
     check_strides,
     check_values,
     compiled,
@@ -32,124 +35,213 @@ from fla.testing.inputs import EXTREME_GATES
 STRIDES = ("transposed", "sliced", "expanded")
 
 
-def every_op(make):
-    """`make(spec)` over all registered ops, in one list."""
-    return [item for spec in REGISTRY.values() for item in make(spec)]
+def specs(suite: Suite) -> list[OpSpec]:
+    """The ops that the suite's backend computes."""
+    return [spec for spec in REGISTRY.values() if computes(suite.backend, spec.family)]
 
 
-def gate_cases(suite: Suite) -> list[Case]:
-    """Every gated form and variant with every extreme gate, dtypes in turn; a mixture of them in every dtype."""
-    dtypes, found = suite.dtypes, []
-    for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(dtypes))):
-        cases = every_op(lambda spec, gates=gates: plain_cases(spec, suite, gates=gates))
-        gated = [case for case in cases if case.gated]
-        turned = [replace(case, dtype=dtypes[(i + j) % len(dtypes)]) for j, case in enumerate(gated)]
-        turned = [suite.shortened(enough_heads(case)) for case in turned]
-        found += turned if suite.thorough or gates == "mixed" else turned[i % 3 :: 3]
+def gaps(backend: str) -> list[str]:
+    """A line for each family with ops that the backend does not compute."""
+    missing: dict[str, list[str]] = {}
+    for spec in REGISTRY.values():
+        if not computes(backend, spec.family):
+            missing.setdefault(spec.family, []).append(spec.name)
+    return [f"no {backend.capitalize()} backend: {family} ({', '.join(ops)})" for family, ops in missing.items()]
+
+
+def every_op(make: Callable[[OpSpec], list], suite: Suite) -> list:
+    """`make(spec)` over all ops of the suite's backend, in one list."""
+    return [item for spec in specs(suite) for item in make(spec)]
+
+
+def gate_cases(spec: OpSpec, suite: Suite) -> list[Case]:
+    """Every form with every extreme gate, and with a mixture of them in every dtype: its gated variants and the dtypes
+    in turn.
+
+    Exhaustive: each with every gated variant.
+    """
+    found: list[Case] = []
+    for i, gates in enumerate((*EXTREME_GATES, *["mixed"] * len(suite.dtypes)) if spec.gates else ()):
+        cases = [case for case in plain_cases(spec, suite, turn=i, gates=gates) if case.gated]
+        cases = cases if suite.exhaustive else variant_in_turn(cases, suite, i)
+        for j, case in enumerate(cases):
+            dtype = suite.dtypes[(i + (j if suite.exhaustive else 0)) % len(suite.dtypes)]
+            cases[j] = suite.shortened(enough_heads(replace(case, dtype=dtype)))
+        found += cases if suite.exhaustive else distinct(cases, suite, i // 2)
+    return found
+
+
+def variant_in_turn(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
+    """Of each form one case, such that while dtypes go round too every variant gets every dtype."""
+    found = []
+    for form in dict.fromkeys(case.form for case in cases):
+        own = [case for case in cases if case.form == form]
+        found.append(own[(turn + turn // len(suite.dtypes)) % len(own)])
     return found
 
 
 def gradients_to_hold(case: Case) -> tuple[str, ...] | None:
-    """All, but for a constant decay's of -5 where heads are wide and operands fp16.
+    """All, but for a constant decay's of -5 where heads are wide and operands have 16 bits.
 
     It is one sum over all tokens of terms of which e^-5 is left, and row sums in float32 (of K products each, the two
-    to be subtracted a hundred times their difference) have an error that all earlier tokens share: measured in the
-    interpreter, at T 130 and K = V = 64, 0.5 to 1.2 of fp16's budget while the gradient per token uses 0.13 of it. bf16
-    has eight times that budget, the interpreter's heads are narrow: there it is held.
+    to be subtracted a hundred times their difference) have an error that all earlier tokens share. At T 130 it used 0.5
+    to 1.2 of fp16's budget (K = V = 64, in the interpreter) and 1.4 of bf16's (K = V = 128, on an H200), while the
+    gradient per token stays far inside its own. The interpreter's heads are narrow: there it is held.
     """
     names = tuple(case.inputs())
     constant = {name for name in case.spec.gates if name in names and "T" not in case.spec.shapes[name].split()}
-    wide = case.backend == "triton" and case.dtype == torch.float16 and min(case.heads[1:]) > 20
-    return tuple(name for name in names if name not in constant) if wide and case.gates == -5.0 else None
+    wide = case.backend == "triton" and case.dtype != torch.float32 and min(case.dims["K"], case.dims["V"]) > 20
+    return tuple(name for name in names if name not in constant) if constant and wide and case.gates == -5.0 else None
 
 
-def chunk_cases(suite: Suite, **changes: Any) -> list[Case]:
-    """The chunk form of every op with each kind of decay: none, constant, per token and head, per channel.
+def check_pieces(case: Case) -> None:
+    """Also the gradients through the states handed over; a piece of one token, a cut inside a chunk."""
+    check_values(case, in_pieces(case, (1, case.tokens // 2 + 1)))
 
-    `changes` as in `plain_cases`; heads stay as given (`check_chunks` wants no gradient that needs many).
+
+WAYS: dict[str, Callable[[Case], Any]] = {
+    "pieces": check_pieces,
+    "rows": lambda case: check_values(case, by_rows(case)),
+    "state_alone": lambda case: check_values(case, use=("state",)),
+    "again": check_repeats,
+    "index_dtypes": check_index_dtypes,
+    **{kind: lambda case, kind=kind: check_strides(case, kind) for kind in STRIDES},
+}
+
+
+def ways_of_calling(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
+    """Ways to call the same problem: names in `WAYS`, and a case each.
+
+    Every way for every form, with every variant or with these in turn; dtypes, and `reverse` and `state_v_first`, in
+    turn. Exhaustive: with all combinations of them, and all ways with all strides.
     """
+    if not suite.every_way:
+        return _ways_in_turn(spec, suite)
+    found: list[tuple[str, Case]] = []
+    for i, case in enumerate(_whole_cases(spec, suite)):
+        strides = STRIDES if suite.exhaustive else [STRIDES[i % len(STRIDES)]]
+        ways = [way for way in ("rows", "pieces", "state_alone", *strides, "again") if is_possible(way, case)]
+        packed = suite.shortened(replace(case, tokens=suite.tokens_of(case.form, suite.packed)))
+        found += [(way, case) for way in ways]
+        found += [(way, packed) for way in (("index_dtypes", "again") if suite.exhaustive else ("index_dtypes",))]
+    return found
 
-    def of(spec: OpSpec) -> list[Case]:
-        gates = changes.get("gates", "ordinary") if spec.gates else "ordinary"
-        return plain_cases(spec, suite, **changes | {"gates": gates})
 
-    cases = [case for case in every_op(of) if case.form == "chunk" and case.variant.name != "g and g_gamma"]
-    return [replace(case, heads=changes.get("heads", case.heads)) for case in cases]
+def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
+    found = []
+    for i, way in enumerate(("pieces", "rows", STRIDES[len(spec.name) % 3], "again", "state_alone", "index_dtypes")):
+        dtype = suite.dtypes[i % len(suite.dtypes)]
+        tokens = suite.packed if way == "index_dtypes" else suite.long
+        if suite.steps is not None and way in ("again", "state_alone", "index_dtypes"):  # not about chunks
+            tokens = suite.tokens_of("recurrent", tokens)
+        cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=2)
+        found += [(way, case) for case in variant_in_turn([x for x in cases if is_possible(way, x)], suite, i)]
+    return found
 
 
-def check_chunks(case: Case) -> None:
-    """Values and gradients, but not that of a constant decay: one that needs its gradient is computed per token."""
-    check_values(case, needs=tuple(name for name in case.inputs() if name != "g_gamma"))
+def is_possible(way: str, case: Case) -> bool:
+    """Whether a way of calling needs states that the form has not."""
+    return way not in ("pieces", "state_alone") or (case.returns_state and case.takes_state)
+
+
+def _whole_cases(spec: OpSpec, suite: Suite) -> list[Case]:
+    """`plain_cases` of two rows, called in all ways or in turn: plainly, with everything, with one keyword.
+
+    A form with one variant gets a second problem, of another dtype.
+    """
+    if suite.exhaustive:
+        return plain_cases(spec, suite, all_callings=True, batch=2)
+    found = plain_cases(spec, suite, batch=2)
+    several = Counter(case.form for case in found)
+    found += [case for case in plain_cases(spec, suite, turn=1, batch=2) if several[case.form] == 1]
+    seen: Counter[str] = Counter()
+    for i, case in enumerate(found):
+        ways = calling_variants(spec, case.form, case.variant)
+        ways.insert(1, ways.pop())
+        found[i] = replace(case, variant=ways[seen[case.form] % len(ways)])
+        seen[case.form] += 1
+    return found
+
+
+def richest(cases: list[Case]) -> list[Case]:
+    """Of each form of each op, the case that leaves the fewest tensors out."""
+    found: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        key = case.spec.name, case.form
+        if key not in found or len(case.variant.without) < len(found[key].variant.without):
+            found[key] = case
+    return list(found.values())
+
+
+def same_forms(spec: OpSpec, suite: Suite) -> list[Case]:
+    """The forms that only call another one, on a batch and on a pack."""
+    cases = plain_cases(spec, replace(suite, same=True), scale=0.3)
+    cases = [case for case in cases if case.form in spec.same]
+    return [replace(case, tokens=tokens) for case in cases for tokens in (suite.long, suite.packed)]
+
+
+def compiled_cases(spec: OpSpec, suite: Suite) -> list[Case]:
+    """The first form as it is called by default, the last one with all that it takes, on a pack."""
+    plain = plain_cases(spec, suite)
+    packed = plain_cases(spec, suite, tokens=suite.packed)
+    if suite.exhaustive:
+        return alternating(plain, packed)
+    return [plain[0], richest(packed)[-1]]
+
+
+def alternating(first: list[Case], second: list[Case]) -> list[Case]:
+    return [(first, second)[i % 2][i] for i in range(len(first))]
 
 
 def contract(suite: Suite) -> type:
     """The test class of a suite: `class TestContract(contract(TORCH)): ...`"""
-    plain = every_op(lambda spec: plain_cases(spec, suite))
-    all_ways = every_op(lambda spec: plain_cases(spec, suite, all_callings=suite.thorough))
-    stateful = [case for case in all_ways if case.returns_state]
-    packed = every_op(lambda spec: plain_cases(spec, suite, tokens=PACKED[0]))
-    short = every_op(lambda spec: plain_cases(spec, suite, tokens=5, dtype=suite.dtypes[0]))
-    attending = every_op(lambda spec: plain_cases(spec, replace(suite, same=())))
-    attending = [case for case in attending if accepts(case, "output_attentions")]
-    wrong = every_op(lambda spec: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0])))
+
+    def over(make: Callable[[OpSpec, Suite], list]) -> list:
+        return every_op(lambda spec: make(spec, suite), suite)
+
+    few = 5 if suite.steps is None else 2
+    short = over(lambda spec, suite: plain_cases(spec, suite, tokens=few, dtype=suite.dtypes[0]))
+    short = short if suite.every_way else richest(short)
+    all_forms = over(lambda spec, suite: plain_cases(spec, replace(suite, same=True)))
+    wrong = over(lambda spec, suite: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0])))
 
     class OpContract:
-        @pytest.mark.parametrize("case", every_op(lambda spec: value_cases(spec, suite)), ids=str)
+        @pytest.mark.parametrize("case", over(value_cases), ids=str)
         def test_values_and_gradients(self, case):
             check_values(case)
 
-        @pytest.mark.parametrize("case", stateful, ids=str)
-        def test_pieces_are_the_whole(self, case):
-            """Also the gradients through the states handed over; a piece of one token, a cut inside a chunk."""
-            check_values(case, in_pieces(case, (1, case.tokens // 2 + 1)))
+        @pytest.mark.parametrize("way, case", over(ways_of_calling), ids=str)
+        def test_ways_of_calling(self, way, case):
+            """The same problem in pieces, row by row, strided, once more: the same results, or the same bits."""
+            WAYS[way](case)
 
-        @pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, suite, batch=2)), ids=str)
-        def test_a_row_alone_is_a_row_in_a_batch(self, case):
-            check_values(case, by_rows(case))
-
-        @pytest.mark.parametrize("case", packed, ids=str)
-        def test_index_dtypes_agree(self, case):
-            check_index_dtypes(case)
-
-        @pytest.mark.parametrize("case", gate_cases(suite), ids=str)
+        @pytest.mark.parametrize("case", over(gate_cases), ids=str)
         def test_extreme_gates(self, case):
             # a float64 op promises numbers there, not float64's last digits: running sums of -1e4 cost some
             check_values(case, needs=gradients_to_hold(case), eps=2.0**-22 if case.dtype == torch.float64 else None)
-
-        @pytest.mark.parametrize("case, kind", list(zip(plain, itertools.cycle(STRIDES), strict=False)), ids=str)
-        def test_strides(self, case, kind):
-            check_strides(case, kind)
-
-        @pytest.mark.parametrize("case", plain + packed if suite.thorough else alternating(plain, packed), ids=str)
-        def test_repeated_runs_are_bitwise_equal(self, case):
-            check_repeats(case)
-
-        @pytest.mark.parametrize("case", plain, ids=str)
-        def test_inputs_are_not_written_to(self, case):
-            check_inputs_unwritten(case)
-
-        @pytest.mark.parametrize("case", [case for case in plain if case.returns_state], ids=str)
-        def test_gradients_through_the_final_state_alone(self, case):
-            check_values(case, use=("state",))
 
         @pytest.mark.parametrize("case", short, ids=str)
         def test_gradient_of_one_input_alone(self, case):
             for name in case.inputs():
                 check_values(case, needs=(name,))
 
-        @pytest.mark.parametrize("case", alternating(plain, packed), ids=str)
+        @pytest.mark.parametrize("case", over(same_forms), ids=str)
+        def test_forms_that_call_another(self, case):
+            check_same_form(case)
+
+        @pytest.mark.parametrize("case", over(compiled_cases), ids=str)
         def test_compiles_as_one_graph(self, case):
             check_values(case, compiled(case))
 
-        @pytest.mark.parametrize("case", attending, ids=str)
+        @pytest.mark.parametrize("case", [x for x in all_forms if accepts(x, "output_attentions")], ids=str)
         def test_attentions(self, case):
             check_attentions(case)
 
-        @pytest.mark.parametrize("case", plain, ids=str)
+        @pytest.mark.parametrize("case", [x for x in short if accepts(x, "scale")], ids=str)
         def test_scale_none_is_the_default_scale(self, case):
-            keywords = good_call(case)
+            keywords, scale = good_call(case), case.spec.default_scale
             default, _ = case.function(**keywords)
-            given, _ = case.function(**keywords, scale=case.heads[1] ** -0.5)
+            given, _ = case.function(**keywords, scale=case.dims["K"] ** -0.5 if scale is None else scale)
             assert torch.equal(default, given)
 
         @pytest.mark.parametrize("bad", wrong, ids=str)
@@ -160,8 +252,23 @@ def contract(suite: Suite) -> type:
         def test_what_bad_calls_change_is_good(self, case):
             case.function(**good_call(case))
 
+    if suite.backend != "torch":
+        del OpContract.test_forms_that_call_another
     return OpContract
 
 
-def alternating(first: list[Case], second: list[Case]) -> list[Case]:
-    return [(first, second)[i % 2][i] for i in range(len(first))]
+def diagonal(*lists: list) -> list:
+    """The i-th item of the i-th list, and so on around."""
+    return [item for n, items in enumerate(lists) for i, item in enumerate(items) if i % len(lists) == n]
+
+
+def in_turn(*lists: list) -> list:
+    """All items: those of the `diagonal` for every suite, the others for the exhaustive one."""
+    return [
+        pytest.param(
+            *(item if isinstance(item, tuple) else (item,)),
+            marks=() if i % len(lists) == n else pytest.mark.exhaustive,
+        )
+        for n, items in enumerate(lists)
+        for i, item in enumerate(items)
+    ]

@@ -8,7 +8,7 @@ from fla.testing import TORCH, plain_cases
 from fla.testing.errors import good_call
 from tests.ops.suite import every_op
 
-each_case = pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, TORCH, tokens=5)), ids=str)
+each_case = pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, TORCH, tokens=5), TORCH), ids=str)
 
 
 def calling(case):

@@ -19,7 +19,7 @@ def inputs():
     return {name: x[name] for name in ("q", "k", "v")}
 
 
-@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, TORCH, tokens=5)), ids=str)
+@pytest.mark.parametrize("case", every_op(lambda spec: plain_cases(spec, TORCH, tokens=5), TORCH), ids=str)
 def test_triton_refuses_cpu_tensors(case):
     """A named backend that cannot run raises; nothing falls back."""
     assert not interpreting()
@@ -48,7 +48,7 @@ def test_backend_from_the_environment(inputs, monkeypatch):
 
 
 def test_first_use_of_an_op_logs_its_backend_once(inputs, caplog, monkeypatch):
-    monkeypatch.setattr("fla.backends._announced", set())
+    monkeypatch.setattr("fla.backends._logged", set())
     with caplog.at_level("INFO", logger="fla"):
         chunk_linear_attn(**inputs, normalize=False)
         chunk_linear_attn(**inputs, normalize=False)
@@ -69,7 +69,7 @@ def test_state_pair_without_normalize(inputs):
         chunk_linear_attn(**inputs, initial_state=pair, normalize=False)
     with pytest.raises(ValueError, match=r"initial_state.*3"):
         chunk_linear_attn(**inputs, initial_state=(*pair, pair[1]), normalize=True)
-    with pytest.raises(ValueError, match=r"z must have shape"):
+    with pytest.raises(ValueError, match=r"z in initial_state must have shape"):
         chunk_linear_attn(**inputs, initial_state=(pair[0], pair[1][:1]), normalize=True)
 
 

@@ -54,3 +54,20 @@ def test_public_forms_are_exported():
     for spec in REGISTRY.values():
         for function in spec.forms.values():
             assert getattr(fla.ops, function.__name__) is function
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
+def test_naive_functions_have_every_derivative(spec):
+    """Second ones, those of torch.func, forward mode: where the ops themselves raise and name the op."""
+    x = make_inputs(spec, {"T": 3, "K": 2, "V": 2}, torch.float64, variant=spec.variants[0])
+    first = next(iter(x))
+
+    def loss(value):
+        return spec.reference(**x | {first: value})[0].square().sum()
+
+    hessian = torch.autograd.functional.hessian(loss, x[first])
+    assert hessian.count_nonzero() > 0
+    torch.testing.assert_close(torch.func.hessian(loss)(x[first]), hessian)
+    gradient = torch.func.grad(loss)(x[first])
+    torch.testing.assert_close(torch.func.jvp(loss, (x[first],), (x[first],))[1], (gradient * x[first]).sum())
+    torch.testing.assert_close(torch.vmap(loss)(x[first][None]), loss(x[first])[None])

@@ -1,15 +1,21 @@
 """Decoding on states that the caller owns: in a pool, or overwritten in place. The torch backend, and every error."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fla.ops._spec import REGISTRY
 from fla.testing import TORCH
+from fla.testing.contract import accepts
+from fla.testing.inputs import state_names
+from fla.testing.runs import parts_of
 from tests.ops.stepping import Served, check_against_separate_calls, check_served, step_cases
 
-EVERY_OP = step_cases(TORCH, tokens=(2,), dtype=torch.float32)
+EVERY_WAY = step_cases(TORCH, tokens=(2,), dtype=torch.float32)
+EVERY_OP = list({(case.spec.name, case.form): case for case in EVERY_WAY}.values())  # the last variant, state turned
 
 
 @pytest.mark.parametrize("case", step_cases(TORCH), ids=str)
@@ -60,41 +66,69 @@ def test_final_state_only_when_asked_for(case):
         owned = served.owned()
         _, same = case.function(**served.keywords(owned, True) | {"output_final_state": False})
     assert state is None
-    assert (same[0] if isinstance(same, tuple) else same) is owned[0]
+    assert parts_of(same)[0] is owned[0]
 
 
-@pytest.mark.parametrize("indices", (None, (5, -1, 0, 3)), ids=("whole", "pool"))
-@pytest.mark.parametrize("case", EVERY_OP, ids=str)
-def test_compiles_as_one_graph(case, indices):
+def compiled(case):
     torch._dynamo.reset()
-    check_served(Served(case, indices=indices), torch.compile(case.function, fullgraph=True, backend="aot_eager"))
+    return torch.compile(case.function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("case", EVERY_OP, ids=str)
+def test_compiles_as_one_graph(case):
+    check_served(Served(case), compiled(case))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("indices", (None, (5, -1, 0, 3)), ids=("whole", "pool"))
+@pytest.mark.parametrize("case", EVERY_WAY, ids=str)
+def test_every_way_compiles_as_one_graph(case, indices):
+    check_served(Served(case, indices=indices), compiled(case))
+
+
+class Operators(TorchDispatchMode):
+    """The calls of the library's own operators within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fla":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("in_place", (False, True))
-def test_operators_are_registered_right(in_place):
+@pytest.mark.parametrize("case", EVERY_OP, ids=str)
+def test_operators_are_registered_right(case, in_place, monkeypatch):
     """Schema (what is written), fake results and tracing, by PyTorch's own check."""
-    served = Served(EVERY_OP[-1])
-    x, case = served.tensors, served.case
-    states = (x["q"], x["k"], x["v"], None, x["gk"], x["gv"], None, *served.owned(), None, served.state_indices)
-    tail = (0.3, True, False, case.backend) if in_place else (0.3, True, False, True, case.backend)
-    operator = torch.ops.fla.decay_step.default if in_place else torch.ops.fla.decay_step_fresh.default
-    torch.library.opcheck(operator, (*states, *tail))
+    served = Served(case)
+    with monkeypatch.context() as patched, Operators() as seen:
+        patched.setattr(torch.compiler, "is_compiling", lambda: True)  # the way of `torch.compile`
+        served.run(in_place)
+    assert seen.calls
+    for operator, args, keywords in seen.calls:
+        assert operator._schema.is_mutable == in_place
+        torch.library.opcheck(operator, args, keywords)
 
 
-def test_writing_in_place_is_seen_by_autograd():
-    served = Served(EVERY_OP[-1])
+@pytest.mark.parametrize("case", EVERY_OP, ids=str)
+def test_writing_in_place_is_seen_by_autograd(case):
+    served = Served(case)
     owned = served.owned()
     before = owned[0]._version
     served.run(True, owned=owned)
     assert owned[0]._version > before
 
 
-def test_under_inference_mode_and_autocast():
-    served = Served(replace(EVERY_OP[-1], dtype=torch.bfloat16))
+@pytest.mark.parametrize("case", EVERY_OP, ids=str)
+def test_under_inference_mode_and_autocast(case):
+    served = Served(replace(case, dtype=torch.bfloat16))
     expected, _, written = served.run(True)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         owned = served.owned()
-        o, _ = served.case.function(**served.keywords(owned, True))
+        o, _ = case.function(**served.keywords(owned, True))
         assert torch.equal(o, expected) and torch.equal(owned[0], written[0])
 
 
@@ -113,9 +147,13 @@ BAD = (
     bad(
         lambda x: {"state_indices": x["state_indices"].clamp(max=0)}, ValueError, r"state_indices must name a slot once"
     ),
-    bad(lambda x: {"reverse": True}, ValueError, r"reverse must be False"),
     bad(lambda x: {"initial_state": None}, ValueError, r"initial_state must be (a tensor|the pair)"),
 )
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY_OP if accepts(case, "reverse")], ids=str)
+def test_not_backwards_in_time(case):
+    test_bad_calls(case, lambda x: {"reverse": True}, ValueError, r"reverse must be False")
 
 
 @pytest.mark.parametrize("change, error, says", BAD)
@@ -133,23 +171,23 @@ BAD_STATES = (
     bad(lambda s: s.double(), TypeError, r"initial_state must be torch.float32.*float64"),
     bad(lambda s: s.bfloat16(), TypeError, r"initial_state must be torch.float32.*bfloat16"),
     bad(lambda s: torch.cat((s, s), -1)[..., : s.shape[-1]], ValueError, r"initial_state must be contiguous.*strides"),
-    bad(lambda s: s[0], ValueError, r"(initial_state|z) must have shape \[[PN]"),
+    bad(lambda s: s[0], ValueError, r"(PARTS) must have shape \[[PN]"),
     bad(lambda s: s.clone().requires_grad_(), ValueError, r"for inference: initial_state must not need a gradient"),
 )
 
 
-@pytest.mark.parametrize("part", (0, 1), ids=("S", "z"))
+PARTS = [(case, i) for case in EVERY_OP for i in range(len(state_names(case.spec, case.variant)))]
+
+
 @pytest.mark.parametrize("indices", (None, (5, -1, 0, 3)), ids=("whole", "pool"))
 @pytest.mark.parametrize("change, error, says", BAD_STATES)
-@pytest.mark.parametrize("case", EVERY_OP, ids=str)
+@pytest.mark.parametrize("case, part", PARTS, ids=str)
 def test_bad_states(case, change, error, says, indices, part):
-    """Nothing is written before both parts of a pair are known to be good."""
+    """Nothing is written before all parts of a state are known to be good."""
     served = Served(case, indices=indices)
     owned = list(served.owned())
-    if part == len(owned):
-        part = 0
     owned[part] = change(owned[part])
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=says.replace("PARTS", "|".join(served.names))):
         case.function(**served.keywords(tuple(owned), True))
     others = [pool for i, pool in enumerate(owned) if i != part]
     kept = [pool for i, pool in enumerate(served.owned()) if i != part]
@@ -170,7 +208,7 @@ def test_gradients_are_refused(case, in_place):
 
 
 def test_a_normalizer_is_needed_where_it_is_written():
-    served = Served(next(case for case in EVERY_OP if case.variant.settings.get("normalize")))
+    served = Served(next(case for case in EVERY_WAY if case.variant.settings.get("normalize")))
     keywords = served.keywords(served.owned(), True)
     with torch.no_grad(), pytest.raises(ValueError, match=r"initial_state must be the pair \(S, z\)"):
         served.case.function(**keywords | {"initial_state": keywords["initial_state"][0]})
@@ -178,8 +216,6 @@ def test_a_normalizer_is_needed_where_it_is_written():
 
 def test_new_parameters_move_no_other():
     """`inplace_final_state` and `state_indices` are keyword-only."""
-    import inspect
-
     for spec in REGISTRY.values():
         for function in spec.forms.values():
             parameters = inspect.signature(function).parameters

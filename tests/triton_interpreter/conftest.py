@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.suite import gaps
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -19,3 +21,9 @@ def _interpreting():
         pytest.exit(
             "tests/triton_interpreter needs TRITON_INTERPRET=1 in the environment (make test sets it)", returncode=2
         )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which ops these kernels leave out."""
+    for line in gaps("triton"):
+        terminalreporter.write_line(line)

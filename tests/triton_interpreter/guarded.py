@@ -1,14 +1,17 @@
-"""Memcheck without a GPU: joined packs, on tensors that end, or begin, at memory that may not be touched.
+"""Memcheck without a GPU: cases on tensors that end, or begin, at memory that may not be touched.
 
 `python -m tests.triton_interpreter.guarded` with TRITON_INTERPRET=1; an access outside of an input, an intermediate or
-an output ends the process with SIGSEGV. With the word `stray` it does one, to show that.
+an output ends the process with SIGSEGV. With the word `stray` it does one, to show that. What runs are the
+`guarded_cases` of the files beside this one: some, or with the word `everything` all.
 """
 
 import ctypes
+import importlib
 import math
 import mmap
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,10 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.backends.triton import _sequence
-from fla.backends.triton.decay import prepare
 from fla.testing.contract import Case, whole
-from tests.triton_interpreter import test_chunks
 
 PROT_NONE = 0
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -83,13 +83,11 @@ def main(words: list[str]) -> int:
     if words == ["stray"]:
         _stray_kernel[(1,)](guarded((7,), torch.float32, True), torch.zeros(8))
         return 0
-    prepare.JOINED_VECTORS = (torch.float16,)  # bfloat16 on a GPU, which the interpreter cannot do
-    for case in test_chunks.JOINED:
-        run_both(case)
-    _sequence.SHORTEST = 1
-    test_chunks.forget_plans()
-    for case in test_chunks.JOINED_SEGMENTS:
-        run_both(case)
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        module = importlib.import_module(f"tests.triton_interpreter.{path.stem}")
+        if hasattr(module, "guarded_cases"):
+            for case in module.guarded_cases(words == ["everything"]):
+                run_both(case)
     return 0
 
 

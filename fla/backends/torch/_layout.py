@@ -1,7 +1,7 @@
-"""Tokens as chunks: `[B, T, H, D] <-> [NC, H, C, D]`, zeros where a sequence ends inside a chunk.
+"""Cutting tokens into chunks: `[B, T, H, D] <-> [NC, H, C, D]`, with zeros after the end of a sequence.
 
-`steps` says in which order chunks follow each other: step `n` holds the `n`-th chunk of every sequence that has one,
-so that all sequences, packed or not, advance together.
+Step `n` of `Layout.steps` holds the `n`-th chunk of every sequence that has one, so that a loop over the steps advances
+all sequences together, packed or not.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,11 @@ from torch import Tensor
 
 
 class Layout:
-    """Of tensors `[B, T, ...]` of this shape, packed by `cu_seqlens` or not."""
+    """How tensors of one shape `[B, T, ...]`, packed by `cu_seqlens` or not, are cut into chunks.
+
+    `size` (C) is the number of tokens in a chunk, `counts` are the numbers of chunks of the sequences, and `num_chunks`
+    (NC) is their sum.
+    """
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device, chunk_size: int):
         self.batch, self.tokens = shape[:2]
@@ -30,7 +34,10 @@ class Layout:
         self.num_chunks = sum(self.counts)
 
     def _token_table(self, bounds: list[int]) -> Tensor:
-        """Token of every place `[NC, C]`; places after a sequence's end point at the zero row `T`."""
+        """Index of the token at every place of every chunk, `[NC, C]`.
+
+        After the end of a sequence it is T, where `split` puts a row of zeros.
+        """
         table = torch.full((sum(self.counts), self.size), self.tokens)
         row = 0
         for start, stop, count in zip(bounds, bounds[1:], self.counts, strict=False):
@@ -55,7 +62,7 @@ class Layout:
         return joined[None, : self.tokens]
 
     def steps(self) -> list[tuple[Tensor, Tensor]]:
-        """For every step the chunks and the sequences (states) they belong to."""
+        """For every step, the indices of its chunks and the indices of the sequences that they belong to."""
         return list(self._steps())
 
     def _steps(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,5 +1,4 @@
-"""Decoding on states that live in a pool, or that are overwritten: every family's ordinary forward between a gather and
-a write."""
+"""Decoding on states that the caller owns: gather the states, run the family's `forward`, write the results back."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ from fla.varlen import prepare_sequence_ids
 
 
 def stepping(forward: Callable[..., tuple[Tensor, Tensor | None, Any]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The `step` (`fla.backends._step`) of a backend with this `forward`."""
+    """The `step` of a backend that has this `forward`; `fla.backends._step` says what it must do."""
 
     def step(
         problem: Any, state_indices: Tensor | None, output_final_state: bool, in_place: bool, v_first: bool
@@ -27,7 +26,7 @@ def stepping(forward: Callable[..., tuple[Tensor, Tensor | None, Any]]) -> Calla
         final = final.mT if v_first else final
         skipped = None if state_indices is None else state_indices < 0
         if skipped is not None:
-            rows = skipped[:, None] if problem.cu_seqlens is None else skipped[_sequences(problem)][None]
+            rows = skipped[:, None] if problem.cu_seqlens is None else skipped[_sequence_ids(problem)][None]
             o = o.masked_fill(rows[(..., *[None] * (o.dim() - 2))], 0.0)
             if not in_place:
                 final = final.masked_fill(skipped[(..., *[None] * (final.dim() - 1))], 0.0)
@@ -42,5 +41,5 @@ def stepping(forward: Callable[..., tuple[Tensor, Tensor | None, Any]]) -> Calla
     return step
 
 
-def _sequences(problem: Any) -> Tensor:
+def _sequence_ids(problem: Any) -> Tensor:
     return prepare_sequence_ids(problem.cu_seqlens, problem.sizes[1]).long()

@@ -1,15 +1,16 @@
-"""The short sequences of a pack, computed as one row whose chunks hold several of them.
+"""A pack of short sequences is joined: computed as one row whose chunks hold several sequences each.
 
-A program for each sequence wastes what is empty in its last chunk, half a chunk on average. As one row a pack takes as
-many chunks as a single sequence of its length. With `f_i` the first token of the sequence of token i:
+With a program for each sequence, the last chunk of each is half empty on average. A joined pack takes as many chunks as
+one sequence of its length. Let f_i be the first token of the sequence that token i belongs to:
 
-    scores                          the pairs j <= i with j >= f_i
-    the state before a chunk        reaches the rows with f_i before the chunk
-    the state behind it             takes the rows with the f of the chunk's last row, and keeps what it had if that f
-                                    lies before the chunk
+- The scores of a chunk are those of the pairs j <= i with j >= f_i.
+- The state before a chunk reaches the rows i whose f_i lies before the chunk.
+- The state after a chunk takes the rows i whose f_i is that of the chunk's last row. It keeps what it held before the
+  chunk if that f_i lies before the chunk, and drops it otherwise.
 
-and the same in reverse for gradients of states. Sequences with initial or final states have programs of their own. (As
-within a sequence, a NaN or an infinity reaches all tokens of its chunk, here those of other sequences too.)
+Gradients of states follow the same rules in reverse. Packs with initial or final states are not joined: each of their
+sequences has programs of its own. (A NaN or an infinity reaches all tokens of its chunk. In a joined pack these may
+belong to other sequences.)
 """
 
 import torch
@@ -20,14 +21,14 @@ from torch import Tensor
 from fla.backends.triton._launch import ceil_div, launch
 
 BLOCK = tl.constexpr(1024)
-SHORT_AVERAGE = 4096  # tokens a sequence on average, up to which a pack is joined
+SHORT_AVERAGE = 4096  # a pack is joined if its sequences have at most so many tokens on average
 
 
 @triton.jit(do_not_specialize=["T", "N"])
 def begins_kernel(cu_seqlens, begins, T, N):
-    """`begins` `[T]`: the first token of the sequence of each token."""
+    """Writes `begins` `[T]`: the first token of each token's sequence."""
     o_t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_n = tl.zeros([BLOCK], tl.int32)  # the last sequence that begins at the token or before it, found by halving
+    b_n = tl.zeros([BLOCK], tl.int32)  # bisection for the last sequence that begins at or before the token
     b_last = b_n + N - 1
     while tl.max(b_last - b_n, 0) > 0:
         b_middle = (b_n + b_last + 1) // 2
@@ -38,9 +39,9 @@ def begins_kernel(cu_seqlens, begins, T, N):
 
 
 def join(cu_seqlens: Tensor | None, T: int, has_states: bool) -> Tensor | None:
-    """`begins` `[T]` if the T tokens are a pack of short sequences, which is to be computed as one row, else None.
+    """`begins` `[T]` if the pack of T tokens is to be joined, else None.
 
-    This is decided from shapes alone. `has_states`: whether initial or final states, or gradients of them, are in play.
+    Shapes alone decide. `has_states`: whether there are initial or final states, or gradients of them.
     """
     if cu_seqlens is None or has_states:
         return None

@@ -1,10 +1,24 @@
-"""Token by token, for the decay per value channel that only the recurrent form has.
+"""The recurrent form, for decays per value channel, which only this form has.
 
-forward in time:   S_t = e^{gk_t} S_{t-1} e^{gv_t} + k_t v_t^T      o_t = scale S_t^T q_t       dq_t = scale S_t do_t
-backward in time:  dS_t += scale q_t do_t^T     dk_t = dS_t v_t     dv_t = dS_t^T k_t           dS_{t-1} = e^{gk_t}
-dS_t e^{gv_t}
-dgk_t = sum_{s >= t} (q dq - k dk)_s + rowsum(S_T * dS_T)           dgv_t = sum_{s >= t} (o do - v dv)_s + colsum(S_T
-* dS_T)
+`S_t` is the state after token t, and `dS_t` its gradient.
+
+Forward in time:
+
+    S_t  = e^{gk_t} S_{t-1} e^{gv_t} + k_t v_t^T
+    o_t  = scale S_t^T q_t
+    dq_t = scale S_t do_t
+
+Backward in time:
+
+    dS_t += scale q_t do_t^T
+    dk_t = dS_t v_t
+    dv_t = dS_t^T k_t
+    dS_{t-1} = e^{gk_t} dS_t e^{gv_t}
+
+From these, with T the last token:
+
+    dgk_t = sum_{s >= t} (q dq - k dk)_s + rowsum(S_T * dS_T)
+    dgv_t = sum_{s >= t} (o do - v dv)_s + colsum(S_T * dS_T)
 """
 
 import torch
@@ -15,7 +29,7 @@ from fla.backends.torch._layout import Layout
 
 
 def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    o, state, _ = _run(problem, dtype)
+    o, state, _ = _forward_in_time(problem, dtype)
     return o.to(problem.output_dtype), state if output_final_state else None
 
 
@@ -23,8 +37,8 @@ def backward(
     problem: Problem, do: Tensor, dht: Tensor | None, needs_gates: bool, dtype: torch.dtype
 ) -> dict[str, Tensor | None]:
     do = do.to(dtype)
-    o, final_state, dq = _run(problem, dtype, do)
-    layout, q, k, v, decays = _tokens(problem, dtype)
+    o, final_state, dq = _forward_in_time(problem, dtype, do)
+    layout, q, k, v, decays = _token_by_token(problem, dtype)
     d_out = layout.split(do)[:, :, 0] * problem.scale
     dk, dv = torch.empty_like(q), torch.empty_like(v)
     end = problem.q.new_zeros(problem.state_shape, dtype=dtype) if dht is None else dht.to(dtype)
@@ -33,7 +47,7 @@ def backward(
         state[row] += q[token][..., None] * d_out[token][..., None, :]
         dk[token] = (state[row] @ v[token][..., None])[..., 0]
         dv[token] = (k[token][..., None, :] @ state[row])[..., 0, :]
-        state[row] *= _product(decays, token)
+        state[row] *= _decay_of_state(decays, token)
     dk, dv = layout.join(dk[:, :, None]), layout.join(dv[:, :, None])
     dgk = dgv = dg = None
     if needs_gates:
@@ -45,8 +59,8 @@ def backward(
     return {"q": dq, "k": dk, "v": dv, "g": dg, "gk": dgk, "gv": dgv, "initial_state": state}
 
 
-def _tokens(problem: Problem, dtype: torch.dtype):
-    """The tensors token by token: `[tokens, H, D]`, and the decays of the key and of the value axis."""
+def _token_by_token(problem: Problem, dtype: torch.dtype):
+    """The layout, q, k and v as `[tokens, H, D]`, and the decays of key and value channels (each may be None)."""
     layout = Layout(problem.q.shape, problem.cu_seqlens, problem.q.device, 1)
     q, k, v = (layout.split(x.to(dtype))[:, :, 0] for x in (problem.q, problem.k, problem.v))
     key = problem.gk
@@ -60,8 +74,8 @@ def _tokens(problem: Problem, dtype: torch.dtype):
     return layout, q, k, v, [None if x is None else layout.split(x)[:, :, 0] for x in gates]
 
 
-def _product(decays: list[Tensor | None], token: Tensor) -> Tensor | float:
-    """`e^{gk} (x) e^{gv}` of some tokens, to scale states `[., H, K, V]` with."""
+def _decay_of_state(decays: list[Tensor | None], token: Tensor) -> Tensor | float:
+    """The outer product of `e^{gk}` and `e^{gv}` of some tokens, which multiplies states `[., H, K, V]`."""
     key, value = decays
     result: Tensor | float = 1.0
     if key is not None:
@@ -71,16 +85,16 @@ def _product(decays: list[Tensor | None], token: Tensor) -> Tensor | float:
     return result
 
 
-def _run(problem: Problem, dtype: torch.dtype, do: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final states, and the gradient of q (void without `do`): all that the forward direction can give."""
-    layout, q, k, v, decays = _tokens(problem, dtype)
+def _forward_in_time(problem: Problem, dtype: torch.dtype, do: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, final states and the gradient of q, which is undefined without `do`."""
+    layout, q, k, v, decays = _token_by_token(problem, dtype)
     d_out = None if do is None else layout.split(do)[:, :, 0]
     o, dq = torch.empty_like(v), torch.empty_like(q)
     state = problem.q.new_zeros(problem.state_shape, dtype=dtype)
     if problem.initial_state is not None:
         state += problem.initial_state
     for token, row in layout.steps():
-        state[row] = state[row] * _product(decays, token) + k[token][..., None] * v[token][..., None, :]
+        state[row] = state[row] * _decay_of_state(decays, token) + k[token][..., None] * v[token][..., None, :]
         o[token] = (q[token][..., None, :] @ state[row])[..., 0, :]
         if d_out is not None:
             dq[token] = (state[row] @ d_out[token][..., None])[..., 0]
@@ -89,7 +103,7 @@ def _run(problem: Problem, dtype: torch.dtype, do: Tensor | None = None) -> tupl
 
 
 def _suffix_sums(layout: Layout, row: Tensor, change: Tensor) -> Tensor:
-    """Sum over the later tokens of the same sequence, and the final state's share."""
+    """The sum of `row` from every token to the end of its sequence, plus `change`, the share of the final state."""
     row = layout.split(row)[:, :, 0]
     running = change.clone()
     sums = torch.empty_like(row)

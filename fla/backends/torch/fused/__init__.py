@@ -1,7 +1,7 @@
 """The family `fused` in PyTorch: any device, any float dtype, `torch.compile`, gradients by autograd.
 
-The contract is `fla/backends/fused.py`. Arithmetic is float32 (float64 for float64); what a gradient needs is kept in
-the dtype it came in, and recomputed where keeping it would cost an activation more.
+`fla/backends/fused.py` says what each function computes. Arithmetic is float32 (float64 for float64). Tensors that a
+gradient needs are kept in their own dtype, or recomputed if keeping them would mean one more activation in memory.
 """
 
 from fla.backends.torch.fused.conv import DepthwiseConv, conv, conv_step, token_shift

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64: the dtype in which sums and statistics of `x` are formed."""
+    """The dtype in which sums and statistics of `x` are computed: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands of a matrix product as `torch.autocast` would cast them (float64 stays).
+    """The operands of a matrix product, cast as `torch.autocast` would cast them; float64 stays float64.
 
-    Needed in front of an autograd Function: inside one, autograd does not see the casts.
+    An autograd Function needs its inputs cast beforehand, since autograd does not see casts inside it.
     """
     device = next(x.device.type for x in tensors if x is not None)
     if not torch.is_autocast_enabled(device):
@@ -33,9 +33,10 @@ def gradients_with_graph(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `plain(*inputs)` that can be differentiated again.
 
-    For the backward of a Function whose own formulas are written to save memory, not to be differentiated.
+    The backward of an autograd Function calls it if the Function's own formulas save memory but cannot be
+    differentiated.
     """
-    # views, so that an input that was computed from another one counts as independent of it
+    # views, because an input may have been computed from another one and must count as independent of it
     views = [x if x is None else x.view_as(x) for x in inputs]
     wanted = [x for x, need in zip(views, needed, strict=True) if need and x is not None]
     grads = iter(torch.autograd.grad(plain(*views), wanted, upstream, create_graph=True))

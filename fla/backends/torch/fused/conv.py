@@ -1,8 +1,8 @@
 """Depthwise causal convolution and token shift, with state and packing.
 
-Both read a few tokens back. Sequences with context, packed or not, become ordinary rows by putting every sequence's
-context (its state, or zeros) in front of it: `_Extended`. That needs no value of `cu_seqlens`, so it never waits for a
-GPU.
+Both read a few tokens before the current one. If sequences have a state or are packed, every sequence's context (its
+state, or zeros) is put in front of its tokens, which makes them ordinary rows: `_WithContext`. The sizes of these rows
+do not depend on the values in `cu_seqlens`, so that nothing waits for the GPU.
 """
 
 from typing import NamedTuple
@@ -22,10 +22,10 @@ def _depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """`y[t] = sum_j weight[:, j] x[t - (W - 1) + j]`, zeros before the start; x [B, T, D], weight [D, W], y wide.
+    """`y[t] = sum_j weight[:, j] x[t - (W - 1) + j]` with zeros before the start, for x [B, T, D], weight [D, W].
 
-    Explicit because shifted multiply-adds are several times faster than a grouped convolution on a CPU, and autograd
-    would keep every shifted copy.
+    The result is in the wide dtype. The sum of shifted products is several times faster on a CPU than a grouped
+    convolution. Its gradient is written by hand because autograd would keep every shifted copy.
     """
 
     @staticmethod
@@ -33,8 +33,8 @@ class DepthwiseConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         u, taps = x.to(wide_dtype(x)), weight.to(wide_dtype(x)).t().contiguous()
         T, y = x.shape[1], u * taps[-1]
-        for back in range(1, min(len(taps), T)):
-            y[:, back:].addcmul_(u[:, : T - back], taps[-1 - back])
+        for lag in range(1, min(len(taps), T)):
+            y[:, lag:].addcmul_(u[:, : T - lag], taps[-1 - lag])
         return y
 
     @staticmethod
@@ -44,64 +44,67 @@ class DepthwiseConv(torch.autograd.Function):
             return gradients_with_graph(_depthwise_conv, (x, weight), ctx.needs_input_grad, dy)
         u, taps = x.to(dy.dtype), weight.to(dy.dtype).t().contiguous()
         T, dx, dweight = x.shape[1], None, None
-        reach = range(min(len(taps), T))
+        lags = range(min(len(taps), T))
         if ctx.needs_input_grad[0]:
             dx = dy * taps[-1]
-            for back in reach[1:]:
-                dx[:, : T - back].addcmul_(dy[:, back:], taps[-1 - back])
+            for lag in lags[1:]:
+                dx[:, : T - lag].addcmul_(dy[:, lag:], taps[-1 - lag])
             dx = dx.to(x.dtype)
         if ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(taps)
-            for back in reach:
-                dweight[-1 - back] = (u[:, : T - back] * dy[:, back:]).sum((0, 1))
+            for lag in lags:
+                dweight[-1 - lag] = (u[:, : T - lag] * dy[:, lag:]).sum((0, 1))
             dweight = dweight.t().to(weight.dtype)
         return dx, dweight
 
 
-class _Extended(NamedTuple):
-    """Rows in which every sequence stands behind its context of `width` tokens."""
+class _WithContext(NamedTuple):
+    """Rows in which `width` tokens of context precede every sequence."""
 
     rows: Tensor  # [B, width + T, D], packed [1, N width + T, D]
-    tokens: Tensor | None  # packed: where the tokens of the input are now, [T]
+    tokens: Tensor | None  # packed: the places of the input's tokens in the row, [T]
     width: int
     cu_seqlens: Tensor | None
 
     def take(self, y: Tensor) -> Tensor:
-        """The part of `y` (laid out like `rows`) that belongs to the input's tokens."""
+        """The places of `y`, a tensor shaped like `rows`, that belong to the input's tokens."""
         return y[:, self.width :] if self.tokens is None else y.index_select(1, self.tokens)
 
     def last(self) -> Tensor:
-        """The last `width` tokens of every sequence, context included, `[N, width, D]`."""
+        """The last `width` tokens of every sequence `[N, width, D]`, which are partly context if it is shorter."""
         if self.cu_seqlens is None:
             return self.rows[:, self.rows.shape[1] - self.width :]
-        ends = self.cu_seqlens[1:].long() + self.width * _count(self.cu_seqlens, first=1)
-        return self.rows[0][_span(ends - self.width, self.width)]
+        ends = self.cu_seqlens[1:].long() + self.width * _sequence_numbers(self.cu_seqlens, first=1)
+        return self.rows[0][_ranges(ends - self.width, self.width)]
 
 
-def _count(cu_seqlens: Tensor, first: int = 0) -> Tensor:
+def _sequence_numbers(cu_seqlens: Tensor, first: int = 0) -> Tensor:
+    """The sequences, numbered from `first` on, `[N]`."""
     return torch.arange(first, first + cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
 
 
-def _span(starts: Tensor, width: int) -> Tensor:
+def _ranges(starts: Tensor, width: int) -> Tensor:
+    """The indices `start, ..., start + width - 1` of every start, `[N, width]`."""
     return starts[:, None] + torch.arange(width, device=starts.device)
 
 
-def _extend(x: Tensor, context: Tensor | None, width: int, cu_seqlens: Tensor | None) -> _Extended:
+def _put_context_in_front(x: Tensor, context: Tensor | None, width: int, cu_seqlens: Tensor | None) -> _WithContext:
     """Put `context` [N, width, D], or zeros, in front of the sequences of `x`."""
     dtype = x.dtype if context is None else torch.promote_types(x.dtype, context.dtype)
     if cu_seqlens is None:
         context = x.new_zeros(x.shape[0], width, x.shape[2]) if context is None else context
-        return _Extended(torch.cat((context.to(dtype), x.to(dtype)), 1), None, width, None)
+        return _WithContext(torch.cat((context.to(dtype), x.to(dtype)), 1), None, width, None)
     N, T = cu_seqlens.shape[0] - 1, x.shape[1]
     tokens = torch.arange(T, device=x.device) + width * (prepare_sequence_ids(cu_seqlens, T).long() + 1)
     row = x.new_zeros(T + N * width, x.shape[2], dtype=dtype).index_copy(0, tokens, x[0].to(dtype))
     if context is not None:
-        slots = _span(cu_seqlens[:-1].long() + width * _count(cu_seqlens), width)
+        slots = _ranges(cu_seqlens[:-1].long() + width * _sequence_numbers(cu_seqlens), width)
         row = row.index_copy(0, slots.flatten(), context.flatten(0, 1).to(dtype))
-    return _Extended(row[None], tokens, width, cu_seqlens)
+    return _WithContext(row[None], tokens, width, cu_seqlens)
 
 
 def _finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None, like: Tensor) -> Tensor:
+    """`activation(y + bias) + residual` in the dtype of `like`; the only activation is silu."""
     y = y if bias is None else y + bias
     y = y if activation is None else F.silu(y)
     return (y if residual is None else y + residual).to(like.dtype)
@@ -124,9 +127,9 @@ def conv(
             state = F.pad(x[:, -W:], (0, 0, max(W - x.shape[1], 0), 0))
     else:
         context = None if initial_state is None else initial_state.transpose(1, 2)
-        extended = _extend(x, context, W, cu_seqlens)
-        y = extended.take(DepthwiseConv.apply(extended.rows, weight))
-        state = extended.last() if output_final_state else None
+        with_context = _put_context_in_front(x, context, W, cu_seqlens)
+        y = with_context.take(DepthwiseConv.apply(with_context.rows, weight))
+        state = with_context.last() if output_final_state else None
     if state is not None:
         state = state.transpose(1, 2).to(x.dtype if initial_state is None else initial_state.dtype)
         state = state.clone(memory_format=torch.contiguous_format)  # never a view of the input
@@ -143,8 +146,8 @@ def conv_step(
 
 
 def token_shift(x: Tensor, cu_seqlens: Tensor | None, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-    extended = _extend(x, None if cache is None else cache.unsqueeze(1), 1, cu_seqlens)
-    rows = extended.rows
-    before = rows[:, :-1] if extended.tokens is None else rows.index_select(1, extended.tokens - 1)
-    last = extended.last().squeeze(1).to(x.dtype if cache is None else cache.dtype)
+    with_context = _put_context_in_front(x, None if cache is None else cache.unsqueeze(1), 1, cu_seqlens)
+    rows = with_context.rows
+    before = rows[:, :-1] if with_context.tokens is None else rows.index_select(1, with_context.tokens - 1)
+    last = with_context.last().squeeze(1).to(x.dtype if cache is None else cache.dtype)
     return (before - x).to(x.dtype), last.clone()

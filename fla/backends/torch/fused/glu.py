@@ -1,4 +1,4 @@
-"""Gated linear units: `z = activation(x) * y`, alone or in front of a linear map."""
+"""Gated linear units: `activation(x) * y`, alone or followed by a linear map."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,8 @@ def _plain(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, act
 
 
 def _product(x: Tensor, y: Tensor, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](x.to(wide_dtype(x))).mul_(y).to(x.dtype)
+    # not in place: PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward has such an operation
+    return (ACTIVATIONS[activation](x.to(wide_dtype(x))) * y).to(x.dtype)
 
 
 def _product_gradient(x: Tensor, y: Tensor, dz: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def _product_gradient(x: Tensor, y: Tensor, dz: Tensor, activation: str) -> tupl
 
 
 class _Glu(torch.autograd.Function):
-    """Keeps `x` and `y` only; autograd would keep the activation too."""
+    """`activation(x) * y`. It keeps only `x` and `y`; autograd would also keep the activation."""
 
     @staticmethod
     def forward(ctx, x, y, activation):
@@ -51,7 +52,7 @@ class _Glu(torch.autograd.Function):
 
 
 class _GluLinear(torch.autograd.Function):
-    """Keeps `x`, `y` and the weight; the product that the linear map needs is computed again."""
+    """`(activation(x) * y) @ weight.T + bias`. It keeps the inputs and recomputes the product in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, activation):

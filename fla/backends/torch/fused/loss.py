@@ -1,4 +1,4 @@
-"""Cross entropy over logits, and over the output of a linear map whose logits never exist all at once."""
+"""Cross entropy of logits, and of a linear map whose logits never exist all at once."""
 
 import functools
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from torch import Tensor
 from fla.backends.fused import CrossEntropy
 from fla.backends.torch.fused._common import autocast, creating_graph, gradients_with_graph, wide_dtype
 
-_CHUNK = 2**24  # elements of a wide temporary in `cross_entropy`: 64 MiB in float32
+_CHUNK_ELEMENTS = 2**24  # elements of a wide temporary in `cross_entropy`: 64 MiB in float32
 
 
 class _Scores(NamedTuple):
-    """Scores `z` of rows of logits, each row as its distance `below` its largest score, `top` [N, 1].
+    """The scores `z = top + below` of rows of logits: `top` [N, 1] is a row's largest score, and `below` <= 0.
 
-    A loss is a difference of scores. At a common offset of 10^6 a float32 score has no digits behind the point, so no
-    loss is formed from the scores themselves.
+    A loss is a difference of scores. If all scores of a row are near 10^6, float32 rounds them to multiples of 1/16,
+    so losses are computed from `below`, which holds the differences.
     """
 
     below: Tensor
@@ -27,13 +27,13 @@ class _Scores(NamedTuple):
 
 
 def _scores(logits: Tensor, options: CrossEntropy) -> _Scores:
-    """The scores of wide `logits`, which the caller gives up: the result takes their memory where it can."""
+    """The scores of `logits` in a wide dtype, whose memory is overwritten where possible."""
     scale, cap = options.logit_scale, options.logit_softcapping
     if cap is not None:
         z = torch.tanh(logits * (scale / cap)) * cap
         top = z.detach().amax(-1, keepdim=True)
         return _Scores(z - top, top)
-    # before the scale, whose product would round the offset into the differences
+    # subtract before scaling: the product with an offset would round the differences away
     peak = logits.detach().amax(-1, keepdim=True) if scale >= 0 else logits.detach().amin(-1, keepdim=True)
     below = logits.sub_(peak)
     return _Scores(below if scale == 1.0 else below.mul_(scale), peak * scale)
@@ -44,7 +44,7 @@ def _wide_scores(logits: Tensor, options: CrossEntropy) -> _Scores:
 
 
 def _losses(scores: _Scores, target: Tensor, options: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, z-loss (its part that comes from `lse_square_scale`) and log-sum-exp below `top` [N, 1] of every row."""
+    """For every row the loss [N], its z-loss part [N], which comes from `lse_square_scale`, and `lse - top` [N, 1]."""
     below, ignored = scores.below, target == options.ignore_index
     lse = below.exp().sum(-1, keepdim=True).log()
     chosen = below.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1))
@@ -60,13 +60,13 @@ def _loss(logits: Tensor, target: Tensor, options: CrossEntropy) -> Tensor:
 
 
 def _gradient(scores: _Scores, target: Tensor, lse: Tensor, dloss: Tensor, options: CrossEntropy) -> Tensor:
-    """Gradient with respect to the logits of `sum(dloss * loss)`, one row per target; `lse` as `_losses` returns it."""
+    """The gradient of `sum(dloss * loss)` with respect to the logits [N, V]; `lse` is the third result of `_losses`."""
     ignored = target == options.ignore_index
     dz = (scores.below - lse).exp_().mul_(1 + 2 * options.lse_square_scale * (lse + scores.top))
     if options.label_smoothing:
         dz.sub_(options.label_smoothing / dz.shape[-1])
-    at = target.masked_fill(ignored, 0).unsqueeze(-1)
-    dz.scatter_add_(-1, at, torch.full_like(at, options.label_smoothing - 1, dtype=dz.dtype))
+    target_column = target.masked_fill(ignored, 0).unsqueeze(-1)
+    dz.scatter_add_(-1, target_column, torch.full_like(target_column, options.label_smoothing - 1, dtype=dz.dtype))
     dz.mul_((dloss.masked_fill(ignored, 0) * options.logit_scale).unsqueeze(-1))
     if options.logit_softcapping is not None:
         dz.mul_(1 - (scores.full() / options.logit_softcapping).square_())
@@ -74,11 +74,11 @@ def _gradient(scores: _Scores, target: Tensor, lse: Tensor, dloss: Tensor, optio
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Rows are worked off in chunks, so that no wide copy of all logits is made."""
+    """Cross entropy of logits. Rows are processed in chunks, so that no wide copy of all logits is made."""
 
     @staticmethod
     def forward(ctx, logits, target, options):
-        step = max(1, _CHUNK // max(logits.shape[1], 1))
+        step = max(1, _CHUNK_ELEMENTS // max(logits.shape[1], 1))
         parts = [
             _losses(_wide_scores(logits[i : i + step], options), target[i : i + step], options)
             for i in range(0, max(len(logits), 1), step)
@@ -95,7 +95,7 @@ class _CrossEntropy(torch.autograd.Function):
         if creating_graph():
             plain = functools.partial(_loss, target=target, options=ctx.options)
             return *gradients_with_graph(plain, (logits,), ctx.needs_input_grad[:1], dloss), None, None
-        # a compiled graph plans its own memory and may not write to what another part of it reads
+        # not in a compiled graph, which plans its memory itself and may still read the logits
         inplace = ctx.options.inplace_backward and not torch.compiler.is_compiling()
         dlogits = logits if inplace else torch.empty_like(logits)
         for i in range(0, len(logits), ctx.step):
@@ -110,7 +110,7 @@ def cross_entropy(logits: Tensor, target: Tensor, options: CrossEntropy) -> tupl
 
 
 def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """`a @ b` with a wide result: rounding logits to bfloat16 would cost more than all else together."""
+    """`a @ b` with a wide result: rounding the logits to bfloat16 would be the largest error of the loss."""
     if a.dtype == wide:
         return a @ b
     if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
@@ -119,22 +119,23 @@ def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are formed with the loss, chunk by chunk, while the chunk's logits are there; backward scales them.
+    """Cross entropy of a linear map.
 
-    They are kept before the division by the number of targets, which float16 could not hold.
+    The forward pass computes the gradients too, chunk by chunk, while a chunk's logits exist; the backward pass scales
+    them. They are kept before the division by the number of targets, whose results may be too small for float16.
     """
 
     @staticmethod
     def forward(ctx, x, target, weight, bias, num_chunks, wide_weight_grad, need_grad, mean, options):
         wide = wide_dtype(x)
-        dtype = x.dtype if x.is_cuda else wide  # no tensor cores: one cast instead of one per chunk
+        dtype = x.dtype if x.is_cuda else wide  # without tensor cores, products run in the wide dtype: cast once
         u, w = x.to(dtype), weight.to(dtype)
         needs = [need_grad and need for need in ctx.needs_input_grad]
         dx = torch.empty_like(x) if needs[0] else None
         dweight = torch.zeros_like(weight, dtype=wide if wide_weight_grad else None) if needs[2] else None
         dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[3] else None
         total, step = x.new_zeros((), dtype=wide), max(1, -(-len(x) // num_chunks))
-        with torch.autocast(x.device.type, enabled=False):  # its casts would undo the choice made here
+        with torch.autocast(x.device.type, enabled=False):  # autocast would undo the choice of dtypes made here
             for i in range(0, len(x), step):
                 rows = slice(i, i + step)
                 logits = _matmul(u[rows], w.t(), wide)

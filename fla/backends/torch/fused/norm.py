@@ -1,4 +1,4 @@
-"""Norms, alone, with a residual, a gate or a linear map."""
+"""Norms, alone or together with a residual, a gate or a linear map."""
 
 import functools
 
@@ -11,45 +11,47 @@ from fla.backends.torch.fused._common import autocast, creating_graph, gradients
 from fla.backends.torch.fused.glu import ACTIVATIONS
 
 
-def _root_norm(x: Tensor, weight: Tensor | None, eps: float, share: float) -> Tensor:
+def _root_norm(x: Tensor, weight: Tensor | None, eps: float, sum_scale: float) -> Tensor:
     u = x.to(wide_dtype(x))
-    y = u * torch.rsqrt(u.square().sum(-1, keepdim=True) * share + eps)
+    y = u * torch.rsqrt(u.square().sum(-1, keepdim=True) * sum_scale + eps)
     return y if weight is None else y * weight
 
 
 class _RootNorm(torch.autograd.Function):
-    """`y = x * r * weight`, `r = rsqrt(share * sum(x^2) + eps)` over the last axis; `share` is 1/D for RMS, 1 for L2.
+    """`y = x * r * weight` with `r = rsqrt(sum_scale * sum(x^2) + eps)` over the last axis.
 
-    Explicit because autograd would keep three wide copies of `x`, this keeps `x` as it came and one number a row.
+    `sum_scale` is 1/D for the RMS norm and 1 for the L2 norm. The gradient is written by hand because autograd would
+    keep three wide copies of `x`; this keeps `x` in its own dtype and one number per row.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, eps, share):
+    def forward(ctx, x, weight, eps, sum_scale):
         u = x.to(wide_dtype(x))
-        root = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().mul_(share).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, root)
-        ctx.eps, ctx.share = eps, share
-        y = u * root
-        return y if weight is None else y.mul_(weight)
+        # nothing in place: PyTorch 2.11 compiles a wrong gradient for an autograd Function whose forward has that
+        inverse_root = torch.rsqrt(torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() * sum_scale + eps)
+        ctx.save_for_backward(x, weight, inverse_root)
+        ctx.eps, ctx.sum_scale = eps, sum_scale
+        y = u * inverse_root
+        return y if weight is None else (y * weight).to(y.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, root = ctx.saved_tensors
+        x, weight, inverse_root = ctx.saved_tensors
         if creating_graph():
-            plain = functools.partial(_root_norm, eps=ctx.eps, share=ctx.share)
+            plain = functools.partial(_root_norm, eps=ctx.eps, sum_scale=ctx.sum_scale)
             return *gradients_with_graph(plain, (x, weight), ctx.needs_input_grad[:2], dy), None, None
-        unit = x.to(root.dtype) * root
+        unit = x.to(inverse_root.dtype) * inverse_root
         product, dweight = dy * unit, None
         if weight is not None:
             if ctx.needs_input_grad[1]:
                 dweight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
             product, dy = product.mul_(weight), dy * weight
-        along = product.sum(-1, keepdim=True).mul_(ctx.share)
-        return (dy - unit.mul_(along)).mul_(root).to(x.dtype), dweight, None, None
+        projection = product.sum(-1, keepdim=True).mul_(ctx.sum_scale)
+        return (dy - unit.mul_(projection)).mul_(inverse_root).to(x.dtype), dweight, None, None
 
 
 def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms: bool) -> Tensor:
-    """RMS or layer norm over the last axis, result wide."""
+    """RMS or layer norm over the last axis, in the wide dtype."""
     wide = wide_dtype(x)
     if not is_rms:
         weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
@@ -102,7 +104,7 @@ def norm_linear(
         y, linear_weight, linear_bias = autocast(y, linear_weight, linear_bias)
         return F.linear(y, linear_weight.to(y.dtype), None if linear_bias is None else linear_bias.to(y.dtype))
 
-    # the normalised activation is what the linear map would keep; recomputing it costs no matrix product
+    # the linear map would keep the normalised activation, which can be recomputed without a matrix product
     tensors = (x, weight, bias, residual, gate, linear_weight, linear_bias)
     return checkpoint(compute, *tensors, use_reentrant=False, preserve_rng_state=False)
 

@@ -1,16 +1,16 @@
-"""The family `decay` on Triton: the one-pass forward, the backward by roles, the recurrent kernels.
+"""The family `decay` on Triton: chunk by chunk in 16 bits, token by token otherwise.
 
 | file | what is in it |
 | --- | --- |
+| `_decay.py` | what the chunk kernels share: the kinds of decay |
 | `prepare.py` | what is computed of the gates first, and what a forward keeps for its backward |
-| `_decay.py` | what the chunk kernels share |
-| `segments.py` | what segments of a sequence add to the states |
+| `segments.py` | what each segment of a sequence adds to the states |
 | `chunk_forward.py` | the chunked forward |
-| `chunk_backward.py`, `far_backward.py`, `gate_gradient.py` | its backward |
-| `recurrent_forward.py`, `recurrent_backward.py` | token by token; the former decodes too |
+| `chunk_backward.py`, `far_backward.py`, `gate_gradient.py` | the chunked backward |
+| `recurrent_forward.py`, `recurrent_backward.py` | token by token; the forward also decodes |
 
-float32 is computed token by token in both forms: every one of its digits, for every gate, which no dot gives. So is a
-chunk's worth of tokens of few heads with gates, where one launch is all that the time goes into.
+float32 is computed token by token in both forms, because no dot keeps all of its digits for every gate. So is a forward
+of few heads with gates over at most a chunk of tokens: one launch takes less time than the several of the chunk form.
 """
 
 from dataclasses import replace
@@ -23,18 +23,19 @@ from fla.backends.decay import Problem
 from fla.backends.triton._ahead import with_rehearsal
 from fla.backends.triton._sequence import CHUNK
 from fla.backends.triton.decay import chunk_backward, chunk_forward, recurrent_backward, recurrent_forward
-from fla.backends.triton.decay.recurrent_forward import check, step
+from fla.backends.triton.decay.recurrent_forward import check_supported, step
 
 __all__ = ["backward", "forward", "step"]
 
-SMALL = 64  # heads of all sequences, up to which 64 tokens one by one take no longer than a launch (an H200: 40 us)
+FEW_HEADS = 64  # with so many states, 64 tokens one by one take no longer than a launch (40 us on an H200)
 
 
 def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, Saved | None]:
-    """Outputs in v's dtype, the final state in float32 or None, and if `keep` what the backward takes.
+    """The outputs in v's dtype, the final state in float32 or None, and if `keep` what the backward takes.
 
-    ValueError for what the kernels do not cover."""
-    check(problem)
+    ValueError for what the kernels do not cover.
+    """
+    check_supported(problem)
     return with_rehearsal(_forward, backward, problem, output_final_state, keep)
 
 
@@ -46,18 +47,24 @@ def _forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Te
 
 
 def _is_small(problem: Problem) -> bool:
-    """Whether a token by token forward in one launch beats the launches that gates need (from shapes alone)."""
+    """Whether a forward token by token, in one launch, beats the several launches that gates need.
+
+    Shapes alone decide.
+    """
     if problem.g is None and problem.gk is None:
         return False
-    return problem.q.shape[1] <= CHUNK.value and problem.num_states * problem.q.shape[2] <= SMALL
+    return problem.q.shape[1] <= CHUNK.value and problem.num_states * problem.q.shape[2] <= FEW_HEADS
 
 
 def backward(
     problem: Problem, saved: tuple[Tensor | None, ...], do: Tensor, dht: Tensor | None, needs
 ) -> dict[str, Tensor]:
-    """Gradients by the names of the inputs. A recurrent form runs the chunk form's backward where the maths is the
-    same. A gate's gradient is 0 where the gate is below -16 nats."""
-    if problem.scale == 0.0:  # the kernels carry state gradients in units of scale; without outputs any unit will do
+    """The gradients by the names of the inputs.
+
+    The recurrent form takes the backward of the chunk form where the maths is the same. The gradient of a gate below
+    -16 nats is 0.
+    """
+    if problem.scale == 0.0:  # kernels divide by scale; with do = 0, any other scale gives the same
         problem, do = replace(problem, scale=1.0), torch.zeros_like(do)
     needs_gates = "g" in needs or "gk" in needs or "gv" in needs
     if problem.gv is not None or problem.q.dtype == torch.float32:

@@ -1,15 +1,32 @@
-"""What the chunk kernels share: decay kinds, and decays inside a chunk.
+"""What the chunk kernels share: the kinds of decay, and decays inside a chunk.
 
-With `G_i` the running log2 decay in a chunk and `m` its middle, `exp2(G_i - G_j) = exp2(G_i - m) exp2(m - G_j)`: a
-factor a row and one a column, and nothing an element of the scores. Kinds with a decay per head (CONSTANT) or per
-head and token (SCALAR) take `m = G_C / 2` and scale rows on the way; with a decay per key channel, q and k come scaled
-(`prepare.py`): VECTOR takes the constant `m = log2 UNIT`, the middle of the range that fits, which is known before the
-gates are read and leaves one factor a chunk for the state, `exp2(G_C)`; all its states are held in units of `1 / UNIT`.
-That holds while the factors fit in their dtype. Heads with stronger decays are of another kind: FAR_* (an exponential a
-pair) or SHORT (chunks of 16 tokens, each with a middle of its own). A launch has both (KINDS), and each of its programs
-takes the one that its head needs.
+Let G_i be the running log decay of a chunk, up to its token i and including it, and G_C its last value. The scores of a
+chunk need the factors e^{G_i - G_j}. With any number m, the middle of the chunk,
 
-A kernel's argument `pack` is `begins` `[T]` where KINDS says that a pack is JOINED, otherwise it is `cu_seqlens`
+    e^{G_i - G_j} = e^{G_i - m} e^{m - G_j}
+
+so that one factor a row of Q and one a row of K do, instead of one for every pair of tokens. Each factor must fit in
+its dtype. A head whose decay is too strong for that in any chunk is far, and is computed by another kind than near
+heads:
+
+    near kind    decay                       m
+    NONE         none                        -
+    CONSTANT     one a head                  G_C / 2; kernels scale rows as they go
+    SCALAR       one a head and token        G_C / 2; kernels scale rows as they go
+    VECTOR       one a head, token and       log MIDDLE, the middle of the range that fits; q and k come scaled from
+                 key channel                 `prepare.py`
+
+    far kind                                 computed with
+    FAR_CONSTANT, FAR_SCALAR                 an exponential for every pair of tokens
+    SHORT (of VECTOR)                        chunks of 16 tokens, and m = G_{C/2} of each
+
+The constant m of VECTOR is known before any gate is read. It leaves one factor a chunk for the state, e^{G_C}. The
+states of VECTOR are held in units of 1 / MIDDLE, their gradients in units of MIDDLE.
+
+A launch is for a near and a far kind (KINDS), and each of its programs takes the kind that its head needs. `prepare.py`
+marks the chunks that decay too fast.
+
+Kernels use log2 and `exp2`. Their argument `pack` is `begins` `[T]` for a joined pack, else `cu_seqlens` or None
 (`../_sequence.py`).
 """
 
@@ -17,45 +34,54 @@ import triton
 import triton.language as tl
 
 from fla.backends.triton._lib import load_state, log2_decay
-from fla.backends.triton._sequence import CHUNK, chunk_slot, chunk_slots, state_gradient_after
+from fla.backends.triton._sequence import CHUNK, first_chunk_slot, num_chunk_slots, state_gradient_after
 
-SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk where a vector decay is too strong for one middle
-MARKS = tl.constexpr(256)  # marks that a program reads at once
-WIDEST = 256  # key channels that one program of the forward holds
-# channels of V (dq, dk) or of K (dv) that one program of the backward holds, where its roles are not alone in a launch
+SHORT_CHUNK = tl.constexpr(16)  # tokens a chunk of kind SHORT
+MARKS_AT_ONCE = tl.constexpr(256)  # marks that a program reads at once
+WIDEST = 256  # key channels that one program of the forward holds, at most
+# Channels of V (for dq and dk) or of K (for dv) that one program of the backward holds at most, where a launch has all
+# three roles. With a launch for each role it is WIDEST.
 WIDEST_BACKWARD = 128
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
-UNIT = tl.constexpr(2.0**-58)  # of VECTOR: e^-40, the middle of `prepare.py`'s RANGE; a power of 2 scales exactly
-PAIR = 8  # KINDS of a launch: the near one + 8 * the far one, 0 where there is none (the interpreter wants it a number)
-JOINED = PAIR * PAIR  # added to KINDS where a pack is one row
-# log2 decay of a chunk up to which its halves fit in bf16, and a product of two halves in float32
+MIDDLE = tl.constexpr(2.0**-58)  # e^m of VECTOR: about e^-40, half of `prepare.py`'s RANGE; powers of 2 scale exactly
+# KINDS of a launch = the near kind + FAR_UNIT * the far kind (0 where there is none) + JOINED for a joined pack
+FAR_UNIT = 8
+JOINED = FAR_UNIT * FAR_UNIT
+# The same fields as bits, for kernels. (The interpreter takes `BITS & KINDS`, but neither `KINDS & BITS` nor `%`.)
+NEAR_BITS, FAR_BITS, JOINED_BIT, FAR_SHIFT = (tl.constexpr(i) for i in (0b000111, 0b111000, 0b1000000, 3))
+# Log2 decay of a chunk up to which a head is near. Half of it fits in bf16, and a product of two halves in float32.
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
-NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # the same in fp16, where small numbers lose digits early
+NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # in fp16, where small numbers lose digits early
 
 
 @triton.jit
 def is_near(total, DTYPE: tl.constexpr):
-    """Whether rows can be scaled to a chunk's middle, for a chunk (or the strongest of many) of this log2 decay."""
+    """Whether the rows of a chunk with this log2 decay can be scaled to its middle. DTYPE: of q."""
     return total >= (NEAR_FP16 if tl.float16 == DTYPE else NEAR)
 
 
 @triton.jit
-def is_far(g, cu_seqlens, i_state, states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
-    """1 if a head decays too fast for the near one of a pair of kinds, else 0. `prepare.py` marks the chunks that do in
-    front of what it stores."""
+def is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """1 if a head decays too fast for the near kind, else 0.
+
+    `g` points at the marks of `prepare.py`, or at the decays of the heads for the kinds with a constant decay.
+    """
     i_n, i_h = i_state // H, i_state % H
     if KIND == NONE:
         return 0
     elif (KIND == CONSTANT) or (KIND == FAR_CONSTANT):
         return 1 - is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE).to(tl.int32)
     else:
-        return (strongest_mark(g, cu_seqlens, i_n, i_h, states // H, start, length, T) > 0).to(tl.int32)
+        return (largest_mark(g, cu_seqlens, i_n, i_h, num_states // H, start, length, T) > 0).to(tl.int32)
 
 
 @triton.jit
-def first_slot(cu_seqlens, start, i_n, T):
-    """Where the factors of a sequence's chunks begin, in a numbering that needs no sums over sequences. It is that of
-    short chunks, of which there are most: factors of one kind never lie where another head's of the other kind do."""
+def first_factor_slot(cu_seqlens, start, i_n, T):
+    """The number of a sequence's first chunk among the factors of `prepare.py`. The next chunks count on from it.
+
+    Both kinds of chunk share a numbering that has room for short ones, so that the factors of a near head never lie
+    where those of a far head do. It needs no sums over sequences.
+    """
     if cu_seqlens is None:
         return i_n * tl.cdiv(T, SHORT_CHUNK)
     else:
@@ -63,17 +89,19 @@ def first_slot(cu_seqlens, start, i_n, T):
 
 
 @triton.jit
-def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
-    """`G` `[C]` and its last value for the chunk at `t` of a kind with a decay per head. Behind the end `G` repeats its
-    last value. Where there is no chunk, both are 0."""
+def running_decay(g, o_head, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
+    """G `[C]` and G_C of the chunk at `t`, for a kind with one decay for all channels.
+
+    From `t_end` on, G repeats its last value. Both are 0 where there is no chunk, and for NONE.
+    """
     o_c = tl.arange(0, CHUNK)
     if (KIND == CONSTANT) or (KIND == FAR_CONSTANT):
         step = tl.where(is_chunk, log2_decay(tl.load(g + i_h)), 0.0)
         b_G = step * tl.minimum(o_c + 1, t_end - t).to(tl.float32)
         total = step * tl.minimum(CHUNK, t_end - t).to(tl.float32)
     elif (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        b_G = tl.load(g + base + tl.minimum(t + o_c, t_end - 1), mask=tl.where(is_chunk, o_c >= 0, False), other=0.0)
-        total = tl.load(g + base + tl.minimum(t + CHUNK, t_end) - 1, mask=is_chunk, other=0.0)
+        b_G = tl.load(g + o_head + tl.minimum(t + o_c, t_end - 1), mask=tl.where(is_chunk, o_c >= 0, False), other=0.0)
+        total = tl.load(g + o_head + tl.minimum(t + CHUNK, t_end) - 1, mask=is_chunk, other=0.0)
     else:
         b_G = tl.zeros([CHUNK], tl.float32)
         total = 0.0
@@ -81,67 +109,78 @@ def scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def near_decay(g, base, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
-    """`G - m` `[C]` of a chunk and the factor of a state from one end of it to its middle, `exp2(G_C / 2)`."""
-    b_G, total = scalar_decay(g, base, i_h, t, t_end, is_chunk, KIND)
+def centred_decay(g, o_head, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
+    """G - m `[C]` of the chunk at `t`, and `exp2(G_C / 2)`: the decay of a state over half of the chunk."""
+    b_G, total = running_decay(g, o_head, i_h, t, t_end, is_chunk, KIND)
     return b_G - 0.5 * total, tl.exp2(0.5 * total)
 
 
 @triton.jit
-def marks_size(cu_seqlens, T, H, states):
-    """Floats in front of what `prepare.py` stores: the marks `[H, slots]`, rounded up to 16 bytes."""
-    return tl.cdiv(chunk_slots(cu_seqlens, T, states // H) * H, 4) * 4
+def marks_length(cu_seqlens, T, H, num_states):
+    """How many floats the marks `[H, slots]` take, rounded up to 16 bytes. `prepare.py` stores the rest after them."""
+    return tl.cdiv(num_chunk_slots(cu_seqlens, T, num_states // H) * H, 4) * 4
 
 
 @triton.jit
-def strongest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
-    """The largest mark of a sequence's chunks in one head."""
-    g += i_h * chunk_slots(cu_seqlens, T, N) + chunk_slot(cu_seqlens, start, i_n, T)
-    o_i = tl.arange(0, MARKS)
-    b_mark = tl.zeros([MARKS], tl.float32)
-    for i in range(0, tl.cdiv(length, CHUNK), MARKS):
+def largest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
+    """The largest mark of a sequence's chunks in one head: 1 if any of them decays too fast."""
+    g += i_h * num_chunk_slots(cu_seqlens, T, N) + first_chunk_slot(cu_seqlens, start, i_n, T)
+    o_i = tl.arange(0, MARKS_AT_ONCE)
+    b_mark = tl.zeros([MARKS_AT_ONCE], tl.float32)
+    for i in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
         b_mark = tl.maximum(b_mark, tl.load(g + i + o_i, mask=i + o_i < tl.cdiv(length, CHUNK), other=0.0))
     return tl.max(b_mark, 0)
 
 
 @triton.jit
-def factor_to(p, o_k, is_chunk, K: tl.constexpr):
-    """Of the chunk at `p`, SHORT's factor of the state to its middle. 1 where there is no chunk."""
+def decay_to_middle(p, o_k, is_chunk, K: tl.constexpr):
+    """The decay of a state from the start of a chunk to its middle, by key channel (SHORT). 1 if there is no chunk.
+
+    `p` points at the chunk's factors `[2, K]`.
+    """
     return tl.load(p + o_k, mask=tl.where(is_chunk, o_k < K, False), other=1.0)
 
 
 @triton.jit
-def factor_on(p, o_k, is_chunk, K: tl.constexpr):
-    """Of the chunk at `p`, the factor of the state to its end: from its middle (SHORT), from its start (VECTOR)."""
-    return factor_to(p + K, o_k, is_chunk, K)
+def decay_to_end(p, o_k, is_chunk, K: tl.constexpr):
+    """The decay of a state to the end of a chunk, by key channel: from its middle (SHORT), from its start (VECTOR)."""
+    return decay_to_middle(p + K, o_k, is_chunk, K)
 
 
 @triton.jit
-def scale_rows(x, b_u, KIND: tl.constexpr):
-    """`x` times `exp2(b_u)`, a factor a row, where the kind scales rows on the way."""
+def scale_rows(x, b_Gm, KIND: tl.constexpr):
+    """`x` `[C, D]` times `exp2(b_Gm)` `[C]`, a factor a row, for the kinds that scale rows as they go."""
     if (KIND == CONSTANT) or (KIND == SCALAR):
-        return x * tl.exp2(b_u)[:, None]
+        return x * tl.exp2(b_Gm)[:, None]
     else:
         return x
 
 
 @triton.jit
-def pair_decay(b_G, m_pair):
-    """`exp2(G_i - G_j)` where `m_pair`, else 0."""
-    return tl.where(m_pair, tl.exp2(tl.where(m_pair, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
+def pair_decay(b_G, m_causal):
+    """`exp2(G_i - G_j)` `[C, C]` where `m_causal`, else 0. Exponents are masked too: elsewhere they may overflow."""
+    return tl.where(m_causal, tl.exp2(tl.where(m_causal, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
 
 
 @triton.jit
-def store_change(change, b_S, dht, local, at, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
-    """`<S, dS>` of every channel of K, for the state at the end of a segment (`at`: which one). It takes the S of a
-    role's rounded operands: with any other the gate gradient's terms do not cancel."""
-    t_end, length, states, i_state, i_s, S, count = at
+def store_end_term(
+    end_term, b_S, dht, sums, place, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr
+):
+    """Stores the end term of the gate gradient of a segment, for the key channels `o_k` of `end_term` `[K]`.
+
+    It is <S, dS>, summed over V, for the state at the segment's end. `b_S` `[V, K]` must be the state that the role
+    itself computed from rounded operands: with any other, the terms of the gate gradient do not cancel. `place` has
+    the segment's bounds and numbers, as they are named below.
+    """
+    t_end, length, i_state, num_states, i_s, S, num_segments = place
     if (KIND == VECTOR) or (KIND == SHORT):
-        b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
+        b_dS = state_gradient_after(
+            dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[None, :], o_v[:, None], K, V
+        )
         if KIND == VECTOR:
-            b_S *= 1.0 / UNIT
-        tl.store(change + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
+            b_S *= 1.0 / MIDDLE
+        tl.store(end_term + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
     elif dht is not None:
         if t_end == length:
             b_dS = load_state(dht, i_state, o_k[None, :], o_v[:, None], K, V)
-            tl.store(change + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)
+            tl.store(end_term + o_k, tl.sum(b_S * b_dS, 0), mask=o_k < K)

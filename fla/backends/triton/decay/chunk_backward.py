@@ -1,23 +1,29 @@
-"""Backward of the chunked kinds: two directions, no stored state; a program plays one role for one tile of one segment.
+"""Backward of the chunk kernels: two directions through time, and no stored state.
 
-Relative to the chunk's middle `m`, as in the forward, Qn = e^{G - m} Q, Kn = e^{m - G} K, dOn = e^{G - m} dO:
+A program has one of three roles, for one tile and one segment. With S the state before a chunk and dS the gradient of
+the state after it, with m and G as in `_decay.py`, and with
 
-    dq (forward in time, a tile of K):   dQ = scale e^{G - m} (tril(dO V^T) Kn + dO (e^m S)^T)      S as in the forward
-    dk (reverse, a tile of K):           dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C - m} dS)^T)
-    dv (reverse, a tile of V):           dV = scale e^{m - G} (triu(K Q^T) dOn + K (e^{G_C - m} dS))
-    reverse states:                      dS <- e^m (e^{G_C - m} dS + Qn^T dO)    in units of `scale`; at the start: d h0
+    Qn = e^{G - m} Q        Kn = e^{m - G} K        dOn = e^{G - m} dO
 
-Per key channel, Qn and Kn come from `prepare.py`, dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS)), and
-`gate_gradient.py` makes dQ and dK of the gradients of Qn and Kn. Of VECTOR `e^m` is the constant UNIT: S is held in
-units of 1 / UNIT, dS in units of UNIT, and a chunk has one factor, `e^{G_C}`. Heads with stronger decays (FAR_*, SHORT)
-take another body, one for all roles (`far_backward.py`).
+the roles compute, for a chunk of tokens,
 
-Each direction forms its scores in one orientation, so no accumulator is ever transposed as a left operand: what enters
-a state is a loaded tile on the left.
+    dq, forward in time, a tile of K:    dQ = scale e^{G - m} (tril(dO V^T) Kn + dO (e^m S)^T)
+    dk, in reverse, a tile of K:         dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C - m} dS)^T)
+    dv, in reverse, a tile of V:         dV = scale e^{m - G} (triu(K Q^T) dOn + K (e^{G_C - m} dS))
 
-Gate gradient: `dg_t = sum_{s >= t} (q dq - k dk)_s + <S_T, dS_T>`. The row products use the same rounded operands that
-the dots used, and the states enter their dots as high and low halves, else the difference drowns in rounding
-(kernels.md 7.11). `gate_gradient.py` sums the rows.
+dq carries S as the forward does (`chunk_forward.py`). dk and dv carry dS in units of `scale`, up to that of h0:
+
+    dS <- e^m (e^{G_C - m} dS + Qn^T dO)
+
+For VECTOR, Qn and Kn come from `prepare.py`, the roles leave dQn and dKn for `gate_gradient.py`, and
+
+    dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS))
+
+Far heads take another body, one for all roles (`far_backward.py`). `gate_gradient.py` says what the gate gradient needs
+of the roles: end terms, row sums, and states that enter their dots as high and low halves.
+
+Each direction forms its scores in one orientation, and the left operand of what enters a state is a loaded tile: Triton
+3.4 to 3.7.0 computes a dot wrong whose left operand is a transposed accumulator.
 """
 
 import functools
@@ -31,268 +37,286 @@ from torch import Tensor
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import Launcher, ceil_div, empty_as, has_tensor_descriptors, launcher_of
 from fla.backends.triton._lib import (
+    DESCRIPTORS,
     POINTERS,
-    TILES,
     TO_REGISTERS,
     dot_split,
     load_tile,
     operand,
     store_rows,
     store_state,
-    tiles_of,
+    tile_source,
 )
 from fla.backends.triton._sequence import (
     CHUNK,
     TILE,
-    from_before,
-    going_on,
-    head_base,
-    is_behind,
-    of_one_sequence,
+    head_offset,
+    is_past_end,
+    keep_if_spanning,
+    keep_last_sequence,
+    keep_started_before,
     padded,
-    passing,
-    segment,
+    same_sequence_pairs,
+    segment_bounds,
     segment_length,
-    starts_of,
+    sequence_starts,
     state_before,
     state_gradient_after,
 )
-from fla.backends.triton._slices import sum_slices
+from fla.backends.triton._slices import summed_slices
 from fla.backends.triton.decay._decay import (
+    FAR_BITS,
     FAR_CONSTANT,
     FAR_SCALAR,
+    FAR_SHIFT,
+    FAR_UNIT,
+    JOINED_BIT,
+    MIDDLE,
+    NEAR_BITS,
     NONE,
-    PAIR,
     SCALAR,
     SHORT,
-    UNIT,
     VECTOR,
     WIDEST,
     WIDEST_BACKWARD,
-    factor_on,
-    first_slot,
+    centred_decay,
+    decay_to_end,
+    first_factor_slot,
     is_far,
-    marks_size,
-    near_decay,
+    marks_length,
     scale_rows,
-    store_change,
+    store_end_term,
 )
 from fla.backends.triton.decay.far_backward import far_role
-from fla.backends.triton.decay.gate_gradient import close_gate_gradient, finish_vector
+from fla.backends.triton.decay.gate_gradient import finish_scalar, finish_vector
 from fla.backends.triton.decay.prepare import Prepared, prepare
-from fla.backends.triton.decay.segments import add_state_gradients, segment_states
+from fla.backends.triton.decay.segments import sum_segments, sum_segments_reversed
 
-# roles of a launch; whether gate gradients are wanted; whether slices may be 256 wide, not 128; WAYS times
-# how tiles come (`load_tile`), in the bits above
-DQ, DK, DV, GATES, WIDE, WAYS = (tl.constexpr(1 << i) for i in range(6))
-ALL_ROLES, ON_TILES = DQ.value | DK.value | DV.value, WIDE.value + WAYS.value * TILES.value
+# ROLES of a launch: a bit for each role; whether the gate needs its gradient; whether slices may be WIDEST (else
+# WIDEST_BACKWARD) wide; and in the bits above, LOAD_UNIT times how tiles are loaded (`load_tile`)
+DQ, DK, DV, GATE_TERMS, WIDE_SLICES, LOAD_UNIT = (tl.constexpr(1 << i) for i in range(6))
+ALL_ROLES, WIDE_FLAGS = DQ.value | DK.value | DV.value, WIDE_SLICES.value + LOAD_UNIT.value * DESCRIPTORS.value
 
 
 @triton.jit
 def _dq_role(
-    q, k, v, g, do, h0, dht, dq, rows, change, local, begins, at, scale, H,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
+    q, k, v, g, do, h0, dht, dq, row_sums, end_term, sums, begins, place, scale, H,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, LOAD: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
-    B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
-    AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    # said here, all loads are pipelined, not those of dots alone (by pointers there is no room for it)
-    STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v = at
+    LOAD_B: tl.constexpr = POINTERS if LOAD == POINTERS else DESCRIPTORS  # right operands of dots
+    LOAD_AB: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_B  # what is left and right
+    # a number here pipelines all loads, not those of dots alone (loads by pointers leave no registers for it)
+    STAGES: tl.constexpr = 2 if KIND == SCALAR and LOAD != POINTERS else None
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
-    m_pair = o_c[:, None] >= o_c[None, :]
-    b_S = state_before(h0, local, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)
+    m_causal = o_c[:, None] >= o_c[None, :]
+    b_S = state_before(h0, sums, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)  # [BV, TILE]
     if KIND == VECTOR:
-        b_on = factor_on(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_S *= UNIT
+        b_to_end = decay_to_end(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
+        b_S *= MIDDLE
     else:
-        b_u, half = near_decay(g, base, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_S *= half
-    b_first, last = starts_of(begins, t_begin, t_end, C)
-    if (rows is not None) and (KIND == SCALAR):
-        q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
-    k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
-    v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
-    do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, WAY)
+        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_begin, t_end, t_begin < t_end, KIND)
+        b_S *= half_decay
+    b_starts, last = sequence_starts(begins, t_begin, t_end, C)
+    if (row_sums is not None) and (KIND == SCALAR):
+        q_source = tile_source(q, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
+    k_source = tile_source(k, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
+    v_source = tile_source(v, start * H + i_h, t_end, H, V, C, BV, LOAD_AB)
+    do_source = tile_source(do, start * H + i_h, t_end, H, V, C, BV, LOAD)
     for t in tl.range(t_begin, t_end, C, num_stages=STAGES):
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-        b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
-        b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
-        if change is None:
-            b_dq = tl.dot(b_do, operand(b_S, DTYPE))
+        b_k = load_tile(k_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
+        b_v = load_tile(v_source, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, LOAD_AB).to(DTYPE)  # [C, BV]
+        b_do = load_tile(do_source, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, LOAD).to(DTYPE)  # [C, BV]
+        if end_term is None:
+            b_dq = tl.dot(b_do, operand(b_S, DTYPE))  # [C, TILE]
         else:
             b_dq = dot_split(b_do, b_S, DTYPE)
-        b_dq = from_before(b_dq, begins, b_first)
-        m_near = of_one_sequence(m_pair, begins, b_first, False)
-        b_P = operand(tl.where(m_near, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)
+        b_dq = keep_started_before(b_dq, begins, b_starts)
+        m_scores = same_sequence_pairs(m_causal, begins, b_starts, False)
+        b_P = operand(tl.where(m_scores, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)  # [C, C]
         if KIND == VECTOR:
-            b_on_next = factor_on(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
+            b_to_end_next = decay_to_end(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
-            b_S = tl.dot(tl.trans(b_v), going_on(b_k, begins, last), acc=passing(b_S, begins, last)) * b_on[None, :]
-            b_on = b_on_next
+            b_S = tl.dot(
+                tl.trans(b_v), keep_last_sequence(b_k, begins, last), acc=keep_if_spanning(b_S, begins, last)
+            ) * b_to_end[None, :]  # fmt: skip
+            b_to_end = b_to_end_next
         else:
-            if rows is not None:
-                b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-            b_u_next, half_next = near_decay(g, base, i_h, t + C, t_end, t_end - t > C, KIND)
-            b_k = scale_rows(b_k, -b_u, KIND).to(DTYPE)
+            if row_sums is not None:
+                b_q = load_tile(q_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
+            b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
+            b_k = scale_rows(b_k, -b_Gm, KIND).to(DTYPE)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
-            store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_u, KIND) * scale)
-            if rows is not None:
-                b_row = tl.sum(scale_rows(b_q, b_u, KIND).to(DTYPE) * b_dq, 1) * scale
-                tl.store(rows + base + t + o_c, b_row, mask=m_c)
-            b_S = tl.dot(tl.trans(b_v), going_on(b_k, begins, last), acc=passing(b_S, begins, last))
+            store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_Gm, KIND) * scale)
+            if row_sums is not None:
+                b_row_sum = tl.sum(scale_rows(b_q, b_Gm, KIND).to(DTYPE) * b_dq, 1) * scale
+                tl.store(row_sums + o_head + t + o_c, b_row_sum, mask=m_c)
+            b_S = tl.dot(tl.trans(b_v), keep_last_sequence(b_k, begins, last), acc=keep_if_spanning(b_S, begins, last))
             if KIND != NONE:
-                b_S *= half * half_next
-                b_u, half = b_u_next, half_next
-        b_first, last = starts_of(begins, t + C, t_end, C)
-    if change is not None:
-        end = (t_end, length, states, i_state, i_s, S, count)
-        store_change(change, b_S, dht, local, end, scale, o_k, o_v, K, V, KIND)
+                b_S *= half_decay * half_decay_next
+                b_Gm, half_decay = b_Gm_next, half_decay_next
+        b_starts, last = sequence_starts(begins, t + C, t_end, C)
+    if end_term is not None:
+        end = (t_end, length, i_state, num_states, i_s, S, num_segments)
+        store_end_term(end_term, b_S, dht, sums, end, scale, o_k, o_v, K, V, KIND)
 
 
 @triton.jit
 def _dk_role(
-    q, k, v, g, do, dht, dk, dh0, rows, change, local, begins, at, scale, H,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
+    q, k, v, g, do, dht, dk, dh0, row_sums, end_term, sums, begins, place, scale, H,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, LOAD: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
-    B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
-    AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v = at
+    LOAD_B: tl.constexpr = POINTERS if LOAD == POINTERS else DESCRIPTORS  # right operands of dots
+    LOAD_AB: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_B  # what is left and right
+    STAGES: tl.constexpr = 2 if KIND == SCALAR and LOAD != POINTERS else None
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
-    m_pair = o_c[:, None] <= o_c[None, :]
-    b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[None, :], o_v[:, None], K, V)
+    m_causal = o_c[:, None] <= o_c[None, :]
+    b_dS = state_gradient_after(  # [BV, TILE]
+        dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[None, :], o_v[:, None], K, V
+    )
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if KIND == VECTOR:
-        b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
-        b_dS *= 1.0 / UNIT
+        b_dS *= decay_to_end(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
+        b_dS *= 1.0 / MIDDLE
     else:
-        b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_dS *= half
-    b_first, last = starts_of(begins, t_last, t_end, C)
-    q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
-    if (rows is not None) and (KIND == SCALAR):
-        k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, TILE, B_WAY)
-    v_tiles = tiles_of(v, start * H + i_h, t_end, H, V, C, BV, WAY)
-    do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, BV, AB_WAY)
+        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_last, t_end, t_begin < t_end, KIND)
+        b_dS *= half_decay
+    b_starts, last = sequence_starts(begins, t_last, t_end, C)
+    q_source = tile_source(q, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
+    if (row_sums is not None) and (KIND == SCALAR):
+        k_source = tile_source(k, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
+    v_source = tile_source(v, start * H + i_h, t_end, H, V, C, BV, LOAD)
+    do_source = tile_source(do, start * H + i_h, t_end, H, V, C, BV, LOAD_AB)
     for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
         t = t_last - i * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_q = load_tile(q_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-        b_v = load_tile(v_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, WAY).to(DTYPE)
-        b_do = load_tile(do_tiles, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, AB_WAY).to(DTYPE)
-        if change is None:
-            b_dk = tl.dot(b_v, operand(b_dS, DTYPE))
+        b_q = load_tile(q_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
+        b_v = load_tile(v_source, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, LOAD).to(DTYPE)  # [C, BV]
+        b_do = load_tile(do_source, t, i_v * BV, row, o_c, m_c, H, o_v, V, C, BV, LOAD_AB).to(DTYPE)  # [C, BV]
+        if end_term is None:
+            b_dk = tl.dot(b_v, operand(b_dS, DTYPE))  # [C, TILE]
         else:
             b_dk = dot_split(b_v, b_dS, DTYPE)
-        b_dk = going_on(b_dk, begins, last)
-        m_near = of_one_sequence(m_pair, begins, b_first, True)
-        b_P = operand(tl.where(m_near, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)
+        b_dk = keep_last_sequence(b_dk, begins, last)
+        m_scores = same_sequence_pairs(m_causal, begins, b_starts, True)
+        b_P = operand(tl.where(m_scores, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)  # [C, C]
         if KIND == VECTOR:
-            b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_to_end = decay_to_end(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
             store_rows(dk + row * K, o_c, m_c, H, o_k, K, b_dk * scale)
-            b_dS = tl.dot(tl.trans(b_do), from_before(b_q, begins, b_first), acc=passing(b_dS, begins, last))
-            b_dS *= b_on[None, :]
+            b_dS = tl.dot(
+                tl.trans(b_do), keep_started_before(b_q, begins, b_starts), acc=keep_if_spanning(b_dS, begins, last)
+            )
+            b_dS *= b_to_end[None, :]
         else:
-            if rows is not None:
-                b_k = load_tile(k_tiles, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, B_WAY)
-            b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
-            b_q = scale_rows(b_q, b_u, KIND).to(DTYPE)
+            if row_sums is not None:
+                b_k = load_tile(k_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
+            b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
+            b_q = scale_rows(b_q, b_Gm, KIND).to(DTYPE)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
-            store_rows(dk + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dk, -b_u, KIND) * scale)
-            if rows is not None:
-                b_row = tl.sum(scale_rows(b_k, -b_u, KIND).to(DTYPE) * b_dk, 1) * scale
-                tl.store(rows + base + t + o_c, b_row, mask=m_c)
-            b_dS = tl.dot(tl.trans(b_do), from_before(b_q, begins, b_first), acc=passing(b_dS, begins, last))
+            store_rows(dk + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dk, -b_Gm, KIND) * scale)
+            if row_sums is not None:
+                b_row_sum = tl.sum(scale_rows(b_k, -b_Gm, KIND).to(DTYPE) * b_dk, 1) * scale
+                tl.store(row_sums + o_head + t + o_c, b_row_sum, mask=m_c)
+            b_dS = tl.dot(
+                tl.trans(b_do), keep_started_before(b_q, begins, b_starts), acc=keep_if_spanning(b_dS, begins, last)
+            )
             if KIND != NONE:
-                b_dS *= half * half_next
-                b_u, half = b_u_next, half_next
-        b_first, last = starts_of(begins, tl.maximum(t - C, t_begin), t_end, C)
+                b_dS *= half_decay * half_decay_next
+                b_Gm, half_decay = b_Gm_next, half_decay_next
+        b_starts, last = sequence_starts(begins, tl.maximum(t - C, t_begin), t_end, C)
     if dh0 is not None:
         if i_s == 0:
             if KIND == VECTOR:
-                b_dS *= UNIT
+                b_dS *= MIDDLE
             store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
 @triton.jit
 def _dv_role(
-    q, k, g, do, dht, dv, local, begins, at, scale, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, WAY: tl.constexpr, KIND: tl.constexpr,
+    q, k, g, do, dht, dv, sums, begins, place, scale, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, LOAD: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
-    B_WAY: tl.constexpr = POINTERS if WAY == POINTERS else TILES  # of right operands
-    AB_WAY: tl.constexpr = WAY if (KIND == NONE) or (KIND == VECTOR) else B_WAY  # of what is both
-    STAGES: tl.constexpr = 2 if KIND == SCALAR and WAY != POINTERS else None
-    start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v = at
+    LOAD_B: tl.constexpr = POINTERS if LOAD == POINTERS else DESCRIPTORS  # right operands of dots
+    LOAD_AB: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_B  # what is left and right
+    STAGES: tl.constexpr = 2 if KIND == SCALAR and LOAD != POINTERS else None
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
-    m_pair = o_c[:, None] <= o_c[None, :]
-    b_dS = state_gradient_after(dht, local, states, i_state, i_s, S, count, scale, o_k[:, None], o_v[None, :], K, V)
+    m_causal = o_c[:, None] <= o_c[None, :]
+    b_dS = state_gradient_after(  # [BK, TILE]
+        dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[:, None], o_v[None, :], K, V
+    )
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
     if KIND == VECTOR:
-        b_dS *= factor_on(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
-        b_dS *= 1.0 / UNIT
+        b_dS *= decay_to_end(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
+        b_dS *= 1.0 / MIDDLE
     else:
-        b_u, half = near_decay(g, base, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_dS *= half
-    b_first, last = starts_of(begins, t_last, t_end, C)
-    q_tiles = tiles_of(q, start * H + i_h, t_end, H, K, C, BK, AB_WAY)
-    k_tiles = tiles_of(k, start * H + i_h, t_end, H, K, C, BK, WAY)
-    do_tiles = tiles_of(do, start * H + i_h, t_end, H, V, C, TILE, B_WAY)
+        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_last, t_end, t_begin < t_end, KIND)
+        b_dS *= half_decay
+    b_starts, last = sequence_starts(begins, t_last, t_end, C)
+    q_source = tile_source(q, start * H + i_h, t_end, H, K, C, BK, LOAD_AB)
+    k_source = tile_source(k, start * H + i_h, t_end, H, K, C, BK, LOAD)
+    do_source = tile_source(do, start * H + i_h, t_end, H, V, C, TILE, LOAD_B)
     for i in tl.range(0, tl.cdiv(t_end - t_begin, C), num_stages=STAGES):
         t = t_last - i * C
         m_c = t + o_c < t_end
         row = (start + t) * H + i_h
-        b_q = load_tile(q_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, AB_WAY)
-        b_k = load_tile(k_tiles, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, WAY)
-        b_do = load_tile(do_tiles, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, B_WAY).to(DTYPE)
-        b_dv = going_on(tl.dot(b_k, operand(b_dS, DTYPE)), begins, last)
-        m_near = of_one_sequence(m_pair, begins, b_first, True)
-        b_P = operand(tl.where(m_near, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)
+        b_q = load_tile(q_source, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, LOAD_AB)  # [C, BK]
+        b_k = load_tile(k_source, t, i_k * BK, row, o_c, m_c, H, o_k, K, C, BK, LOAD)  # [C, BK]
+        b_do = load_tile(do_source, t, i_v * TILE, row, o_c, m_c, H, o_v, V, C, TILE, LOAD_B).to(DTYPE)  # [C, TILE]
+        b_dv = keep_last_sequence(tl.dot(b_k, operand(b_dS, DTYPE)), begins, last)  # [C, TILE]
+        m_scores = same_sequence_pairs(m_causal, begins, b_starts, True)
+        b_P = operand(tl.where(m_scores, tl.dot(b_k, tl.trans(b_q)), 0.0), DTYPE)  # [C, C]
         if KIND == VECTOR:
-            b_on = factor_on(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
+            b_to_end = decay_to_end(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             store_rows(dv + row * V, o_c, m_c, H, o_v, V, b_dv * scale)
-            b_dS = tl.dot(tl.trans(b_q), from_before(b_do, begins, b_first), acc=passing(b_dS, begins, last))
-            b_dS *= b_on[:, None]
+            b_dS = tl.dot(
+                tl.trans(b_q), keep_started_before(b_do, begins, b_starts), acc=keep_if_spanning(b_dS, begins, last)
+            )
+            b_dS *= b_to_end[:, None]
         else:
-            b_u_next, half_next = near_decay(g, base, i_h, t - C, t_end, t > t_begin, KIND)
-            b_do = scale_rows(b_do, b_u, KIND).to(DTYPE)
+            b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
+            b_do = scale_rows(b_do, b_Gm, KIND).to(DTYPE)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
-            store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_u, KIND) * scale)
-            b_dS = tl.dot(tl.trans(b_q), from_before(b_do, begins, b_first), acc=passing(b_dS, begins, last))
+            store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_Gm, KIND) * scale)
+            b_dS = tl.dot(
+                tl.trans(b_q), keep_started_before(b_do, begins, b_starts), acc=keep_if_spanning(b_dS, begins, last)
+            )
             if KIND != NONE:
-                b_dS *= half * half_next
-                b_u, half = b_u_next, half_next
-        b_first, last = starts_of(begins, tl.maximum(t - C, t_begin), t_end, C)
+                b_dS *= half_decay * half_decay_next
+                b_Gm, half_decay = b_Gm_next, half_decay_next
+        b_starts, last = sequence_starts(begins, tl.maximum(t - C, t_begin), t_end, C)
 
 
 @triton.jit
-def _role(
-    q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H,
+def _run_role(
+    q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, role_place, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
-    """A role for a tile of a segment. In `place`, `i_role` counts dq's tiles (slices of V outside), dk's, then dv's."""
-    KIND: tl.constexpr = KINDS % 8
-    cu_seqlens = None if KINDS // 64 else pack
-    begins = pack if KINDS // 64 else None
-    WAY: tl.constexpr = ROLES // WAYS
-    SLICE: tl.constexpr = 256 if WIDE & ROLES else 128
+    """One role, for a tile of a segment. `i_role` counts the tiles of dq (once per slice of V), of dk, then of dv."""
+    KIND: tl.constexpr = NEAR_BITS & KINDS  # of this program: near or far
+    cu_seqlens = None if JOINED_BIT & KINDS else pack
+    begins = pack if JOINED_BIT & KINDS else None
+    LOAD: tl.constexpr = ROLES // LOAD_UNIT
+    SLICE: tl.constexpr = 256 if WIDE_SLICES & ROLES else 128  # WIDEST, WIDEST_BACKWARD
     BK: tl.constexpr = 64 if K <= 64 else 128 if K <= 128 else SLICE
     BV: tl.constexpr = 64 if V <= 64 else 128 if V <= 128 else SLICE
-    TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles and slices of K and of V
+    TK: tl.constexpr = (K + TILE - 1) // TILE  # tiles of K and of V, and slices of V
     TV: tl.constexpr = (V + TILE - 1) // TILE
     NV: tl.constexpr = (V + BV - 1) // BV
     KEYS: tl.constexpr = TK * NV  # programs of dq, and of dk
@@ -300,82 +324,87 @@ def _role(
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == SHORT) or ((KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR))
-    i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count = place
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role = role_place
     i_n, i_h = i_state // H, i_state % H
-    tokens = start * 0 + (T if cu_seqlens is not None else states // H * T)  # 64 bits, like start
+    tokens = start * 0 + (T if cu_seqlens is not None else num_states // H * T)  # 64 bits wide, like `start`
     size_k, size_v = tokens * H * K, tokens * H * V
     if (KIND == SCALAR) or (KIND == FAR_SCALAR):
-        g += marks_size(cu_seqlens, T, H, states)
+        g += marks_length(cu_seqlens, T, H, num_states)
     if PREPARED:
-        slot = first_slot(cu_seqlens, start, i_n, T)
-        g += marks_size(cu_seqlens, T, H, states) + (slot * H + i_h) * (2 * K)
+        slot = first_factor_slot(cu_seqlens, start, i_n, T)
+        g += marks_length(cu_seqlens, T, H, num_states) + (slot * H + i_h) * (2 * K)
     i_key, i_value = i_role % KEYS, i_role - N_DQ - N_DK
-    i_k, i_v = i_key % TK, i_key // TK  # tile and slice of dq and dk
-    i_slice, i_tile = i_value // TV, i_value % TV  # of dv
-    change = rows if GATES & ROLES else None
-    if GATES & ROLES:
-        change += ((i_v * states + i_state) * S + i_s) * K
+    i_k, i_v = i_key % TK, i_key // TK  # for dq and dk: tile of K, slice of V
+    i_slice, i_tile = i_value // TV, i_value % TV  # for dv: slice of K, tile of V
+    end_term = work if GATE_TERMS & ROLES else None
+    if GATE_TERMS & ROLES:
+        end_term += ((i_v * num_states + i_state) * S + i_s) * K
     dq, dv = grads + i_v * size_k, grads + i_slice * size_v
     dk = dq + NV * size_k
     if PREPARED:
-        dq = rows + NV * states * S * K + i_v * size_k
+        dq = work + NV * num_states * S * K + i_v * size_k
         dk = dq + NV * size_k
     else:
         dv += 2 * NV * size_k
-        if rows is not None:
-            rows += NV * states * S * K + i_role * tokens * H
+        if work is not None:
+            work += NV * num_states * S * K + i_role * tokens * H
     if FAR:
         is_dq, is_dv = i_role < N_DQ, i_role >= N_DQ + N_DK
         role = (is_dq, is_dv, tl.where(is_dv, i_slice, i_v), tl.where(is_dv, i_tile, i_k))
-        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, role)
-        d_key = tl.where(is_dq, dq, dk)
-        far_role(q, k, v, g, do, h0, dht, d_key, dv, dh0, rows, change, local, begins, at, scale, H, K, V, KIND)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, role)
+        dq_or_dk = tl.where(is_dq, dq, dk)
+        far_role(q, k, v, g, do, h0, dht, dq_or_dk, dv, dh0, work, end_term, sums, begins, place, scale, H, K, V, KIND)
     elif i_role < N_DQ:
-        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v)
-        _dq_role(q, k, v, g, do, h0, dht, dq, rows, change, local, begins, at, scale, H, K, V, BV, WAY, KIND)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v)
+        _dq_role(q, k, v, g, do, h0, dht, dq, work, end_term, sums, begins, place, scale, H, K, V, BV, LOAD, KIND)
     elif i_role < N_DQ + N_DK:
-        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_k, i_v)
-        _dk_role(q, k, v, g, do, dht, dk, dh0, rows, change, local, begins, at, scale, H, K, V, BV, WAY, KIND)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v)
+        _dk_role(q, k, v, g, do, dht, dk, dh0, work, end_term, sums, begins, place, scale, H, K, V, BV, LOAD, KIND)
     else:
-        at = (start, t_begin, t_end, length, base, states, i_state, i_s, S, count, i_slice, i_tile)
-        _dv_role(q, k, g, do, dht, dv, local, begins, at, scale, H, K, V, BK, WAY, KIND)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_slice, i_tile)
+        _dv_role(q, k, g, do, dht, dv, sums, begins, place, scale, H, K, V, BK, LOAD, KIND)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L"])
 def chunk_backward_kernel(
-    q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, scale, T, H, L,
+    q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, scale, T, H, L,
     K: tl.constexpr, V: tl.constexpr, KINDS: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
-    """`grads`: dq, dk (a tensor each slice of V), dv (each slice of K). `rows` begins with `<S, dS>` `[slices, N H, S,
-    K]`. Then scalar kinds leave the rows of dq and dk `[2, slices, tiles, heads T]`; the vector kind dq and dk
-    themselves, of Qn and Kn, `[2, slices, B, T, H, K]`: its `grads` is dv alone."""
-    KIND: tl.constexpr = KINDS % 8
-    FAR: tl.constexpr = KINDS // 8 % 8
-    JOINED: tl.constexpr = KINDS // 64 * 64
+    """`grads`: dq and dk (each once per slice of V), then dv (once per slice of K). For VECTOR it is dv alone.
+
+    `work` begins with the end terms `[slices of V, N H, S, K]`. Behind them the kinds with one decay for all channels
+    leave the row sums of dq and dk, `[2, slices, tiles of K, heads, T]`; VECTOR leaves dQn and dKn,
+    `[2, slices, B, T, H, K]`.
+    """
+    KIND: tl.constexpr = NEAR_BITS & KINDS
+    FAR: tl.constexpr = (FAR_BITS & KINDS) >> FAR_SHIFT
+    JOINED: tl.constexpr = JOINED_BIT & KINDS
     cu_seqlens = None if JOINED else pack
-    SLICE: tl.constexpr = 256 if WIDE & ROLES else 128
+    SLICE: tl.constexpr = 256 if WIDE_SLICES & ROLES else 128  # WIDEST, WIDEST_BACKWARD
     KEYS: tl.constexpr = ((K + TILE - 1) // TILE) * ((V + SLICE - 1) // SLICE)  # programs of dq, and of dk
     N_DQ: tl.constexpr = KEYS if DQ & ROLES else 0
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     ALL: tl.constexpr = N_DQ + N_DK + (((V + TILE - 1) // TILE) * ((K + SLICE - 1) // SLICE) if DV & ROLES else 0)
     S = tl.cdiv(T, L)
     i_role, i_s = tl.program_id(0) % ALL, tl.program_id(0) // ALL % S
-    i_state, states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
+    i_state, num_states = tl.program_id(0).to(tl.int64) // (ALL * S), tl.num_programs(0) // (ALL * S)
     i_n, i_h = i_state // H, i_state % H
-    start, length, t_begin, t_end = segment(cu_seqlens, i_n, i_s, T, L)
-    if is_behind(i_s, t_begin, length):
+    start, length, t_begin, t_end = segment_bounds(cu_seqlens, i_n, i_s, T, L)
+    if is_past_end(i_s, t_begin, length):
         return
-    base = head_base(cu_seqlens, start, i_h, T, H)
-    count = tl.maximum(tl.cdiv(length, L), 1)
-    place = (i_role, start, t_begin, t_end, length, base, states, i_state, i_s, S, count)
+    o_head = head_offset(cu_seqlens, start, i_h, T, H)
+    num_segments = tl.maximum(tl.cdiv(length, L), 1)
+    place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role)
     if FAR == 0:
-        _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES)
+        _run_role(q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES)
     else:
-        if is_far(g, cu_seqlens, i_state, states, start, length, T, H, q.dtype.element_ty, KIND):
-            _role(q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H, K, V, JOINED + FAR, ROLES)
+        if is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, q.dtype.element_ty, KIND):
+            _run_role(
+                q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + FAR, ROLES
+            )
         else:
-            _role(
-                q, k, v, g, do, h0, dht, grads, dh0, rows, local, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES
+            _run_role(
+                q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES
             )
 
 
@@ -383,92 +412,84 @@ class _Plan(NamedTuple):
     NK: int  # slices of K
     NV: int  # slices of V
     keys: int  # programs of dq a head, and of dk
-    L: int  # tokens a segment: the forward's, whose states of segments are kept
-    launches: tuple[tuple[int, Launcher], ...]  # with their programs
+    L: int  # tokens a segment: as in the forward, whose `sums` are kept
+    launches: tuple[tuple[int, Launcher], ...]  # programs and launcher of each
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(N: int, H: int, K: int, V: int, T: int, kinds: int, tiled: bool, needs_gate: bool) -> _Plan:
-    """From shapes alone, and whether tensor descriptors are to be had (`tiled`)."""
-    wide = tiled and max(K, V) > WIDEST_BACKWARD and kinds < PAIR
-    width = WIDEST if wide else WIDEST_BACKWARD
+def _plan(N: int, H: int, K: int, V: int, T: int, kinds: int, has_descriptors: bool, needs_gate: bool) -> _Plan:
+    """Everything that follows from shapes, and from whether there are tensor descriptors."""
+    is_wide = has_descriptors and max(K, V) > WIDEST_BACKWARD and kinds < FAR_UNIT
+    width = WIDEST if is_wide else WIDEST_BACKWARD
     NK, NV = ceil_div(K, min(padded(K), width)), ceil_div(V, min(padded(V), width))
     keys, values = ceil_div(K, TILE.value) * NV, ceil_div(V, TILE.value) * NK
     L = segment_length(T, N * H * ceil_div(V, TILE.value))
-    pieces = N * H * ceil_div(T, L)
+    segments = N * H * ceil_div(T, L)
     constants = {"K": K, "V": V, "KINDS": kinds}
-    if wide:  # together they spill ten times what each does alone
+    if is_wide:  # in one launch the roles spill ten times what each spills alone
         launches = []
         for role, programs in ((DQ, keys), (DK, keys), (DV, values)):
-            launcher = launcher_of(chunk_backward_kernel, {**constants, "ROLES": role.value + ON_TILES})
-            launches.append((pieces * programs, launcher))
+            launcher = launcher_of(chunk_backward_kernel, {**constants, "ROLES": role.value + WIDE_FLAGS})
+            launches.append((segments * programs, launcher))
         return _Plan(NK, NV, keys, L, tuple(launches))
-    roles, stages = ALL_ROLES | (GATES.value if needs_gate else 0), 2
-    if tiled and NK == NV == 1:  # (sums of slices gain nothing)
-        gated = kinds % PAIR in (VECTOR.value, SCALAR.value)  # then registers are short
-        way, stages = (TILES.value, 2) if gated else (TO_REGISTERS.value, 3)
-        roles += WAYS.value * way
+    roles, stages = ALL_ROLES | (GATE_TERMS.value if needs_gate else 0), 2
+    if has_descriptors and NK == NV == 1:  # with several slices descriptors gain nothing
+        is_gated = kinds % FAR_UNIT in (VECTOR.value, SCALAR.value)  # these kinds are short of registers
+        load, stages = (DESCRIPTORS.value, 2) if is_gated else (TO_REGISTERS.value, 3)
+        roles += LOAD_UNIT.value * load
     launcher = launcher_of(chunk_backward_kernel, {**constants, "ROLES": roles}, 4, stages)
-    return _Plan(NK, NV, keys, L, ((pieces * (2 * keys + values), launcher),))
+    return _Plan(NK, NV, keys, L, ((segments * (2 * keys + values), launcher),))
 
 
 def backward(
     problem: Problem, saved: tuple[Tensor | None, ...], do: Tensor, dht: Tensor | None, needs_gate: bool
 ) -> dict[str, Tensor]:
     """The gradients of q, k, v, of the gate if `needs_gate`, and of the initial state if there is one."""
-    local = None
+    sums = None
     if saved:
-        local, gate, begins = saved
+        sums, gate, begins = saved
         prepared = Prepared(problem, begins, gate)
     else:
         prepared = prepare(problem, dht is not None)
     v = problem.v
     N, H, K, V = shape = prepared.state_shape
     T, heads = v.shape[1], v.shape[0] * v.shape[1] * H
-    vector = problem.gk is not None
-    tiled = prepared.lengths is None and CHUNK.value < T and has_tensor_descriptors(prepared.q, prepared.k, v, do)
-    NK, NV, keys, L, launches = _plan(N, H, K, V, T, prepared.kinds, tiled, needs_gate)
+    is_vector = problem.gk is not None
+    has_descriptors = prepared.lengths is None and CHUNK.value < T
+    has_descriptors = has_descriptors and has_tensor_descriptors(prepared.q, prepared.k, v, do)
+    NK, NV, keys, L, launches = _plan(N, H, K, V, T, prepared.kinds, has_descriptors, needs_gate)
     S = ceil_div(T, L)
     if S > 1:
-        local = segment_states(problem, prepared, L, with_room=True) if local is None else local
-        add_state_gradients(problem, prepared, L, local, do)
+        sums = sum_segments(problem, prepared, L, room_for_gradients=True) if sums is None else sums
+        sum_segments_reversed(problem, prepared, L, sums, do)
     dh0 = None if problem.initial_state is None else v.new_empty(shape, dtype=torch.float32)
-    whole = NK == 1 and (vector or NV == 1)  # else partial sums
-    sizes = [0 if vector else NV * heads * K] * 2 + [NK * heads * V]
-    if whole and (vector or K == V):
-        grads = empty_as(v) if vector else v.new_empty((3 * v.shape[0], T, H, V))
+    is_whole = NK == 1 and (is_vector or NV == 1)  # else there are partial sums to add up
+    sizes = [0 if is_vector else NV * heads * K] * 2 + [NK * heads * V]
+    if is_whole and (is_vector or K == V):
+        grads = empty_as(v) if is_vector else v.new_empty((3 * v.shape[0], T, H, V))
     else:
-        grads = v.new_empty(sum(sizes), dtype=v.dtype if whole else torch.float32)
-    changes, rows = NV * N * H * S * K, None
-    if vector or needs_gate:
-        rows = v.new_empty(changes + 2 * (NV * heads * K if vector else keys * heads), dtype=torch.float32)
-    arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, rows, local)
+        grads = v.new_empty(sum(sizes), dtype=v.dtype if is_whole else torch.float32)
+    end_size, work = NV * N * H * S * K, None
+    if is_vector or needs_gate:
+        work = v.new_empty(end_size + 2 * (NV * heads * K if is_vector else keys * heads), dtype=torch.float32)
+    arguments = (prepared.q, prepared.k, v, prepared.gate, do, problem.initial_state, dht, grads, dh0, work, sums)
     arguments = (*arguments, prepared.pack, problem.scale, T, H, L)
     for grid, launch in launches:
         launch(grid, arguments)
     dg = None
-    if vector:
-        dq, dk, dg = finish_vector(problem, prepared, rows, NV, L, needs_gate)
-        dv = grads if whole else _sum(grads, NK, v)
-    elif whole and K == V:
-        dq, dk, dv = grads.unsafe_split(v.shape[0])  # not as views, whose bookkeeping takes microseconds
+    if is_vector:
+        dq, dk, dg = finish_vector(problem, prepared, work, NV, L, needs_gate)
+        dv = grads if is_whole else summed_slices(grads, NK, v)
+    elif is_whole and K == V:
+        dq, dk, dv = grads.unsafe_split(v.shape[0])  # the bookkeeping of views takes microseconds
     else:
         dq, dk, dv = grads.split(sizes)
-        dq, dk, dv = _sum(dq, NV, problem.q), _sum(dk, NV, problem.k), _sum(dv, NK, v)
-    if needs_gate and not vector:
-        dg = close_gate_gradient(problem, prepared, rows, dht is not None, 2 * keys, NV, L)
+        dq, dk, dv = summed_slices(dq, NV, problem.q), summed_slices(dk, NV, problem.k), summed_slices(dv, NK, v)
+    if needs_gate and not is_vector:
+        dg = finish_scalar(problem, prepared, work, dht is not None, 2 * keys, NV, L)
     found = {"q": dq, "k": dk, "v": dv}
     if dg is not None:
-        found["gk" if vector else "g"] = dg
+        found["gk" if is_vector else "g"] = dg
     if dh0 is not None:
         found["initial_state"] = dh0
     return found
-
-
-def _sum(parts: Tensor, slices: int, like: Tensor) -> Tensor:
-    """The sum of partial gradients, in the dtype and shape of the input."""
-    if slices == 1 and parts.dtype == like.dtype:
-        return parts.view(like.shape)
-    out = empty_as(like)
-    sum_slices(parts.view(slices, *like.shape), out)
-    return out

@@ -1,22 +1,27 @@
-"""What is computed of the gates before the chunk kernels run, once for all their programs.
+"""What is computed of the gates before the chunk kernels run, once for all of their programs.
 
-Per token and head (SCALAR): `G` `[B, H, T]` float32, the running log2 decay within each chunk, and a mark on every
-chunk that decays by too much for its halves: a head that has one is FAR_SCALAR's.
+SCALAR (a decay a head and token): `[B, H, T]` float32, the running log2 decay G within each chunk.
 
-Per key channel (VECTOR): q and k scaled such that every factor stays in range up to RANGE nats a chunk (kernels.md
-1.2, with the middle of the range for a middle: no look ahead, and one factor a chunk for the state):
+VECTOR (a decay per key channel): q and k scaled to the middle of the range that fits (`_decay.py`), such that all
+factors stay in range up to RANGE nats a chunk, and the decay of the state over each chunk:
 
-    Qn = q e^G / UNIT     Kn = k e^{-G} UNIT     factor of the state: e^{G_C}
+    Qn = e^G Q / MIDDLE
+    Kn = e^{-G} K MIDDLE
+    e^{G_C}
 
-A head that decays faster than that in any chunk is prepared again with chunks of 16 tokens, about the chunk's middle
-`m = G_{C/2}` (a step clamped at -10 nats always fits there; what the clamp lets through is below 5e-5 of what was
-there), and computed as kind SHORT:
+Both mark the chunks that decay by too much for this. A head that has a mark is far. SCALAR leaves it to FAR_SCALAR,
+which needs nothing else. VECTOR prepares it again for SHORT, with chunks of 16 tokens that are scaled to the middle
+m = G_{C/2} of each, and two decays of the state, to the middle and from there on:
 
-    Qn = q e^{G - m}      Kn = k e^{m - G}       factors of the state: e^m to the middle and e^{G_C - m} from there on
+    Qn = e^{G - m} Q
+    Kn = e^{m - G} K
+    e^m, e^{G_C - m}
 
-fp16 operands are kept as float32: fp16's digits (tf32 in the dots), but a range that decays fit in.
+There a step is clamped at -10 nats, which always fits. What the clamp lets through is below 5e-5 of what was there.
 
-A program takes one chunk (of 64 tokens) of some heads.
+fp16 operands are kept as float32, that is with fp16's digits (tf32 in the dots), but in a range that decays fit in.
+
+A program takes one chunk of 64 tokens of some heads.
 """
 
 import functools
@@ -31,39 +36,38 @@ from fla.backends.decay import Problem
 from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launch, launcher_of
 from fla.backends.triton._lib import LOG2E, MIN_LOG_DECAY, log2_decay, operand
 from fla.backends.triton._packs import join
-from fla.backends.triton._sequence import CHUNK, chunk_slot, chunk_slots, find_chunk, head_base, padded
+from fla.backends.triton._sequence import CHUNK, find_chunk, first_chunk_slot, head_offset, num_chunk_slots, padded
 from fla.backends.triton.decay._decay import (
     CONSTANT,
     FAR_CONSTANT,
     FAR_SCALAR,
+    FAR_UNIT,
     JOINED,
-    MARKS,
+    MARKS_AT_ONCE,
+    MIDDLE,
     NONE,
-    PAIR,
     SCALAR,
     SHORT,
     SHORT_CHUNK,
-    UNIT,
     VECTOR,
-    first_slot,
+    first_factor_slot,
     is_near,
-    marks_size,
+    marks_length,
 )
 
-# dtypes in which packs with decays per channel are joined: fp16's operands are float32, which leaves no registers for
-# masks
+# Dtypes in which packs with a decay per channel are joined. The float32 operands of fp16 leave no registers for masks.
 JOINED_VECTORS: tuple[torch.dtype, ...] = (torch.bfloat16,)
-HEADS = tl.constexpr(16)  # of a program of the scalar kind
-CHANNELS = tl.constexpr(512)  # of a program of the vector kind, over its heads
-RANGE = tl.constexpr(80.0)  # nats a chunk: e^-80 is a normal number, and so are e^+-40 and numbers near it
+SCALAR_HEADS = tl.constexpr(16)  # heads of a program for SCALAR
+VECTOR_CHANNELS = tl.constexpr(512)  # key channels of a program for VECTOR, over all of its heads
+RANGE = tl.constexpr(80.0)  # nats a chunk for VECTOR: e^-80 is a normal float32, e^40 and e^-40 have room on both sides
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
-    """`sums`: the marks, then `G`. Of `q` the dtype counts."""
-    slots = chunk_slots(cu_seqlens, T, N)
-    groups = tl.cdiv(H, HEADS)
-    slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
+def running_sums_kernel(g, q, gate, cu_seqlens, T, H, N):
+    """Writes `gate`: the marks, then G `[B, H, T]`. Of `q`, only the dtype counts."""
+    slots = num_chunk_slots(cu_seqlens, T, N)
+    groups = tl.cdiv(H, SCALAR_HEADS)
+    slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * SCALAR_HEADS + tl.arange(0, SCALAR_HEADS)
     i_n, start, length, t = find_chunk(cu_seqlens, slot, N, T)
     if t >= length:
         return
@@ -71,46 +75,51 @@ def running_sums_kernel(g, q, sums, cu_seqlens, T, H, N):
     mask = (o_t < length)[:, None] & (i_h < H)[None, :]
     b_w = log2_decay(tl.load(g + start * H + o_t[:, None] * H + i_h[None, :], mask=mask, other=0.0))
     b_mark = (is_near(tl.sum(b_w, 0), q.dtype.element_ty) == 0).to(tl.float32)
-    tl.store(sums + i_h * slots + slot, b_mark, mask=i_h < H)
-    sums += marks_size(cu_seqlens, T, H, N * H)
-    p_sums = sums + head_base(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
-    tl.store(p_sums, tl.cumsum(b_w, 0), mask=mask)
+    tl.store(gate + i_h * slots + slot, b_mark, mask=i_h < H)
+    gate += marks_length(cu_seqlens, T, H, N * H)
+    p_gate = gate + head_offset(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
+    tl.store(p_gate, tl.cumsum(b_w, 0), mask=mask)
 
 
 @triton.jit
 def log2_step(p, mask, C: tl.constexpr):
-    """A token's log2 decay, clamped as its chunks need it."""
+    """A token's log2 decay, clamped as its kind needs it: C tokens a chunk."""
     b_g = tl.load(p, mask=mask, other=0.0).to(tl.float32)
     return tl.maximum(b_g, MIN_LOG_DECAY if C == CHUNK else MIN_LOG_DECAY / 2) * LOG2E
 
 
 @triton.jit
 def load_token(q, k, g, o, mask, C: tl.constexpr):
+    """q, k and the log2 decay of a token of some heads, each `[HEADS, BK]`."""
     b_q = tl.load(q + o, mask=mask, other=0.0)
     b_k = tl.load(k + o, mask=mask, other=0.0)
     return b_q, b_k, log2_step(g + o, mask, C)
 
 
 @triton.jit
-def store_token(token, qn, kn, o, mask, b_u, KIND: tl.constexpr):
-    """Stores a token's Qn and Kn; `G` (SHORT: `G - m`) at it, given that at the token before."""
-    UP: tl.constexpr = 1.0 / UNIT if KIND == VECTOR else 1.0  # not as a part of the exponent: these are exact
-    DOWN: tl.constexpr = UNIT if KIND == VECTOR else 1.0
+def store_token(token, qn, kn, o, mask, b_Gm, KIND: tl.constexpr):
+    """Stores Qn and Kn of a token. `b_Gm`: G (for SHORT: G - m) at the token before it. Returns that at the token."""
+    # factors of their own: multiplying by a power of 2 is exact, adding to the exponent is not
+    QN_FACTOR: tl.constexpr = 1.0 / MIDDLE if KIND == VECTOR else 1.0
+    KN_FACTOR: tl.constexpr = MIDDLE if KIND == VECTOR else 1.0
     b_q, b_k, b_w = token
-    b_u += b_w
-    tl.store(qn + o, operand(b_q * (tl.exp2(b_u) * UP), qn.dtype.element_ty), mask=mask)
-    tl.store(kn + o, operand(b_k * (tl.exp2(-b_u) * DOWN), kn.dtype.element_ty), mask=mask)
-    return b_u
+    b_Gm += b_w
+    tl.store(qn + o, operand(b_q * (tl.exp2(b_Gm) * QN_FACTOR), qn.dtype.element_ty), mask=mask)
+    tl.store(kn + o, operand(b_k * (tl.exp2(-b_Gm) * KN_FACTOR), kn.dtype.element_ty), mask=mask)
+    return b_Gm
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
-    """`factors`: the marks, then of every chunk the factor to its middle (SHORT alone has it) and that to its end,
-    `[slots, H, 2, K]`. A thread walks the tokens of its channels: nothing is exchanged between threads."""
+def centre_kernel(q, k, g, qn, kn, gate, cu_seqlens, T, H, N, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
+    """Writes Qn, Kn and `gate`: the marks, then for every chunk the decays of a state `[slots, H, 2, K]`.
+
+    The two decays are that to the chunk's middle (SHORT has it alone) and that to its end. A thread walks the tokens of
+    its own channels, so threads exchange nothing.
+    """
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
-    HEADS: tl.constexpr = CHANNELS // BK
-    slots = chunk_slots(cu_seqlens, T, N)
-    groups = tl.cdiv(H, HEADS)  # neighbours in memory are neighbours in time
+    HEADS: tl.constexpr = VECTOR_CHANNELS // BK
+    slots = num_chunk_slots(cu_seqlens, T, N)
+    groups = tl.cdiv(H, HEADS)  # programs that run at the same time read neighbouring heads
     slot, i_h = tl.program_id(0) // groups, tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     i_n, start, length, t_slot = find_chunk(cu_seqlens, slot, N, T)
     if t_slot >= length:
@@ -118,52 +127,54 @@ def centre_kernel(q, k, g, qn, kn, factors, cu_seqlens, T, H, N, K: tl.constexpr
     o_k = tl.arange(0, BK)
     mask = (i_h < H)[:, None] & (o_k < K)[None, :]
     if KIND == SHORT:
-        b_marks = tl.zeros([HEADS, MARKS], tl.float32)
-        first = chunk_slot(cu_seqlens, start, i_n, T)
-        for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS):
-            o_i = i_mark + tl.arange(0, MARKS)
+        b_marks = tl.zeros([HEADS, MARKS_AT_ONCE], tl.float32)
+        first = first_chunk_slot(cu_seqlens, start, i_n, T)
+        for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
+            o_i = i_mark + tl.arange(0, MARKS_AT_ONCE)
             m_i = (i_h < H)[:, None] & (o_i < tl.cdiv(length, CHUNK))[None, :]
-            p_marks = factors + i_h[:, None] * slots + first + o_i[None, :]
+            p_marks = gate + i_h[:, None] * slots + first + o_i[None, :]
             b_marks = tl.maximum(b_marks, tl.load(p_marks, mask=m_i, other=0.0))
         far = tl.max(b_marks, 1)
         if tl.max(far, 0) == 0:
             return
         mask = mask & (far > 0)[:, None]
-    p_factors = factors + marks_size(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
+    p_factors = gate + marks_length(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
     columns = i_h[:, None] * K + o_k[None, :]
     for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
         row = (start + t_chunk) * H * K
         count = length - t_chunk
-        # (`where`, because a comparison of two numbers is no mask in the interpreter of Triton 3.9)
-        b_u = tl.zeros([HEADS, BK], tl.float32)
-        p = p_factors + (first_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
+        # `where`, because Triton 3.9's interpreter does not take a comparison of two numbers as a mask
+        b_Gm = tl.zeros([HEADS, BK], tl.float32)
+        p = p_factors + (first_factor_slot(cu_seqlens, start, i_n, T) + t_chunk // C) * H * (2 * K)
         if KIND == SHORT:
             for t in tl.static_range(C // 2):
-                b_u -= log2_step(g + row + t * (H * K) + columns, tl.where(t < count, mask, False), C)
-            tl.store(p, tl.exp2(-b_u), mask=mask)
+                b_Gm -= log2_step(g + row + t * (H * K) + columns, tl.where(t < count, mask, False), C)
+            tl.store(p, tl.exp2(-b_Gm), mask=mask)
         for t in range(0, C, 4):
-            # four tokens' loads are under way at once: behind a store each would wait for its turn
+            # the loads of four tokens are issued together: a load after a store would wait for it
             o, m_t = row + t * (H * K) + columns, count - t
             token0 = load_token(q, k, g, o, tl.where(m_t > 0, mask, False), C)
             token1 = load_token(q, k, g, o + H * K, tl.where(m_t > 1, mask, False), C)
             token2 = load_token(q, k, g, o + 2 * H * K, tl.where(m_t > 2, mask, False), C)
             token3 = load_token(q, k, g, o + 3 * H * K, tl.where(m_t > 3, mask, False), C)
-            b_u = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_u, KIND)
-            b_u = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_u, KIND)
-            b_u = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_u, KIND)
-            b_u = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_u, KIND)
-        tl.store(p + K, tl.exp2(b_u), mask=mask)
+            b_Gm = store_token(token0, qn, kn, o, tl.where(m_t > 0, mask, False), b_Gm, KIND)
+            b_Gm = store_token(token1, qn, kn, o + H * K, tl.where(m_t > 1, mask, False), b_Gm, KIND)
+            b_Gm = store_token(token2, qn, kn, o + 2 * H * K, tl.where(m_t > 2, mask, False), b_Gm, KIND)
+            b_Gm = store_token(token3, qn, kn, o + 3 * H * K, tl.where(m_t > 3, mask, False), b_Gm, KIND)
+        tl.store(p + K, tl.exp2(b_Gm), mask=mask)
         if KIND == VECTOR:
-            is_strong = tl.max(tl.abs(b_u), 1) > RANGE * LOG2E
-            tl.store(factors + i_h * slots + slot, is_strong.to(tl.float32), mask=i_h < H)
+            is_too_strong = tl.max(tl.abs(b_Gm), 1) > RANGE * LOG2E
+            tl.store(gate + i_h * slots + slot, is_too_strong.to(tl.float32), mask=i_h < H)
 
 
 class Prepared:
-    """A chunked problem as the kernels take it: whether its pack is joined, its decay kinds, and the tensors that stand
-    for q, k and the gate. It is never changed after it is made.
+    """A chunked problem as the kernels take it. It is never changed after it is made.
 
-    `begins`: of a joined pack (`_packs.py`). `gate`: what a forward kept of `Prepared.gate`, with Qn and Kn in the
-    problem, if it did.
+    `kinds`: KINDS of its launches. `near_kinds`: the same without the far kind. `q`, `k`, `gate`: what the kernels read
+    of q, k and the decays. `begins`: of a joined pack, else None. `pack`: what kernels call `pack`. `lengths`:
+    `cu_seqlens` if the sequences of a pack are computed one by one; None if all sequences have the same length.
+
+    A forward may have kept `gate`, and Qn and Kn in the problem: then they are not made again.
     """
 
     __slots__ = ("begins", "gate", "k", "kinds", "lengths", "near_kinds", "pack", "q", "state_shape")
@@ -171,7 +182,6 @@ class Prepared:
     def __init__(self, problem: Problem, begins: Tensor | None, gate: Tensor | None = None):
         bounds = problem.cu_seqlens
         B, _, H, K = problem.q.shape
-        # `lengths`: `cu_seqlens` of sequences that are computed one by one, None where rows are, all of one length
         self.begins, self.lengths, self.pack = begins, bounds, bounds
         if begins is not None:
             self.lengths, self.pack = None, begins
@@ -186,19 +196,19 @@ class Prepared:
         elif problem.g_gamma is not None:
             near, far = CONSTANT.value, 0 if problem.mild else FAR_CONSTANT.value
         joined = 0 if begins is None else JOINED
-        self.near_kinds, self.kinds = near + joined, near + PAIR * far + joined
+        self.near_kinds, self.kinds = near + joined, near + FAR_UNIT * far + joined
         if gate is not None:
             self.gate = gate
         elif near == VECTOR.value:
-            self._centre(problem)
+            self._scale_q_and_k(problem)
         elif near == SCALAR.value:
-            self._sum(problem)
+            self._sum_gates(problem)
 
-    def saved(self, problem: Problem, local: Tensor | None) -> Saved:
-        """What a forward keeps: the segments' states, the prepared gate, and `begins`, each if there is one.
+    def saved(self, problem: Problem, sums: Tensor | None) -> Saved:
+        """What a forward keeps: what segments add to the states, the prepared gate, and `begins`, each if there is one.
 
-        Qn and Kn take the places of q and k, which no gradient needs (`finish_vector`), unless they take more memory
-        (fp16): then the backward prepares the problem again.
+        Qn and Kn take the places of q and k, which no gradient needs (`finish_vector`). Where they take more memory (in
+        fp16) they are not kept, and the backward prepares the problem again.
         """
         x, gate = problem, None
         if x.gk is not None:
@@ -208,25 +218,25 @@ class Prepared:
                 x = Problem(self.q, self.k, x.v, x.g, x.gk, *rest)
         elif x.g is not None:
             gate = self.gate
-        if gate is None and local is None and self.begins is None:
+        if gate is None and sums is None and self.begins is None:
             return Saved(x)
-        return Saved(x, (local, gate, self.begins))
+        return Saved(x, (sums, gate, self.begins))
 
-    def _sum(self, problem: Problem) -> None:
+    def _sum_gates(self, problem: Problem) -> None:
         T, H = problem.q.shape[1:3]
         slots = self._slots(T, CHUNK.value)
-        self.gate = problem.q.new_empty(_even(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
+        self.gate = problem.q.new_empty(_aligned(slots * H) + problem.q.shape[:3].numel(), dtype=torch.float32)
         arguments = (problem.g, problem.q, self.gate, self.lengths, T, H, self.state_shape[0])
-        launch(running_sums_kernel, slots * ceil_div(H, HEADS.value), arguments, {})
+        launch(running_sums_kernel, slots * ceil_div(H, SCALAR_HEADS.value), arguments, {})
 
-    def _centre(self, problem: Problem) -> None:
+    def _scale_q_and_k(self, problem: Problem) -> None:
         q, k = problem.q, problem.k
         N, H, K, _ = self.state_shape
         T = q.shape[1]
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.q, self.k = empty_as(q, dtype), empty_as(k, dtype)
         slots = self._slots(T, CHUNK.value)
-        size = _even(slots * H) + self._slots(T, SHORT_CHUNK.value) * H * 2 * K
+        size = _aligned(slots * H) + self._slots(T, SHORT_CHUNK.value) * H * 2 * K
         self.gate = q.new_empty(size, dtype=torch.float32)
         arguments = (q, k, problem.gk, self.q, self.k, self.gate, self.lengths, T, H, N)
         heads, launches = _plan(K)
@@ -234,12 +244,12 @@ class Prepared:
             launch_kind(slots * ceil_div(H, heads), arguments)
 
     def _slots(self, T: int, C: int) -> int:
-        """Numbers for chunks of C tokens, at least one for each: as `chunk_slots` has it."""
+        """How many numbers there are for chunks of C tokens: as `num_chunk_slots` has it."""
         return self.state_shape[0] * ceil_div(T, C) if self.lengths is None else T // C + self.state_shape[0]
 
 
 def prepare(problem: Problem, has_states: bool) -> Prepared:
-    """`problem` as the kernels take it. `has_states`: whether final states, or gradients of them, are in play."""
+    """`problem` as the kernels take it. `has_states`: whether there are final states, or gradients of them."""
     begins = None
     if problem.gk is None or problem.q.dtype in JOINED_VECTORS:
         begins = join(problem.cu_seqlens, problem.q.shape[1], has_states or problem.initial_state is not None)
@@ -248,12 +258,12 @@ def prepare(problem: Problem, has_states: bool) -> Prepared:
 
 @functools.lru_cache(maxsize=256)
 def _plan(K: int) -> tuple[int, tuple[Launcher, Launcher]]:
-    """Heads of a program, and the launches for both kinds."""
+    """Heads of a program, and the launchers of both kinds."""
     BK = padded(K)
     near, short = (launcher_of(centre_kernel, {"K": K, "BK": BK, "KIND": kind}) for kind in (VECTOR.value, SHORT.value))
-    return CHANNELS.value // BK, (near, short)
+    return VECTOR_CHANNELS.value // BK, (near, short)
 
 
-def _even(count: int) -> int:
-    """Floats up to the next 16 bytes: as `marks_size` has it."""
+def _aligned(count: int) -> int:
+    """How many floats fill the next 16 bytes: as `marks_length` has it."""
     return ceil_div(count, 4) * 4

@@ -1,10 +1,13 @@
-"""The `decay` family token by token, forward: decoding, short inputs, and states that live in a pool.
+"""The `decay` family token by token, forward: decoding, short inputs, float32, and states that live in a pool.
 
-    S_t = e^{g_t} diag(e^{gk_t}) S_{t-1} diag(e^{gv_t}) + k_t v_t^T      o_t = scale q_t^T S_t
+    S_t = e^{g_t} diag(e^{gk_t}) S_{t-1} diag(e^{gv_t}) + k_t v_t^T
+    o_t = scale q_t^T S_t
 
-A program owns a `[K, BV]` slice of one state: it is read once, kept in registers, and written once, which is nearly
-all the traffic of a decoding step. Its loads are issued before anything else, those of a token's vectors one token
-ahead. Along the state's contiguous axis a thread reads 16 bytes at a time.
+A program owns a slice `[K, BV]` of one state. It reads the slice once, keeps it in registers and writes it once, which
+is nearly all the traffic of a decoding step. The state is loaded before anything else is done, and the vectors of a
+token are loaded one token ahead. Along the state's contiguous axis a thread reads 16 bytes at a time.
+
+In the kernels, names with n_ hold what was loaded for the next token.
 """
 
 import functools
@@ -17,16 +20,20 @@ from torch import Tensor
 from fla.backends.decay import Problem
 from fla.backends.triton._launch import Launcher, ceil_div, empty_as, launcher_of
 from fla.backends.triton._lib import LOG2E
-from fla.backends.triton._sequence import sequence
+from fla.backends.triton._sequence import sequence_bounds
 
-MAX_KEY_DIM = 512  # a program holds all of K
-FILLED = 264  # programs that keep an H200 (132 processors) busy
-V_FIRST, IN_PLACE = 1, 2  # FLAGS of the kernel: states are [., H, V, K]; the final state goes to h0
+MAX_KEY_DIM = 512  # a program holds all key channels
+FULL_GPU_PROGRAMS = 264  # programs that keep an H200 busy: two for each of its 132 multiprocessors
+V_FIRST, IN_PLACE = 1, 2  # FLAGS of the kernel: states are [states, H, V, K]; the final state is written to h0
+V_FIRST_BIT, IN_PLACE_BIT = tl.constexpr(V_FIRST), tl.constexpr(IN_PLACE)  # for kernels
 
 
 @triton.jit
-def factor(x, dtype: tl.constexpr, PRECISE: tl.constexpr):
-    """`e^x`. PRECISE: rounded right, for a hardware `exp2` is two steps of float32 off, and a decay acts many times."""
+def decay_factor(x, dtype: tl.constexpr, PRECISE: tl.constexpr):
+    """`e^x`. PRECISE: correctly rounded.
+
+    The hardware's `exp2` is off by up to two steps of float32, and a decay acts many times.
+    """
     if PRECISE:
         return tl.exp(x.to(tl.float64)).to(dtype)
     else:
@@ -34,24 +41,27 @@ def factor(x, dtype: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _where_states(indices, i_n, i_h, H, P):
-    """State of this program in the pool (64 bits), 1 if there is one, else 0, and what its outputs are then."""
+def _locate_state(indices, i_n, i_h, H, P):
+    """Where a program finds its state in the pool (64 bits), whether it has one (1 or 0), and its outputs if not."""
     if indices is None:
-        i_slot = i_n
-        live = 1
-        idle = 0.0
+        i_pool = i_n
+        is_live = 1
+        idle_output = 0.0
     else:
-        i_slot = tl.load(indices + i_n).to(tl.int64)
-        live = tl.where((i_slot >= 0) & (i_slot < P), 1, 0)
-        idle = tl.where(i_slot < 0, 0.0, float("nan"))  # a slot outside the pool must not look like a result
-        i_slot *= live
-    return i_slot * H + i_h, live, idle
+        i_pool = tl.load(indices + i_n).to(tl.int64)
+        is_live = tl.where((i_pool >= 0) & (i_pool < P), 1, 0)
+        # NaN, because an index outside the pool must not look like a result
+        idle_output = tl.where(i_pool < 0, 0.0, float("nan"))
+        i_pool *= is_live
+    return i_pool * H + i_h, is_live, idle_output
 
 
 @triton.jit
-def while_positive(mask, number):
-    """`mask` if the number is positive, else nowhere. (A comparison of two numbers is no mask in the interpreter of
-    Triton 3.9.)"""
+def mask_if_positive(mask, number):
+    """`mask` if `number` is positive, else no lanes.
+
+    (A comparison of two numbers is no mask in the interpreter of Triton 3.9.)
+    """
     return mask & (tl.zeros(mask.shape, tl.int32) < number)
 
 
@@ -60,68 +70,70 @@ def recurrent_forward_kernel(
     q, k, v, g, gk, gv, g_gamma, h0, o, ht, cu_seqlens, indices, scale, T, H, P,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
+    """`h0`: initial states `[N, H, K, V]`, or with `indices` a pool of P. FLAGS: V_FIRST and IN_PLACE, added up."""
     BK: tl.constexpr = (
         16 if K <= 16 else 32 if K <= 32 else 64 if K <= 64 else 128 if K <= 128 else 256 if K <= 256 else 512
     )
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     i_v, i_nh = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
-    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H  # 64-bit divisions are slow
+    # divisions of 32 bits, because those of 64 bits are slow
+    i_state, i_n, i_h = i_nh.to(tl.int64), (i_nh // H).to(tl.int64), i_nh % H
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
-    if FLAGS & 1:
+    if V_FIRST_BIT & FLAGS:
         o_S = o_v[None, :] * K + o_k[:, None]
     else:
         o_S = o_k[:, None] * V + o_v[None, :]
     m_S = m_k[:, None] & m_v[None, :]
-    i_slot, live, idle = _where_states(indices, i_n, i_h, H, P)
+    i_pool, is_live, idle_output = _locate_state(indices, i_n, i_h, H, P)
     if h0 is None:
         b_S = tl.zeros([BK, BV], tl.float32)
     else:
-        b_S = tl.load(h0 + i_slot * K * V + o_S, mask=while_positive(m_S, live), other=0.0).to(tl.float32)
-    start, length = sequence(cu_seqlens, i_n, T)
-    row, left = start * H + i_h, length
-    n_q = tl.load(q + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
-    n_k = tl.load(k + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
-    n_v = tl.load(v + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+        b_S = tl.load(h0 + i_pool * K * V + o_S, mask=mask_if_positive(m_S, is_live), other=0.0).to(tl.float32)
+    start, length = sequence_bounds(cu_seqlens, i_n, T)
+    row, remaining = start * H + i_h, length
+    n_q = tl.load(q + row * K + o_k, mask=mask_if_positive(m_k, remaining), other=0.0)
+    n_k = tl.load(k + row * K + o_k, mask=mask_if_positive(m_k, remaining), other=0.0)
+    n_v = tl.load(v + row * V + o_v, mask=mask_if_positive(m_v, remaining), other=0.0)
     if g is not None:
-        n_g = tl.load(g + row, mask=left > 0, other=0.0)
+        n_g = tl.load(g + row, mask=remaining > 0, other=0.0)
     if gk is not None:
-        n_gk = tl.load(gk + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+        n_gk = tl.load(gk + row * K + o_k, mask=mask_if_positive(m_k, remaining), other=0.0)
     if gv is not None:
-        n_gv = tl.load(gv + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+        n_gv = tl.load(gv + row * V + o_v, mask=mask_if_positive(m_v, remaining), other=0.0)
     if g_gamma is not None:
-        gamma = factor(tl.load(g_gamma + i_h), tl.float32, True)
+        gamma = decay_factor(tl.load(g_gamma + i_h), tl.float32, True)
     for _ in range(0, length):
-        here, row, left = row, row + H, left - 1
+        row_now, row, remaining = row, row + H, remaining - 1
         b_q, b_k, b_v = n_q.to(tl.float32), n_k.to(tl.float32), n_v.to(tl.float32)
-        n_q = tl.load(q + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
-        n_k = tl.load(k + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
-        n_v = tl.load(v + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+        n_q = tl.load(q + row * K + o_k, mask=mask_if_positive(m_k, remaining), other=0.0)
+        n_k = tl.load(k + row * K + o_k, mask=mask_if_positive(m_k, remaining), other=0.0)
+        n_v = tl.load(v + row * V + o_v, mask=mask_if_positive(m_v, remaining), other=0.0)
         if g is not None:
-            b_S *= factor(n_g, tl.float32, PRECISE)
-            n_g = tl.load(g + row, mask=left > 0, other=0.0)
+            b_S *= decay_factor(n_g, tl.float32, PRECISE)
+            n_g = tl.load(g + row, mask=remaining > 0, other=0.0)
         if g_gamma is not None:
             b_S *= gamma
         if gk is not None:
-            b_S *= factor(n_gk, tl.float32, PRECISE)[:, None]
-            n_gk = tl.load(gk + row * K + o_k, mask=while_positive(m_k, left), other=0.0)
+            b_S *= decay_factor(n_gk, tl.float32, PRECISE)[:, None]
+            n_gk = tl.load(gk + row * K + o_k, mask=mask_if_positive(m_k, remaining), other=0.0)
         if gv is not None:
-            b_S *= factor(n_gv, tl.float32, PRECISE)[None, :]
-            n_gv = tl.load(gv + row * V + o_v, mask=while_positive(m_v, left), other=0.0)
+            b_S *= decay_factor(n_gv, tl.float32, PRECISE)[None, :]
+            n_gv = tl.load(gv + row * V + o_v, mask=mask_if_positive(m_v, remaining), other=0.0)
         b_S += b_k[:, None] * b_v[None, :]
         b_o = tl.sum(b_S * b_q[:, None], 0) * scale
         if indices is not None:
-            b_o = tl.where(live > 0, b_o, idle)
-        tl.store(o + here * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
-    if FLAGS & 2:
-        tl.store(h0 + i_slot * K * V + o_S, b_S, mask=while_positive(m_S, live))
+            b_o = tl.where(is_live > 0, b_o, idle_output)
+        tl.store(o + row_now * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    if IN_PLACE_BIT & FLAGS:
+        tl.store(h0 + i_pool * K * V + o_S, b_S, mask=mask_if_positive(m_S, is_live))
     elif ht is not None:
         if indices is not None:
-            b_S = tl.where(live > 0, b_S, idle)
+            b_S = tl.where(is_live > 0, b_S, idle_output)
         tl.store(ht + i_state * K * V + o_S, b_S, mask=m_S)
 
 
-def run(
+def fill_outputs(
     problem: Problem,
     o: Tensor,
     ht: Tensor | None,
@@ -130,7 +142,7 @@ def run(
     in_place: bool = False,
     v_first: bool = False,
 ) -> None:
-    """Fill `o`, and `ht` or, in place, the initial states, of a problem that passed `check`."""
+    """Fills `o`, and `ht` or, in place, the initial states. The problem must have passed `check_supported`."""
     q, v, states = problem.q, problem.v, problem.initial_state
     N, H, K, V = problem.state_shape
     grid, launch = _plan(N * H, K, V, V_FIRST * v_first + IN_PLACE * in_place)
@@ -140,28 +152,34 @@ def run(
 
 
 def forward(problem: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    """`o` in the problem's output dtype, and the final state float32 or None, of a problem that passed `check`."""
+    """`o` in the problem's output dtype, and the final state in float32 or None.
+
+    The problem must have passed `check_supported`.
+    """
     o = empty_as(problem.v, problem.output_dtype)
     ht = problem.q.new_empty(problem.state_shape, dtype=torch.float32) if output_final_state else None
-    run(problem, o, ht)
+    fill_outputs(problem, o, ht)
     return o, ht
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(states: int, K: int, V: int, flags: int) -> tuple[int, Launcher]:
-    """Programs, and the launch."""
-    BV, warps = tiles(states, K, V)
+    """Programs, and the launcher."""
+    BV, warps = choose_tile(states, K, V)
     constants = {"K": K, "V": V, "BV": BV, "FLAGS": flags}
     return ceil_div(V, BV) * states, launcher_of(recurrent_forward_kernel, constants, warps, 1)
 
 
-def tiles(states: int, K: int, V: int) -> tuple[int, int]:
-    """Value columns and warps of a program: rows of 128 bytes and 32 registers of state a thread where there are states
-    enough, less of V where that fills more of the GPU. From shapes alone; the length plays no part."""
-    BK = max(16, 1 << (K - 1).bit_length())  # plain integers: Triton's own helpers take microseconds on the host
+def choose_tile(states: int, K: int, V: int) -> tuple[int, int]:
+    """Value columns BV and warps of a program.
+
+    Rows of 128 bytes and 32 registers of state a thread where there are enough states; fewer columns where that fills
+    more of the GPU. Shapes alone decide; the number of tokens plays no part.
+    """
+    BK = max(16, 1 << (K - 1).bit_length())  # plain Python, because Triton's helpers take microseconds on the host
     widest = max(16, 1 << (V - 1).bit_length())
     BV = min(widest, 32 if BK == 256 else max(16, min(64, 4096 // BK)))
-    while BV > 16 and states * -(-V // BV) < FILLED:
+    while BV > 16 and states * -(-V // BV) < FULL_GPU_PROGRAMS:
         BV //= 2
     return BV, max(1, min(4, BK * BV // 1024))
 
@@ -169,21 +187,23 @@ def tiles(states: int, K: int, V: int) -> tuple[int, int]:
 def step(
     problem: Problem, state_indices: Tensor | None, output_final_state: bool, in_place: bool, v_first: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`o`, and the fresh final states or None; `problem.initial_state` is a pool where `state_indices` say so.
-    ValueError for what the kernel does not cover."""
-    check(problem)
+    """`o`, and the final states or None where they are written in place.
+
+    With `state_indices`, `problem.initial_state` is a pool. ValueError for what the kernel does not cover.
+    """
+    check_supported(problem)
     q, v = problem.q, problem.v
     o = empty_as(v, problem.output_dtype)
     N, H, K, V = problem.state_shape
     ht = None
     if output_final_state and not in_place:
         ht = q.new_empty((N, H, V, K) if v_first else (N, H, K, V), dtype=torch.float32)
-    run(problem, o, ht, state_indices, in_place=in_place, v_first=v_first)
+    fill_outputs(problem, o, ht, state_indices, in_place=in_place, v_first=v_first)
     return o, ht
 
 
-def check(problem: Problem) -> None:
-    """ValueError unless the recurrent kernels cover the problem."""
+def check_supported(problem: Problem) -> None:
+    """Raises ValueError unless the recurrent kernels cover the problem."""
     dtype, K = problem.q.dtype, problem.q.shape[-1]
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(

@@ -1,23 +1,23 @@
-"""The kernels of the `decay` family as their launchers launch them: recorded, on tensors that have no memory.
+"""The kernels of the family `decay` that are compiled without a GPU.
 
 A backward launch holds three roles, and most launches two kinds of decay, of which a program runs one: each is compiled
 alone, so that the budget holds per program. Where two programs of a launch are to fit on a multiprocessor, it is
 compiled whole too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fla.backends.decay import Problem
-from fla.backends.triton import _launch, decay
+from fla.backends.triton import decay
 from fla.backends.triton.decay import chunk_backward, recurrent_forward
-from fla.backends.triton.decay._decay import JOINED, PAIR
+from fla.backends.triton.decay._decay import FAR_UNIT, JOINED
+from tests.compile_check import recording
+from tests.compile_check.recording import DTYPES, Kernels, descriptors, record
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64", torch.int32: "i32"}
 KINDS = ("none", "constant", "scalar", "vector", "short", "far-constant", "far-scalar")
 ROLES = {"dq": chunk_backward.DQ.value, "dk": chunk_backward.DK.value, "dv": chunk_backward.DV.value}
 NO_DOTS = (
@@ -44,26 +44,28 @@ SIZES = {ALL: (65536, 4), FEW: (1024, 1), PLAIN: (256, 256), LONG: (65536, 4), T
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A kernel with all that a compiler is told. `posed`: ALL, FEW, PLAIN, LONG or TOGETHER."""
+class Variant(recording.Variant):
+    """`posed`: ALL, FEW, PLAIN, LONG or TOGETHER."""
 
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
     heads: tuple[int, int]
     posed: str
+    family: str = "decay"
 
     def __str__(self) -> str:
         return "-".join(word for word in (self.base, *self._words(), "{}x{}".format(*self.heads)) if word)
 
+    @property
+    def role(self) -> str | None:
+        """What of a backward launch it computes."""
+        roles = self.constants.get("ROLES")
+        if roles is None:
+            return None
+        return "whole" if self.is_whole else next(name for name, role in ROLES.items() if roles & role)
+
     def _words(self) -> Iterator[str]:
         given = self.constants
         yield self.kind or ""
-        if "ROLES" in given:
-            chosen = [name for name, role in ROLES.items() if given["ROLES"] & role]
-            yield "whole" if self.is_whole else chosen[0]
+        yield self.role or ""
         if given.get("REVERSE"):
             yield "reverse"
         if self.base == "gate":
@@ -73,28 +75,24 @@ class Variant:
         yield "" if self.posed == ALL else self.posed
 
     @property
-    def base(self) -> str:
-        return self.kernel.fn.__name__.removesuffix("_kernel")
-
-    @property
     def kind(self) -> str | None:
         number = self.constants.get("KINDS", self.constants.get("KIND"))
         if number is None:
             return None
         number %= JOINED
-        near, far = KINDS[number % PAIR], KINDS[number // PAIR]
-        return f"{near}-or-{far}" if self.is_pair else near if number < PAIR else f"only-{near}"
+        near, far = KINDS[number % FAR_UNIT], KINDS[number // FAR_UNIT]
+        return f"{near}-or-{far}" if self.is_pair else near if number < FAR_UNIT else f"only-{near}"
 
     @property
     def is_pair(self) -> bool:
         """A launch of two kinds."""
         kinds = self.constants.get("KINDS", 0) % JOINED
-        return kinds // PAIR not in (0, kinds % PAIR)
+        return kinds // FAR_UNIT not in (0, kinds % FAR_UNIT)
 
     @property
     def is_launched(self) -> bool:
         """As it is, not a part of a launch."""
-        return self.constants.get("KINDS", 0) % JOINED >= PAIR or self.kind == "none"
+        return self.constants.get("KINDS", 0) % JOINED >= FAR_UNIT or self.kind == "none"
 
     @property
     def is_matrix(self) -> bool:
@@ -108,7 +106,7 @@ class Variant:
     @property
     def is_wide(self) -> bool:
         """A backward launch of one role for wide heads."""
-        return bool(self.constants.get("ROLES", 0) & chunk_backward.WIDE.value)
+        return bool(self.constants.get("ROLES", 0) & chunk_backward.WIDE_SLICES.value)
 
     @property
     def operands(self) -> str:
@@ -117,8 +115,12 @@ class Variant:
 
     @property
     def uses_wgmma(self) -> bool:
-        """Hopper's dots need 64 rows; of chunks of 16 tokens only those into a state have them."""
+        """Of chunks of 16 tokens only those into a state have them."""
         return self.is_matrix and not (self.kind == "short" and self.base == "finish_vector")
+
+    @property
+    def programs(self) -> int:
+        return (3 if self.is_whole else 1) * (2 if self.is_pair else 1)
 
     @property
     def fits_twice(self) -> bool:
@@ -126,6 +128,13 @@ class Variant:
         forward = self.base == "chunk_forward" and self.heads in (COMMON, WIDE)
         backward = self.is_wide or (self.is_whole and self.heads == COMMON)
         return (forward or backward) and self.is_launched and self.posed != FEW
+
+    @property
+    def traits(self) -> set[Any]:
+        """Kernel with kind, with role, with the width of its heads, with how its problem is posed, with its dtype."""
+        kind = "two" if self.is_pair else self.kind and self.kind.removeprefix("only-")
+        width = {COMMON: "common", ODD: "odd"}.get(self.heads, "wide" if max(self.heads) >= 256 else "any")
+        return {(self.base, part) for part in (kind, self.role, width, self.posed, self.operands)}
 
 
 def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: tuple[str, ...]) -> Problem:
@@ -143,22 +152,6 @@ def problem(dtype: torch.dtype, K: int, V: int, posed: str, form: str, decays: t
     if posed not in (PLAIN, TOGETHER):
         state = empty(1, H, K, V, dtype=torch.float32)
     return Problem(q, q, v, *given, state, g_gamma, bounds, 0.5, form)
-
-
-def record(call: Callable[[], Any]) -> list[tuple[Any, tuple, dict[str, Any], dict[str, int]]]:
-    """Kernel, arguments, constants and settings of everything that `call` launches; nothing runs."""
-    seen: list = []
-    launch = _launch.Launcher.__call__
-
-    def keep(self, grid: int, args: tuple) -> None:
-        seen.append((self._kernel, args, self._constants, self._settings))
-
-    _launch.Launcher.__call__ = keep  # type: ignore[method-assign]
-    try:
-        call()
-    finally:
-        _launch.Launcher.__call__ = launch  # type: ignore[method-assign]
-    return seen
 
 
 def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
@@ -183,13 +176,10 @@ def launched(dtype: str, K: int, V: int, posed: str = ALL) -> Iterator[Variant]:
 
 
 def described(seen: list, K: int, V: int, posed: str) -> Iterator[Variant]:
-    for kernel, args, constants, settings in seen:
-        given = dict(zip(kernel.arg_names, args, strict=False))
-        types = {name: type_of(x) for name, x in given.items() if x is not None}
-        constants = {name: None for name, x in given.items() if x is None} | constants
+    for kernel, types, constants, settings in seen:
         whole = Variant(kernel, types, constants, settings["num_warps"], settings["num_stages"], (K, V), posed)
         kinds, joined = constants.get("KINDS", 0) % JOINED, constants.get("KINDS", 0) // JOINED * JOINED
-        for kind in (kinds % PAIR, kinds // PAIR) if whole.is_pair else ():
+        for kind in (kinds % FAR_UNIT, kinds // FAR_UNIT) if whole.is_pair else ():
             yield from by_roles(replace(whole, constants=constants | {"KINDS": kind + joined}))
         if not whole.is_pair:
             yield from by_roles(whole)
@@ -208,22 +198,24 @@ def by_roles(variant: Variant) -> Iterator[Variant]:
             yield replace(variant, constants=constants | {"ROLES": role | others})
 
 
-def type_of(value: Any) -> str:
-    """The Triton type of an argument."""
-    if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
-
-
 def variants(dtype: str, heads: tuple[tuple[int, int], ...] = HEADS, tiled: bool = True) -> dict[str, Variant]:
     """Every kernel once by name: with all options, and at 128x128 and 256x256 in the other ways that forwards and whole
     backwards are launched. `tiled`: where there are tensor descriptors (Hopper)."""
-    has_descriptors = _launch._has_descriptors
-    _launch._has_descriptors = lambda device: tiled  # type: ignore[assignment]
-    try:
+    with descriptors(tiled):
         return _variants(dtype, heads)
-    finally:
-        _launch._has_descriptors = has_descriptors
+
+
+def on_hopper(dtype: str) -> dict[str, recording.Variant]:
+    """float32 has the recurrent kernels only, whose slices differ in the largest heads too."""
+    return dict(variants(dtype, (*HEADS, (256, 512)) if dtype == "fp32" else HEADS))
+
+
+def elsewhere() -> dict[str, recording.Variant]:
+    """One program of every kernel; the constant kinds differ in a load."""
+    found = variants("bf16", (COMMON,), tiled=False)
+    kinds = (None, "none", "scalar", "vector", "short", "far-scalar")
+    posed = (ALL, TOGETHER)
+    return {name: x for name, x in found.items() if x.posed in posed and not x.is_whole and x.kind in kinds}
 
 
 def _variants(dtype: str, heads: tuple[tuple[int, int], ...]) -> dict[str, Variant]:
@@ -245,3 +237,8 @@ def _variants(dtype: str, heads: tuple[tuple[int, int], ...]) -> dict[str, Varia
                 known = found.setdefault(str(variant), variant)
                 assert known == variant, f"two variants are called {variant}"
     return found
+
+
+# Two are to fit of forward and backward of four kinds of decay, with all options, with none and of joined packs, and of
+# the launches of wide heads that are made for it.
+KERNELS = Kernels(on_hopper, elsewhere, everywhere=("chunk_forward-vector-128x128",), fits_twice=36)
