@@ -77,7 +77,9 @@ def merge_packing(cu_seqlens: Any, cu_seq_lens_q: Any, name: str, x: Tensor) -> 
     """`cu_seqlens` by either of its names, checked against the tokens `x` `[B, T, D]` of the argument `name`."""
     for key, bounds in (("cu_seqlens", cu_seqlens), ("cu_seq_lens_q", cu_seq_lens_q)):
         if bounds is not None:
-            check_bounds(key, bounds, x, name)
+            check_bounds(key, bounds, x, name, x.device)
+            if bounds.device != x.device:
+                raise ValueError(f"{key} must be on {x.device} like {name}, got {bounds.device}")
     cu_seqlens = merge_cu_seqlens(cu_seqlens, cu_seq_lens_q)
     if cu_seqlens is not None and not torch.compiler.is_compiling():  # a graph cannot branch on values
         check_cu_seqlens(cu_seqlens, x.shape[1])
