@@ -3,7 +3,9 @@
 PYTHON ?= python3
 # Another Triton than the pinned one, in an environment of its own: make test TRITON=3.9.0
 TRITON ?=
-VENV := .venv$(if $(TRITON),-triton-$(TRITON))
+# The same of transformers: make test TRANSFORMERS=5.24.0
+TRANSFORMERS ?=
+VENV := .venv$(if $(TRITON),-triton-$(TRITON))$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 RUN := $(VENV)/bin/python
 # Further arguments: make demo ARGS="--model retnet", make test ARGS="-k packed", make bench ARGS="--op gla"
 ARGS ?=
@@ -13,7 +15,7 @@ OPS ?=
 JOBS ?=
 
 ASKED := $(filter-out file,$(origin PYTHON))
-INSTALL = $(PYTHON) tools/install.py --venv $(VENV) $(if $(TRITON),--triton $(TRITON)) $(if $(ASKED),--this-python)
+INSTALL = $(PYTHON) tools/install.py --venv $(VENV) $(if $(TRITON),--triton $(TRITON)) $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS)) $(if $(ASKED),--this-python)
 REQUIREMENTS := pyproject.toml constraints.txt tools/install.py
 PYTHON_FILES := fla tests benchmarks examples tools
 SUITE = tools/suite.py $(if $(OPS),--ops "$(OPS)") $(if $(JOBS),--jobs $(JOBS))
@@ -94,4 +96,4 @@ records:
 	$(PYTHON) -m benchmarks.ops --report
 
 clean:
-	rm -rf .venv .venv-triton-* runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-triton-* .venv-transformers-* runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

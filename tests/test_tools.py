@@ -20,14 +20,30 @@ def installer():
     return module
 
 
-def test_constraints_name_the_versions_and_another_triton_on_request(installer):
-    text, torch = installer.constraints(None)
+def test_constraints_name_the_versions_and_others_on_request(installer):
+    text, torch = installer.constraints(triton=None, transformers=None)
     assert text == (ROOT / "constraints.txt").read_text()
     assert f"torch=={torch}\n" in text
-    other, _ = installer.constraints("3.9.0")
-    assert "triton==3.9.0\n" in other
-    changed = set(text.splitlines()) ^ set(other.splitlines())
-    assert len(changed) == 2 and all(line.startswith("triton==") for line in changed)
+    for package in ("triton", "transformers"):
+        other, _ = installer.constraints(**{package: "9.9.0"})
+        assert f"{package}==9.9.0\n" in other
+        changed = set(text.splitlines()) ^ set(other.splitlines())
+        assert len(changed) == 2 and all(line.startswith(f"{package}==") for line in changed)
+
+
+def make(*arguments):
+    """What `make` would run, without running it."""
+    done = subprocess.run(["make", "-n", "-B", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_other_versions_get_an_environment_of_their_own():
+    ran = make("test", "TRANSFORMERS=5.24.0")
+    assert "--venv .venv-transformers-5.24.0" in ran and "--transformers 5.24.0" in ran
+    assert ".venv-transformers-5.24.0/bin/python tools/suite.py" in ran
+    assert "--venv .venv-triton-3.9.0-transformers-5.24.0 " in make("test", "TRITON=3.9.0", "TRANSFORMERS=5.24.0")
+    assert "--venv .venv " in make("test") and "transformers" not in make("test")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +64,7 @@ def test_which_pytorch_is_installed(installer, monkeypatch, cpu_build, gpu, call
         assert "--editable" in arguments and arguments[-1].endswith("[demo]")
 
     monkeypatch.setattr(installer, "pip_install", pip_install)
-    installer.install("python", "demo", gpu, None)
+    installer.install("python", "demo", gpu, triton=None)
     assert made == calls
 
 

@@ -68,11 +68,12 @@ def make_environment(folder: Path, share: bool, by_this: bool = False) -> str:
     return str(python)
 
 
-def constraints(triton: str | None) -> tuple[str, str]:
-    """The text of constraints.txt, with the version of Triton replaced if one is given, and its version of PyTorch."""
+def constraints(**versions: str | None) -> tuple[str, str]:
+    """The text of constraints.txt, with the given versions of packages in place of its own, and its PyTorch version."""
     text = (ROOT / "constraints.txt").read_text()
-    if triton:
-        text = re.sub(r"^triton==.*$", f"triton=={triton}", text, flags=re.MULTILINE)
+    for package, version in versions.items():
+        if version:
+            text = re.sub(rf"^{package}==.*$", f"{package}=={version}", text, flags=re.MULTILINE)
     found = re.search(r"^torch==(\S+)$", text, flags=re.MULTILINE)
     if found is None:
         sys.exit("constraints.txt names no torch==VERSION")
@@ -125,13 +126,13 @@ def pip_install(python: str, *arguments: str) -> list[str]:
     return said
 
 
-def install(python: str, extras: str, free: bool, triton: str | None) -> None:
-    """pip install the project with `extras`; `free`: without constraints."""
+def install(python: str, extras: str, free: bool, **versions: str | None) -> None:
+    """pip install the project with `extras`; `free`: without constraints, but for the `versions` asked for."""
     project = ["--editable", f"{ROOT}[{extras}]"]
     if free:
-        pip_install(python, *project)
+        pip_install(python, *project, *(f"{package}=={version}" for package, version in versions.items() if version))
         return
-    text, torch = constraints(triton)
+    text, torch = constraints(**versions)
     with tempfile.TemporaryDirectory() as folder:
         pinned = Path(folder) / "constraints.txt"
         pinned.write_text(text)
@@ -159,6 +160,7 @@ def main() -> int:
     parser.add_argument("extras", nargs="?", default="", help="extras of pyproject.toml, with commas between")
     parser.add_argument("--venv", default=".venv")
     parser.add_argument("--triton", help="another version of Triton than the one in constraints.txt")
+    parser.add_argument("--transformers", help="another version of transformers than the one in constraints.txt")
     parser.add_argument(
         "--this-python", action="store_true", help="make the environment anew if another Python made it"
     )
@@ -178,7 +180,8 @@ def main() -> int:
     print(f"installing [{args.extras}] into {args.venv}; the first time this takes a minute or more", flush=True)
     python = make_environment(ROOT / args.venv, share, args.this_python)
     try:
-        install(python, args.extras, share or shutil.which("nvidia-smi") is not None, args.triton)
+        free = share or shutil.which("nvidia-smi") is not None
+        install(python, args.extras, free, triton=args.triton, transformers=args.transformers)
     except subprocess.CalledProcessError as error:
         print(f"{error.output}\npip failed with exit code {error.returncode}", file=sys.stderr)
         return error.returncode

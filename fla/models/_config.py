@@ -36,7 +36,7 @@ class DecoderConfig(PreTrainedConfig):
     Raises ValueError or TypeError, naming the field, for a value that no model can have.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields without effect -> the only value that they may have
     field_help: ClassVar[Mapping[str, str]] = {}  # fields that no other model has -> a sentence on their meaning
     # For tests: the smallest useful sizes, and by name further settings worth a test.

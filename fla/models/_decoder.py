@@ -12,10 +12,13 @@ takes it and returns it or its replacement. Blocks take both as positional argum
 checkpointing loses the gradients of keywords and of tensors inside tuples.
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -25,15 +28,14 @@ from transformers.utils import logging
 
 from fla.layers._mixer import TokenMixer, build_from_config
 from fla.layers.attn import Attention
-from fla.layers.utils import Padding, check_mask
 from fla.models._config import DecoderConfig
-from fla.models._generation import DecoderGenerationMixin
+from fla.models._generation import CACHE_NAME, DecoderGenerationMixin
+from fla.models._inputs import check_tokens, embed, lay_out, merge_cache, merge_packing, refuse_unknown
 from fla.models._loading import StrictLoading, register_causal_lm
+from fla.models._loss import IGNORE_INDEX, causal_lm_loss
 from fla.models.cache import Cache
-from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, LayerNorm, RMSNorm
+from fla.modules import LayerNorm, RMSNorm
 from fla.modules.mlp import GatedMLP
-from fla.shapes import merge_cu_seqlens
-from fla.varlen import check_cu_seqlens
 
 __all__ = [
     "DecoderBlock",
@@ -42,13 +44,11 @@ __all__ = [
     "DecoderModel",
     "GatedMLP",
     "ModuleNames",
+    "cache_before_embeds",
     "register_causal_lm",
 ]
 
 logger = logging.get_logger(__name__)
-IGNORE_INDEX = -100
-# Keywords that callers pass to every model. They are ignored: the mask and cu_seqlens say the same.
-_REDUNDANT = {"position_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "cache_position"}
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class DecoderPreTrainedModel(StrictLoading):
     config_class = DecoderConfig
     block_cls: ClassVar[type[DecoderBlock]]
     supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 - accelerate leaves caches where they are
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -234,6 +235,9 @@ class DecoderModel(DecoderPreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the blocks.
@@ -241,59 +245,44 @@ class DecoderModel(DecoderPreTrainedModel):
         Args:
             input_ids: `[B, T]`; or else inputs_embeds: `[B, T, D]`.
             attention_mask: `[B, seen + T]`, 1 = token, 0 = padding, which may be left, right or in between.
-            past_key_values: a cache, from which the call continues.
+            past_key_values: a cache, from which the call continues. `cache`, as transformers calls it from 5.24 on, is
+                another name of it.
             use_cache: whether to return a cache; by default as the config says, and not in training.
             output_hidden_states: also return the input of every block and the final normed output.
             cu_seqlens: `[N + 1]`, bounds of sequences packed into one row (B = 1); with it a mask is ignored.
                 `cu_seq_lens_q` is another name of it.
+            position_ids: `[B, T]`. Where they do not grow from one token of a row to the next, a packed sequence
+                begins. Without `cu_seqlens` their values are read once a call, which waits for the GPU.
+            seq_idx: `[B, T]`, the number of each token's sequence; the same as `position_ids` to the model.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        cu_seqlens = merge_cu_seqlens(cu_seqlens, cu_seq_lens_q)
-        _check_keywords(kwargs, positions_known=cu_seqlens is not None or attention_mask is not None)
-        x = self._embed(input_ids, inputs_embeds, cu_seqlens)
+        refuse_unknown(kwargs)
+        name, x = embed(self.get_input_embeddings(), input_ids, inputs_embeds, self.config.hidden_size)
+        cu_seqlens = merge_packing(cu_seqlens, cu_seq_lens_q, name, x)
         if output_attentions:
             logger.warning_once("output_attentions=True has no effect: linear attention forms no attention matrix")
-        past_key_values, use_cache = self._cache(past_key_values, use_cache)
-        attention_mask, padding = _padding(None if cu_seqlens is not None else attention_mask, x, past_key_values)
+        past, use_cache = self._cache(merge_cache(past_key_values, cache), use_cache)
+        seen = 0 if past is None else past.get_seq_length()
+        layout = lay_out(x, attention_mask, cu_seqlens, position_ids, seq_idx, seen)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        x = layout.join(x)
         hidden_states: Any = ()
         carry: tuple[Tensor | None, ...] = (None,)
-        packing = {"cu_seqlens": cu_seqlens, "padding": padding}
+        packing = {"cu_seqlens": layout.cu_seqlens, "padding": layout.padding}
         for block, value in zip(self.layers, self.layer_inputs(), strict=True):
-            hidden_states += (x,) if output_hidden_states else ()
+            hidden_states += (layout.split(x),) if output_hidden_states else ()
             extra = value if isinstance(value, tuple) else () if value is None else (value,)
-            x, _, past_key_values, *carried = block(
-                x, attention_mask, past_key_values, use_cache, False, *carry, *extra, **packing
-            )
+            x, _, past, *carried = block(x, layout.attention_mask, past, use_cache, False, *carry, *extra, **packing)
             carry = carried or carry
-        x = getattr(self, self.block_cls.names.norm)(x)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
-        )
+        x = layout.split(getattr(self, self.block_cls.names.norm)(x))
+        fields: dict[str, Any] = {"last_hidden_state": x, CACHE_NAME: past}
+        if output_hidden_states:
+            fields["hidden_states"] = (*hidden_states, x)
+        output = BaseModelOutputWithPast(**fields)
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
-
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Check the input and embed it: `[B, T, D]`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {got}")
-        given = inputs_embeds if input_ids is None else input_ids
-        assert given is not None
-        name, shape = ("inputs_embeds", "[B, T, D]") if input_ids is None else ("input_ids", "[B, T]")
-        if given.dim() != len(shape.split()):
-            raise ValueError(f"{name} must have shape {shape}, got {list(given.shape)}")
-        if cu_seqlens is not None:
-            if given.shape[0] != 1:
-                raise ValueError(
-                    f"cu_seqlens packs all sequences into one row: {name} must have 1 row, got {given.shape[0]}"
-                )
-            check_cu_seqlens(cu_seqlens, given.shape[1])
-        return given if input_ids is None else self.get_input_embeddings()(given)
 
     def _cache(self, past_key_values: Any, use_cache: bool | None) -> tuple[Cache | None, bool]:
         """The cache of this call, and whether there is one. By default the config decides, and training has none."""
@@ -344,6 +333,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):
         logits_to_keep: int | Tensor | None = 0,
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model and the head. The arguments of `DecoderModel.forward`, and
@@ -359,16 +351,20 @@ class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):
         """
         if "num_logits_to_keep" in kwargs:  # the name of `logits_to_keep` before transformers 4.50
             logits_to_keep = kwargs.pop("num_logits_to_keep")
+        if labels is not None:
+            check_tokens("labels", labels, getattr(self.lm_head, "out_features", None), ignored=IGNORE_INDEX)
         output = getattr(self, self.base_model_prefix)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=merge_cache(past_key_values, cache),
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
             **kwargs,
         )
         x = output.last_hidden_state
@@ -379,58 +375,34 @@ class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):
         else:
             if labels.shape != x.shape[:2]:
                 raise ValueError(f"labels must have shape {list(x.shape[:2])} like the input, got {list(labels.shape)}")
-            loss, logits = self._loss(
-                x, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(x.device), num_items_in_batch
-            )
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(x.device, torch.long)
+            loss, logits = causal_lm_loss(x, targets, self.lm_head, self.config, self.criterion, num_items_in_batch)
             logits = None if logits is None else _select(logits, logits_to_keep)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
+        fields: dict[str, Any] = {"loss": loss, "logits": logits, "hidden_states": output.hidden_states}
+        result = CausalLMOutputWithPast(**fields, **{CACHE_NAME: getattr(output, CACHE_NAME)})
         return result if _wants_dict(return_dict, self.config) else result.to_tuple()
 
-    def _loss(self, x: Tensor, targets: Tensor, num_items: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The loss of hidden states `[B, T, D]` for targets `[B, T]`, and the logits, or None if they never existed."""
-        config, logits = self.config, None
-        if config.fuse_linear_cross_entropy:
-            loss = (self.criterion or FusedLinearCrossEntropyLoss())(x, targets, self.lm_head.weight, self.lm_head.bias)
-        else:
-            default = FusedCrossEntropyLoss if config.fuse_cross_entropy else nn.CrossEntropyLoss
-            logits = self.lm_head(x)
-            loss = (self.criterion or default())(logits.flatten(0, 1), targets.flatten())
-        if num_items is not None:
-            loss = loss * (targets != IGNORE_INDEX).sum() / num_items
-        return loss, logits
 
+def cache_before_embeds(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with `past_key_values` before `inputs_embeds`, the positional order of the reference's Transformer."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    at = [parameter.name for parameter in parameters].index("inputs_embeds")
+    parameters[at : at + 2] = parameters[at + 1], parameters[at]
 
-def _padding(
-    attention_mask: Tensor | None, x: Tensor, past_key_values: Cache | None
-) -> tuple[Tensor | None, Padding | None]:
-    """The mask that blocks need, or None, and the padding of this call; computed once for all blocks."""
-    if attention_mask is None:
-        return None, None
-    rows, new = x.shape[:2]
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    check_mask(attention_mask, new, rows)
-    if attention_mask.shape[1] != seen + new:
-        raise ValueError(
-            f"attention_mask must cover the {seen} cached and the {new} new tokens, got {attention_mask.shape[1]} "
-            "columns"
-        )
-    padding = Padding.from_mask(attention_mask, new)
-    return (None if padding is None and not seen else attention_mask), padding
+    @functools.wraps(forward)
+    def reordered(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return forward(self, input_ids, attention_mask, inputs_embeds, past_key_values, *args, **kwargs)
 
-
-def _check_keywords(extra: dict[str, Any], positions_known: bool) -> None:
-    """Raise for unknown keywords, and for packed sequences that are given by `position_ids` only."""
-    unknown = sorted(set(extra) - _REDUNDANT)
-    if unknown:
-        raise TypeError(f"unexpected keyword arguments of forward(): {', '.join(unknown)}")
-    position_ids = extra.get("position_ids")
-    if position_ids is not None and not positions_known and bool((position_ids.diff(dim=-1) < 0).any()):
-        raise ValueError("position_ids must not start anew inside a row: pass cu_seqlens to pack sequences")
+    vars(reordered)["__signature__"] = inspect.Signature(parameters)  # the Trainer reads it
+    return reordered
 
 
 def _select(x: Tensor, positions: int | Tensor | None) -> Tensor:

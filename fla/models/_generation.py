@@ -10,8 +10,13 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fla.models._inputs import begins_anew, merge_cache
 from fla.models.cache import Cache
+
+# What transformers calls the cache in its outputs and its decoding loop: `cache` from 5.24 on
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -35,9 +40,17 @@ class DecoderGenerationMixin(GenerationMixin):
                 f"generate() must use {', '.join(_MODES)} with {type(self).__name__}, got {mode.value}: a recurrent "
                 "state cannot be rewound, which other decoding needs"
             )
-        for name in ("cu_seqlens", "cu_seq_lens_q"):
+        for name in ("cu_seqlens", "cu_seq_lens_q", "seq_idx"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} must be None in generate(): give a left-padded batch and its attention_mask")
+        if begins_anew(kwargs.get("position_ids"), kwargs.get("attention_mask")):
+            raise ValueError(
+                "position_ids must not start anew inside a row in generate(): give a left-padded batch and its "
+                "attention_mask"
+            )
+        cache = merge_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
@@ -49,30 +62,35 @@ class DecoderGenerationMixin(GenerationMixin):
         inputs_embeds: Any = None,
         use_cache: bool | None = True,
         logits_to_keep: int | Tensor | None = None,
+        cache: Any = None,
+        is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The inputs of the next forward call, with only those tokens that the cache has not seen.
 
-        `attention_mask` covers the seen and the new tokens. `input_ids` may hold all tokens or only the new ones.
+        `attention_mask` covers the seen and the new tokens. `input_ids` may hold all tokens or only the new ones. The
+        number of new tokens is `next_sequence_length`, or else how far the mask reaches beyond the cache, or else what
+        `input_ids` holds. The mask comes second because the cache may hold more than it covers: peft's virtual tokens.
         """
+        past_key_values = merge_cache(past_key_values, cache)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask is not None:
-            new = attention_mask.shape[1] - seen
-        elif next_sequence_length is not None:
+        embedded = inputs_embeds is not None and seen < inputs_embeds.shape[1]
+        tokens = inputs_embeds if embedded else input_ids
+        given = tokens.shape[1]
+        if next_sequence_length is not None:
             new = next_sequence_length
+        elif attention_mask is not None:
+            new = attention_mask.shape[1] - seen
         else:
-            size = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            new = size - seen if size > seen else size
-        inputs: dict[str, Any]
-        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
-            given, inputs = inputs_embeds.shape[1], {"inputs_embeds": inputs_embeds[:, -new:]}
-        else:
-            given, inputs = input_ids.shape[1], {"input_ids": input_ids[:, -new:].contiguous()}
+            new = given - seen if given > seen and not is_first_iteration else given
         if not 0 < new <= given:
             raise ValueError(
-                f"input_ids must hold every token that the cache has not seen ({new} of {seen + new} by the "
-                f"attention_mask), got {given}: pass the whole sequence, or a mask that covers the cached tokens too"
+                f"{'inputs_embeds' if embedded else 'input_ids'} must hold every token that the cache, which has seen "
+                f"{seen}, has not, got {given}: pass the whole sequence, or an attention_mask that covers the cached "
+                "tokens too"
             )
+        tokens = tokens[:, -new:]
+        inputs = {"inputs_embeds": tokens} if embedded else {"input_ids": tokens.contiguous()}
         # Other keywords, such as position_ids, cache_position and labels, are dropped: forward() does not need them.
         extra = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}
         inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
@@ -84,7 +102,10 @@ class DecoderGenerationMixin(GenerationMixin):
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation must be None: these models have one cache, got {implementation!r}")
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(CACHE_NAME)
         if past is not None or generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = Cache.wrap(past)
-            model_kwargs["past_key_values"]._is_user_defined = past is not None
+            model_kwargs[CACHE_NAME] = Cache.wrap(past)
+            model_kwargs[CACHE_NAME]._is_user_defined = past is not None
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: positions follow from the mask and the cache."""

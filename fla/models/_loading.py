@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from fla.models._names import name_parts
 
@@ -70,6 +71,36 @@ def _other_norm_name(info: dict[str, Any]) -> dict[str, str] | None:
     return None
 
 
+class SplitGateAndUp(ConversionOps):
+    """Splits a checkpoint's `gate_proj` that holds both gate and up projection; one that holds the gate is kept."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """`{gate: [tensor]}` -> `{gate: tensor}` or `{gate: tensor, up: tensor}`. The gate's rows in `model` decide."""
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        rows = model.get_parameter(full_layer_name).shape[0]
+        halves = tensor.split(rows) if tensor.shape[0] == 2 * rows else (tensor,)
+        return {name: half.contiguous() for name, half in zip(target_patterns, halves, strict=False)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes both projections unchanged."""
+        return _Unchanged()
+
+
+class _Unchanged(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
 def register_causal_lm(causal_lm: Class) -> Class:
     """Class decorator that makes a model known to the Auto classes, to the loader and to the contract suite.
 
@@ -83,11 +114,13 @@ def register_causal_lm(causal_lm: Class) -> Class:
         AutoConfig.register(model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, declared.model_cls, exist_ok=True)
         AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
-    # Our gate_proj holds the rows of the gate and then those of the up projection; checkpoints of the other layout have
-    # them as two tensors. Both layouts load, and saving writes two tensors. The converter is registered under the
-    # class name, because the model type may be one of transformers.
-    halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    converter = WeightConverter(halves, "mlp.gate_proj.weight", [Concatenate(dim=0)])
+        # The Trainer shifts the labels of classes in these tables of names, and pipelines accept them.
+        MODEL_MAPPING_NAMES[model_type] = declared.model_cls.__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm.__name__
+    # Checkpoints of both MLP layouts load. The converter is registered under the class name, because the model type may
+    # be one of transformers.
+    both = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    converter = WeightConverter("mlp.gate_proj.weight", both, [SplitGateAndUp()])
     register_checkpoint_conversion_mapping(declared.model_cls.__name__, [converter], overwrite=True)
     name_parts(causal_lm)
     return causal_lm

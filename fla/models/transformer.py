@@ -10,6 +10,7 @@ from fla.models._decoder import (
     DecoderForCausalLM,
     DecoderModel,
     GatedMLP,
+    cache_before_embeds,
     register_causal_lm,
 )
 
@@ -52,6 +53,7 @@ class TransformerModel(DecoderModel):
     """The transformer without a head."""
 
     config_class, block_cls = TransformerConfig, TransformerBlock
+    forward = cache_before_embeds(DecoderModel.forward)
 
 
 @register_causal_lm
@@ -59,3 +61,4 @@ class TransformerForCausalLM(DecoderForCausalLM):
     """Transformer language model."""
 
     config_class, model_cls = TransformerConfig, TransformerModel
+    forward = cache_before_embeds(DecoderForCausalLM.forward)

@@ -5,20 +5,21 @@ Paper: https://arxiv.org/abs/2002.05202
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fla.backends import fused
+from fla.modules._linear import is_plain_linear
 from fla.modules.activations import get_activation, swiglu, swiglu_linear
 
 _WIDTH_MULTIPLE = 256  # a default `intermediate_size` is rounded up to a multiple of it
 
 
 class GatedMLP(nn.Module):
-    """`down_proj(act(gate) * up)` without biases, where one projection computes both gate and up.
+    """`down_proj(act(gate_proj(x)) * up_proj(x))` without biases.
 
-    `gate_proj.weight` is [2I, D]: rows 0 to I-1 are the gate, rows I to 2I-1 the up projection. `down_proj.weight` is
-    [D, I]. A state dict with separate `gate_proj` and `up_proj` [I, D] loads too.
+    `gate_proj.weight` and `up_proj.weight` are [I, D], `down_proj.weight` is [D, I]; checkpoints have the same keys.
+    A state dict loads too in which `gate_proj.weight` [2I, D] holds both, the gate in rows 0 to I-1. While both are
+    plain `nn.Linear`s they print as one `gate_proj` of 2I outputs, as in the reference of January 2025.
 
     Args:
         intermediate_size: I; by default `hidden_size * hidden_ratio * 2/3`, rounded up to a multiple of 256.
@@ -54,29 +55,32 @@ class GatedMLP(nn.Module):
         fused.check_count("intermediate_size", intermediate_size)
         self._is_swish = hidden_act in ("swish", "silu")
         self.intermediate_size, self.hidden_act, self.fuse_swiglu = intermediate_size, hidden_act, fuse_swiglu
-        self.gate_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.act_fn = nn.SiLU() if self._is_swish else get_activation(hidden_act, "hidden_act")
-        self.register_load_state_dict_pre_hook(_join_gate_and_up)
+        self.register_load_state_dict_pre_hook(_split_gate_and_up)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """`[..., D] -> [..., D]`. Keywords are for other parts of a block; they are accepted and not used."""
-        gate, up = self.gate_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         if not (self.fuse_swiglu and self._is_swish):
             return self.down_proj(self.act_fn(gate) * up)
-        if _is_plain_linear(self.down_proj):
+        if is_plain_linear(self.down_proj, x):
             return swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)
         return self.down_proj(swiglu(gate, up))
 
+    def __repr__(self) -> str:
+        text, (gate, up) = super().__repr__(), (repr(self.gate_proj), repr(self.up_proj))
+        if gate != up or type(self.gate_proj) is not nn.Linear:
+            return text
+        joined = gate.replace(f"out_features={self.intermediate_size}", f"out_features={2 * self.intermediate_size}")
+        return text.replace(f"\n  (up_proj): {up}", "").replace(f"(gate_proj): {gate}", f"(gate_proj): {joined}")
 
-def _is_plain_linear(linear: nn.Module) -> bool:
-    """Whether a call only multiplies: the class is no adapter or quantised layer, there are no hooks, no offloading."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and not hooks and "forward" not in vars(linear)
 
-
-def _join_gate_and_up(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Join separate `gate_proj` and `up_proj` of a checkpoint. If one is missing, the loader reports it."""
+def _split_gate_and_up(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Split a checkpoint's `gate_proj` that holds both projections. If one is missing, the loader reports it."""
     gate, up = prefix + "gate_proj.weight", prefix + "up_proj.weight"
-    if gate in state_dict and up in state_dict:
-        state_dict[gate] = torch.cat((state_dict[gate], state_dict.pop(up)))
+    rows = module.intermediate_size
+    if gate in state_dict and up not in state_dict and state_dict[gate].shape[0] == 2 * rows:
+        state_dict[gate], state_dict[up] = (half.clone() for half in state_dict[gate].split(rows))

@@ -10,6 +10,7 @@ from fla.models.utils import Cache
 from fla.testing import assert_within_budget
 
 from .tiny import (
+    HYBRID,
     REGISTRY,
     VOCAB,
     assert_same,
@@ -17,6 +18,7 @@ from .tiny import (
     every_case,
     every_side,
     every_type,
+    exhaustive,
     padding_mask,
     tiny_config,
     tokens,
@@ -193,7 +195,9 @@ def test_gradient_checkpointing_keeps_the_gradients(model_type, overrides, use_r
     for checkpointing in (False, True):
         model = build(model_type, overrides).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            # transformers 5.24 warns of the older name
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": use_reentrant})
             with pytest.raises(ValueError, match="past_key_values must be None"):
                 model(ids, past_key_values=Cache())
         model(ids, labels=ids, attention_mask=mask).loss.backward()
@@ -241,11 +245,22 @@ def test_feature_maps_keep_their_own_initialisation():
 
 
 @every_type
-def test_training_step_is_one_graph(model_type):
-    model, ids = build(model_type, {"num_hidden_layers": 1}).train(), tokens(2, 20)
+@pytest.mark.parametrize("packed", [False, *exhaustive(True)])
+def test_training_step_is_one_graph(model_type, packed):
+    one_graph(build(model_type, {"num_hidden_layers": 1}), packed)
+
+
+def test_packed_training_step_of_a_hybrid_is_one_graph():
+    linear = {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": True}
+    one_graph(build("gla", {"num_hidden_layers": 2, "attn": HYBRID, **linear}), packed=True)
+
+
+def one_graph(model, packed):
+    ids, cu_seqlens = tokens(1 if packed else 2, 20), torch.tensor([0, 7, 20]) if packed else None
+    inputs = {"input_ids": ids, "labels": ids, "cu_seqlens": cu_seqlens}
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids)
-    torch.testing.assert_close(compiled.loss, model(ids, labels=ids).loss)
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")(**inputs)
+    torch.testing.assert_close(compiled.loss, model(**inputs).loss)
     compiled.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -263,10 +278,41 @@ BAD_CALLS = {
     "labels": ({"input_ids": tokens(1, 4), "labels": tokens(1, 3)}, ValueError, "labels must have shape"),
     "typo": ({"input_ids": tokens(1, 4), "atention_mask": None}, TypeError, "atention_mask"),
     "cache": ({"input_ids": tokens(1, 4), "past_key_values": ((),)}, ValueError, "past_key_values must be"),
-    "positions": (
-        {"input_ids": tokens(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])},
+    "lists": ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be an integer tensor .*got list"),
+    "floats": ({"input_ids": torch.zeros(1, 4)}, TypeError, "input_ids must be an integer tensor"),
+    "beyond": ({"input_ids": torch.tensor([[1, VOCAB]])}, ValueError, rf"input_ids must lie in \[0, {VOCAB}\)"),
+    "embeds_list": ({"inputs_embeds": [[[1.0]]]}, TypeError, "inputs_embeds must be a tensor"),
+    "embeds_width": (
+        {"inputs_embeds": torch.zeros(1, 4, 7)},
         ValueError,
-        "position_ids must not start anew",
+        "inputs_embeds must have shape .*hidden_size",
+    ),
+    "labels_list": ({"input_ids": tokens(1, 2), "labels": [[1, 2]]}, TypeError, "labels must be an integer tensor"),
+    "labels_beyond": (
+        {"input_ids": tokens(1, 2), "labels": torch.tensor([[1, VOCAB]])},
+        ValueError,
+        rf"labels must lie in \[0, {VOCAB}\) or be -100, got {VOCAB}",
+    ),
+    "packed_list": (
+        {"input_ids": tokens(1, 4), "cu_seqlens": [0, 4]},
+        TypeError,
+        "cu_seqlens must be an int32 or int64",
+    ),
+    "packed_list_q": (
+        {"input_ids": tokens(1, 4), "cu_seq_lens_q": [0, 4]},
+        TypeError,
+        "cu_seq_lens_q must be an int32",
+    ),
+    "positions_list": ({"input_ids": tokens(1, 2), "position_ids": [0, 1]}, TypeError, "position_ids must be"),
+    "positions_short": (
+        {"input_ids": tokens(1, 4), "position_ids": torch.tensor([[0, 1]])},
+        ValueError,
+        "position_ids must have shape",
+    ),
+    "two_caches": (
+        {"input_ids": tokens(1, 4), "past_key_values": Cache(), "cache": Cache()},
+        ValueError,
+        "past_key_values and cache are two names",
     ),
 }
 

@@ -113,6 +113,9 @@ def test_continuing_from_a_cache(model_type, overrides):
     new, mask = ids[:, 8:], torch.ones(2, 12, dtype=torch.long)
     out = model.generate(new, attention_mask=mask, past_key_values=saved, **common)
     assert torch.equal(out[:, 4:], expected[:, 12:])
+    few = model(ids[:, :2]).past_key_values  # more new tokens than seen ones
+    out = model.generate(ids[:, 2:], attention_mask=mask, past_key_values=few, **common)
+    assert torch.equal(out[:, 10:], expected[:, 12:])
     with pytest.raises(ValueError, match="input_ids must hold every token"):
         model.generate(new, past_key_values=model(ids[:, :8]).past_key_values, **common)
 

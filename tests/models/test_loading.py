@@ -64,8 +64,11 @@ def test_both_mlp_layouts_load_and_the_split_one_is_written(model_type, tmp_path
     prefix = f"{model.base_model_prefix}.layers.0.{model.block_cls.names.mlp}"
     saved = load_file(tmp_path / FILE)
     assert saved[f"{prefix}.gate_proj.weight"].shape == saved[f"{prefix}.up_proj.weight"].shape == (I, D)
-    assert model.state_dict()[f"{prefix}.gate_proj.weight"].shape == (2 * I, D)
-    fused = {k: v.clone() for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in saved.items()}
+    fused = {k: v.clone() for k, v in model.state_dict().items() if ".up_proj." not in k}
+    for name in list(fused):
+        if ".gate_proj." in name:
+            fused[name] = torch.cat((fused[name], saved[name.replace("gate", "up")]))
     for layout in (saved, fused):
         rewrite(tmp_path, lambda tensors, layout=layout: (tensors.clear(), tensors.update(layout)))
         for auto, ours in ((AutoModelForCausalLM, model), (AutoModel, model.base_model)):
@@ -90,7 +93,7 @@ def test_keys_that_do_not_fit_raise(model_type, tmp_path):
     }
     if isinstance(getattr(model.base_model.layers[1], model.block_cls.names.mlp, None), GatedMLP):
         head = f"{model.base_model_prefix}.layers.1.{model.block_cls.names.mlp}"
-        changes[f"{head}.gate_proj.weight"] = lambda t: t.pop(f"{head}.up_proj.weight")
+        changes[f"missing keys: {head}.up_proj.weight"] = lambda t: t.pop(f"{head}.up_proj.weight")
     changes["missing keys: lm_head.weight"] = lambda t: t.pop("lm_head.weight")
     for message, change in changes.items():
         model.save_pretrained(tmp_path)

@@ -212,12 +212,12 @@ def xpos_formula(p, q, k):
 
 
 def mlp_formula(p, x):
-    gate_weight, up_weight = p["gate_proj.weight"].chunk(2)
-    return (gate("swish", x @ gate_weight.T) * (x @ up_weight.T)) @ p["down_proj.weight"].T
+    return (gate("swish", x @ p["gate_proj.weight"].T) * (x @ p["up_proj.weight"].T)) @ p["down_proj.weight"].T
 
 
 def mixing() -> list[Case]:
-    qk, mlp = {"q": (B, T, H, 16), "k": (B, T, 1, 16)}, ("gate_proj.weight", "down_proj.weight")
+    qk = {"q": (B, T, H, 16), "k": (B, T, 1, 16)}
+    mlp = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     first = {"outputs": lambda result: result[0]}
     x, xr = {"x": (B, T, D)}, {"x": (B, T, D), "residual": (B, T, D)}
 

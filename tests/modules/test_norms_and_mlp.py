@@ -166,22 +166,38 @@ def test_mlp_keeps_the_two_halves_and_not_their_product():
 def test_mlp_width(width, ratio, inner):
     with torch.device("meta"):
         mlp = modules.GatedMLP(width, ratio)
-    assert mlp.gate_proj.weight.shape == (2 * inner, width) and mlp.down_proj.weight.shape == (width, inner)
+    assert mlp.gate_proj.weight.shape == mlp.up_proj.weight.shape == (inner, width)
+    assert mlp.down_proj.weight.shape == (width, inner)
 
 
-def test_mlp_loads_separate_gate_and_up():
+@pytest.mark.parametrize("assign", [False, True])
+def test_mlp_loads_gate_and_up_apart_and_as_one(assign):
     mlp, x = nn.ModuleDict({"mlp": modules.GatedMLP(D, intermediate_size=8)}), torch.randn(2, D)
     gate, up, down = torch.randn(8, D), torch.randn(8, D), torch.randn(D, 8)
-    separate = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up, "mlp.down_proj.weight": down}
-    mlp.load_state_dict(separate)
-    torch.testing.assert_close(mlp["mlp"](x), activations.swiglu(x @ gate.T, x @ up.T) @ down.T)
-    assert torch.equal(mlp["mlp"].gate_proj.weight, torch.cat((gate, up)))
-    assert list(separate) == ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
-    fused = mlp.state_dict()
-    assert list(fused) == ["mlp.gate_proj.weight", "mlp.down_proj.weight"]
-    mlp.load_state_dict(fused)
-    with pytest.raises(RuntimeError, match="up_proj"):
-        mlp.load_state_dict({"mlp.up_proj.weight": up, "mlp.down_proj.weight": down})
+    apart = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up, "mlp.down_proj.weight": down}
+    joined = {"mlp.gate_proj.weight": torch.cat((gate, up)), "mlp.down_proj.weight": down}
+    for layout in (apart, joined):
+        keys = list(layout)
+        mlp["mlp"] = modules.GatedMLP(D, intermediate_size=8)
+        mlp.load_state_dict(layout, assign=assign)
+        assert list(layout) == keys
+        torch.testing.assert_close(mlp["mlp"](x), activations.swiglu(x @ gate.T, x @ up.T) @ down.T)
+        saved = mlp.state_dict()
+        assert list(saved) == list(apart)
+        assert all(torch.equal(saved[name], apart[name]) for name in apart)
+        storages = {x.untyped_storage().data_ptr() for x in saved.values()}
+        assert len(storages) == 3  # safetensors refuses tensors that share memory
+    for missing in ("gate", "up"):
+        with pytest.raises(RuntimeError, match=f"Missing key.*{missing}_proj"):
+            mlp.load_state_dict({name: x for name, x in apart.items() if missing not in name})
+
+
+def test_mlp_prints_its_projections_as_one_only_while_they_are_plain():
+    mlp = modules.GatedMLP(D, intermediate_size=8)
+    assert f"(gate_proj): Linear(in_features={D}, out_features=16, bias=False)" in str(mlp)
+    assert "up_proj" not in str(mlp)
+    mlp.up_proj = nn.Sequential(mlp.up_proj)
+    assert "up_proj" in str(mlp) and f"(gate_proj): Linear(in_features={D}, out_features=8, bias=False)" in str(mlp)
 
 
 def test_mlp_calls_what_stands_in_for_its_linear_map():
@@ -235,7 +251,7 @@ def test_activation_names_mean_what_they_do_in_transformers():
 @pytest.mark.parametrize("name", ["gelu", "relu2", "xielu"])
 def test_mlp_of_another_activation(name):
     mlp, x = modules.GatedMLP(D, intermediate_size=8, hidden_act=name), torch.randn(2, D)
-    gate, up = (x @ mlp.gate_proj.weight.T).chunk(2, -1)
+    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
     torch.testing.assert_close(mlp(x), (activations.get_activation(name)(gate) * up) @ mlp.down_proj.weight.T)
     assert ("act_fn.alpha_p" in mlp.state_dict()) == (name == "xielu")
     copy.deepcopy(mlp), pickle.dumps(mlp)
