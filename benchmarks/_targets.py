@@ -126,8 +126,12 @@ def _described(spec: OpSpec, variant: Variant, function: Function) -> dict[str, 
 
 
 def _declared_sizes(spec: OpSpec) -> dict[str, int]:
-    """The sizes of axes that only this op has, of several the first."""
-    first = {axis: sizes[0] if isinstance(sizes, tuple) else sizes for axis, sizes in spec.axes.items()}
+    """The sizes of axes that only this op has, of several the first.
+
+    Older checkouts, which `benchmarks.host --against` times too, have ops without axes of their own.
+    """
+    axes = getattr(spec, "axes", {})
+    first = {axis: sizes[0] if isinstance(sizes, tuple) else sizes for axis, sizes in axes.items()}
     return {axis: int(size) for axis, size in first.items() if str(size).isdigit()}
 
 

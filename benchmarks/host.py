@@ -80,6 +80,9 @@ def time_op(op: str, asked: dict[str, Ask], a: argparse.Namespace, recorder: Rec
     if here["status"] != "ok":
         recorder.add(**common, mode=f"host_{a.mode[0]}", note=here["why"])
         return {}, here["status"] == "failed"
+    for name, state in ready.items():
+        if state["status"] != "ok":
+            say(f"{target.name}: {name} is not timed: {state['why']}")
     times: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in asked} for mode in a.mode}
     for number in range(ROUNDS):
         for mode in a.mode:
