@@ -24,9 +24,10 @@ through the scores:
     dgk_t = sum over s >= t in the chunk of (q dq - k dk - b db)_s + sum over s > t of (a da)_s + rowsum(S' * dS')
 
 All chunks are computed at once; only the states pass from chunk to chunk in a loop. Gates are summed in float64, so
-that the exponentials are accurate however strong a decay is. All else is computed in float32, with two exceptions in
-float64: float64 inputs, and the backward of float32 inputs if it gives gate gradients, which are differences of large
-sums. Both forms are computed so.
+that the exponentials are accurate however strong a decay is. All else is computed in float32, with exceptions in
+float64: float64 inputs; the backward of float32 inputs if it gives gate gradients, which are differences of large sums;
+float32 inputs with narrow heads, because the tokens of a chunk share their few directions, and what they write there
+cancels. Both forms are computed so.
 """
 
 from dataclasses import dataclass
@@ -40,18 +41,19 @@ from fla.backends.torch._scores import Scores, pair_decay, scan, states_at_ends,
 from fla.backends.torch._step import stepping
 
 CHUNK = 64
+NARROW = 8  # channels: a chunk of 64 tokens lost two bits of float32 at 1 channel, and none that shows at 16
 
 
 def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, None]:
     """Nothing is kept for the backward, which computes again what it needs."""
-    chunks = _cut_into_chunks(problem, problem.state_dtype)
+    chunks = _cut_into_chunks(problem, _dtype(problem))
     pairs = _Pairs(chunks)
     starts, values, final_state = _run_forward(problem, chunks, pairs)
     o = chunks.q_from_start @ starts
     o += pairs.qk.values() @ chunks.v
     o += pairs.qb.values() @ values
     o = (chunks.layout.join(o) * problem.scale).to(problem.output_dtype)
-    return o, final_state if output_final_state else None, None
+    return o, final_state.to(problem.state_dtype) if output_final_state else None, None
 
 
 def backward(
@@ -59,7 +61,7 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """Gradients in the dtype of the computation, which the caller casts."""
     needs_gates = problem.gk is not None and "gk" in needs
-    dtype = torch.float64 if needs_gates and problem.q.dtype == torch.float32 else problem.state_dtype
+    dtype = _dtype(problem, needs_gates)
     chunks = _cut_into_chunks(problem, dtype)
     pairs = _Pairs(chunks)
     starts, values, final_state = _run_forward(problem, chunks, pairs)
@@ -90,6 +92,12 @@ def backward(
 
 
 step = stepping(forward)
+
+
+def _dtype(problem: Problem, needs_gates: bool = False) -> torch.dtype:
+    """The dtype of the computation."""
+    narrow = problem.q.shape[-1] <= NARROW
+    return torch.float64 if problem.q.dtype == torch.float32 and (narrow or needs_gates) else problem.state_dtype
 
 
 @dataclass

@@ -159,9 +159,7 @@ def chunk_dplr_delta_rule(
     if cu_seqlens_cpu is not None:
         cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "gk": gk, "initial_state": initial_state}
-    check_shapes(
-        SHAPES, same_dtype=TENSORS, required=(*TENSORS, "gk"), cu_seqlens=cu_seqlens, scale=scale, **tensors
-    )
+    check_shapes(SHAPES, same_dtype=TENSORS, required=(*TENSORS, "gk"), cu_seqlens=cu_seqlens, scale=scale, **tensors)
     return dplr.chunk(
         q,
         k,
@@ -204,9 +202,7 @@ def fused_recurrent_dplr_delta_rule(
     """
     shapes = pool_shapes(SHAPES, state_indices)
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "gk": gk, "initial_state": initial_state}
-    check_shapes(
-        shapes, same_dtype=TENSORS, required=(*TENSORS, "gk"), cu_seqlens=cu_seqlens, scale=scale, **tensors
-    )
+    check_shapes(shapes, same_dtype=TENSORS, required=(*TENSORS, "gk"), cu_seqlens=cu_seqlens, scale=scale, **tensors)
     return dplr.recurrent(
         q,
         k,

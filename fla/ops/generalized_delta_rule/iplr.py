@@ -50,9 +50,7 @@ def iplr_chunkwise(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The op chunk by chunk, for any T: `dplr_chunkwise` without decays."""
-    return with_decays.dplr_chunkwise(
-        q, k, v, alpha, beta, None, initial_state, output_final_state, chunk_size, scale
-    )
+    return with_decays.dplr_chunkwise(q, k, v, alpha, beta, None, initial_state, output_final_state, chunk_size, scale)
 
 
 @current_names

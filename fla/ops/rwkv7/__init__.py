@@ -106,9 +106,7 @@ def chunk_rwkv7(
     if cu_seqlens_cpu is not None:
         cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, r, "r")
     tensors = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b, "initial_state": initial_state}
-    check_shapes(
-        SHAPES, same_dtype=TENSORS, required=(*TENSORS, "w"), cu_seqlens=cu_seqlens, scale=scale, **tensors
-    )
+    check_shapes(SHAPES, same_dtype=TENSORS, required=(*TENSORS, "w"), cu_seqlens=cu_seqlens, scale=scale, **tensors)
     return dplr.chunk(
         r,
         k,
@@ -146,9 +144,7 @@ def fused_recurrent_rwkv7(
     """RWKV-7 for decoding and short inputs. The arguments of `chunk_rwkv7`; the final state is returned by default."""
     shapes = pool_shapes(SHAPES, state_indices)
     tensors = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b, "initial_state": initial_state}
-    check_shapes(
-        shapes, same_dtype=TENSORS, required=(*TENSORS, "w"), cu_seqlens=cu_seqlens, scale=scale, **tensors
-    )
+    check_shapes(shapes, same_dtype=TENSORS, required=(*TENSORS, "w"), cu_seqlens=cu_seqlens, scale=scale, **tensors)
     return dplr.recurrent(
         r,
         k,
