@@ -1,6 +1,18 @@
 """Token-mixing ops. One line per op; importing an op registers it."""
 
 from fla.ops import utils as utils
+from fla.ops.delta_rule import (
+    chunk_delta_rule,
+    fused_chunk_delta_rule,
+    fused_recurrent_delta_rule,
+    parallel_delta_rule,
+)
+from fla.ops.gated_delta_rule import (
+    chunk_gated_delta_rule,
+    chunk_gdn,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_gdn,
+)
 from fla.ops.generalized_delta_rule import (
     chunk_dplr_delta_rule,
     chunk_iplr_delta_rule,

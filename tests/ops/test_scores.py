@@ -22,17 +22,21 @@ def test_scores_and_their_gradients_follow_the_formula(kind, channels, strength)
     y = torch.randn(2, 2, 3, 9, 5, dtype=torch.float64, requires_grad=True)
     gates = -strength * torch.rand(2, 2, 3, 9, max(channels, 1), dtype=torch.float64)
     gates[0] = gates[0] / 100  # some chunks are not far
-    G = gates.cumsum(-2) if channels else torch.zeros_like(gates)
+    G = (gates.cumsum(-2) if channels else torch.zeros_like(gates)).requires_grad_()
     rows = G - gates if kind == "before" else G
     diagonal = 0 if kind == "inclusive" else -1
 
-    decay = pair_decay(G if channels else None, x.dtype, rows if kind == "before" and channels else None)
+    given = rows.detach() if kind == "before" and channels else None
+    decay = pair_decay(G.detach() if channels else None, x.dtype, given)
     scores = decay.between(x.detach(), y.detach(), strict=diagonal < 0)
     expected = formula(x, y, rows if channels else G, G, diagonal)
     values = scores.values()
     torch.testing.assert_close(values.expand_as(expected), expected.detach(), rtol=1e-12, atol=1e-12)
 
     d_scores = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad(expected, (x, y), d_scores)
-    gradients = scores.gradients(d_scores)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=1e-12)
+    *of_operands, of_decays = torch.autograd.grad(expected, (x, y, G), d_scores)
+    torch.testing.assert_close(scores.gradients(d_scores), tuple(of_operands), rtol=1e-12, atol=1e-12)
+    with_decays = scores.gradients_and_decays(values, d_scores)
+    torch.testing.assert_close(with_decays[:2], tuple(of_operands), rtol=1e-12, atol=1e-12)
+    if channels:
+        torch.testing.assert_close(with_decays[2], of_decays, rtol=1e-10, atol=1e-10)

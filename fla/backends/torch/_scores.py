@@ -88,6 +88,13 @@ class Scores:
         """The gradients of `x` and `y`, in their shapes, from that of `P`; only its lower triangle counts."""
         raise NotImplementedError
 
+    def gradients_and_decays(self, scores: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """These and, in float64, what the gradients of `R` and `G` add up to; `scores` are the values.
+
+        What two tokens give is added to one and subtracted from the other, so it cancels where a sum has both.
+        """
+        raise NotImplementedError
+
 
 class _ScalarScores(Scores):
     def __init__(self, x: Tensor, y: Tensor, diagonal: int, factor: Tensor | None):
@@ -102,13 +109,18 @@ class _ScalarScores(Scores):
             d_scores = sum_to_heads(d_scores, self.x)
         return sum_to_heads(d_scores @ self.y, self.x), sum_to_heads(d_scores.mT @ self.x, self.y)
 
+    def gradients_and_decays(self, scores: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        exchanged = scores * d_scores.tril(self.diagonal)  # between two tokens
+        to_row, to_column = (exchanged.sum(axis, dtype=torch.float64) for axis in (-1, -2))
+        return *self.gradients(d_scores), (to_row - to_column)[..., None]
+
     def _decayed(self, scores: Tensor) -> Tensor:
         return (scores if self.factor is None else scores * self.factor).tril(self.diagonal)
 
 
 class _VectorScores(Scores):
     def __init__(self, x: Tensor, y: Tensor, diagonal: int, decay: _VectorDecay):
-        self.shapes = x, y  # the gradients have these shapes
+        self.given = x, y
         self.diagonal, self.decay = diagonal, decay
         self.x, self.y = x * decay.x_factor, y * decay.y_factor
         if decay.any_far:
@@ -121,12 +133,20 @@ class _VectorScores(Scores):
         return scores
 
     def gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dy = self._of_every_head(d_scores)
+        return sum_to_heads(dx, self.given[0]), sum_to_heads(dy, self.given[1])
+
+    def gradients_and_decays(self, scores: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (x, y), (dx, dy) = self.given, self._of_every_head(d_scores)
+        return sum_to_heads(dx, x), sum_to_heads(dy, y), x.double() * dx - y.double() * dy
+
+    def _of_every_head(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
         d_scores = d_scores.tril(self.diagonal)
         dx = self.decay.x_factor * (d_scores @ self.y)
         dy = self.decay.y_factor * (d_scores.mT @ self.x)
         if self.decay.any_far:
             dx[self.decay.far], dy[self.decay.far] = self._far_gradients(d_scores[self.decay.far])
-        return sum_to_heads(dx, self.shapes[0]), sum_to_heads(dy, self.shapes[1])
+        return dx, dy
 
     def _far_scores(self) -> Tensor:
         rows, size = self.far_x.shape[:2]

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla.backends.decay import MIN_LOG_DECAY, Problem
+from fla.backends._gates import MIN_LOG_DECAY
+from fla.backends.decay import Problem
 from fla.backends.torch._layout import Layout
 from fla.backends.torch._scores import Scores, pair_decay, scan, states_at_ends, sums_to_end
 
