@@ -38,7 +38,15 @@ from transformers.utils.logging import disable_progress_bar
 
 import fla
 from fla.backends import resolve
-from fla.models import GLAConfig, LinearAttentionConfig, RetNetConfig, TransformerConfig
+from fla.models import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GLAConfig,
+    KDAConfig,
+    LinearAttentionConfig,
+    RetNetConfig,
+    TransformerConfig,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -47,6 +55,9 @@ CONFIGS = {
     "gla": GLAConfig,
     "retnet": RetNetConfig,
     "linear_attn": LinearAttentionConfig,
+    "delta_net": DeltaNetConfig,
+    "gated_deltanet": GatedDeltaNetConfig,
+    "kda": KDAConfig,
     "transformer": TransformerConfig,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,6 +113,8 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     fields |= {"bos_token_id": None, "eos_token_id": None}  # bytes have no such tokens
     if hasattr(config_class, "use_short_conv"):
         fields["use_short_conv"] = True  # it saves over half a bit per byte at this size
+    if hasattr(config_class, "head_dim"):
+        fields["head_dim"] = max(1, args.hidden_size // args.heads)  # otherwise as wide as in a large model
     torch.manual_seed(args.seed)
     try:
         return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])

@@ -32,6 +32,7 @@ class DeltaNetConfig(DecoderConfig):
         "qk_activation": "What queries and keys go through: silu, relu, elu (elu + 1) or identity.",
     }
     tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gated": {"use_gate": True, "use_short_conv": False}}
 
     attn_mode: str = "chunk"
     expand_k: float = 1

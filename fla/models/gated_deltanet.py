@@ -26,6 +26,9 @@ class GatedDeltaNetConfig(DecoderConfig):
     model_type = "gated_deltanet"
     fixed_fields: ClassVar[Mapping[str, Any]] = {"elementwise_affine": True, "norm_first": False}
     tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2, "head_dim": 8}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "hybrid": {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}, "num_v_heads": 4}
+    }
 
     num_hidden_layers: int = 21
     attn_mode: str = "chunk"

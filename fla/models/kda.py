@@ -24,6 +24,7 @@ class KDAConfig(DecoderConfig):
         "lower_bound": "The lowest log decay of a token, below 0; None: decays are not bounded.",
     }
     tiny: ClassVar[Mapping[str, Any]] = {**DecoderConfig.tiny, "num_heads": 2, "head_dim": 8}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bounded": {"safe_gate": True, "lower_bound": -5.0}}
 
     attn_mode: str = "chunk"
     expand_v: float = 1.0
