@@ -10,6 +10,7 @@ There may be more heads of values than of queries and keys: head `i` of the valu
 keys. A mixer's file adds what is its own: the decay `g`, the write strength `beta`, and how q and k are normalised.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,14 +36,15 @@ IN_OP: Mapping[str, bool] = {
 # Name of an output gate's activation -> the norm with such a gate.
 _GATED_NORMS: Mapping[str, Callable[..., nn.Module]] = {
     "swish": FusedRMSNormSwishGate,
-    "sigmoid": lambda *size, eps: FusedRMSNormGated(*size, eps=eps, activation="sigmoid"),
+    "sigmoid": functools.partial(FusedRMSNormGated, activation="sigmoid"),
 }
 
 
 class DeltaMixer(TokenMixer):
     """Base of token mixers over the delta rule. A subclass's `mix()` returns the heads' outputs `[B, T, HV, V]`."""
 
-    o_norm: nn.Module
+    o_norm: Any  # the norm of the heads, with or without a gate
+    g_proj: nn.Module  # of mixers with an output gate
 
     def __init__(
         self,

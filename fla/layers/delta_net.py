@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from fla.layers._delta import DeltaMixer
 from fla.layers._heads import head_dim
 from fla.layers._mixer import Call
-from fla.ops import chunk_delta_rule, fused_recurrent_delta_rule
+from fla.ops import chunk_delta_rule, fused_chunk_delta_rule, fused_recurrent_delta_rule
 
 
 class DeltaNet(DeltaMixer):
     """DeltaNet, `[B, T, hidden_size] -> [B, T, hidden_size]`.
 
     Args:
-        mode: form of the op in training and for long inputs: "chunk" or "fused_recurrent".
+        mode: form of the op in training and for long inputs: "chunk", "fused_chunk" (the same) or "fused_recurrent".
         d_model: another name of `hidden_size`, which it overrides.
         expand_k, expand_v: widths of all keys and of all values, as factors of `hidden_size`; both widths must be
             multiples of `num_heads`.
@@ -38,7 +38,11 @@ class DeltaNet(DeltaMixer):
     Raises ValueError or TypeError, naming the argument. State: `[B, H, dk, dv]` in float32.
     """
 
-    forms: ClassVar = {"chunk": chunk_delta_rule, "fused_recurrent": fused_recurrent_delta_rule}
+    forms: ClassVar = {
+        "chunk": chunk_delta_rule,
+        "fused_chunk": fused_chunk_delta_rule,
+        "fused_recurrent": fused_recurrent_delta_rule,
+    }
     tiny: ClassVar[Mapping[str, Any]] = {"num_heads": 2}
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gated": {"use_gate": True, "use_short_conv": False, "allow_neg_eigval": True, "expand_v": 0.5},
