@@ -33,22 +33,23 @@ from _text import UserError, baselines, read_files, split
 from _threads import Threads
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 import fla
-from fla.backends import resolve
-from fla.models import GLAConfig, LinearAttentionConfig, RetNetConfig, TransformerConfig
+import fla.models
+from fla.backends import family, resolve
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 CONFIGS = {
-    "gla": GLAConfig,
-    "retnet": RetNetConfig,
-    "linear_attn": LinearAttentionConfig,
-    "transformer": TransformerConfig,
+    config_class.model_type: config_class
+    for config_class in vars(fla.models).values()
+    if isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)
 }
+# The family of a model's op, of which the backend is reported; "decay" where none is named.
+FAMILIES = {"delta_net": "delta", "gated_deltanet": "delta", "kda": "delta"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {
     "model": "gla", "text": [], "steps": 1000, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 2, "seq_len": 256,
@@ -102,6 +103,8 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     fields |= {"bos_token_id": None, "eos_token_id": None}  # bytes have no such tokens
     if hasattr(config_class, "use_short_conv"):
         fields["use_short_conv"] = True  # it saves over half a bit per byte at this size
+    if hasattr(config_class, "head_dim"):
+        fields["head_dim"] = max(1, args.hidden_size // args.heads)  # otherwise as wide as in a large model
     torch.manual_seed(args.seed)
     try:
         return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])
@@ -306,12 +309,17 @@ def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
         "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "prompt", "new_bytes")},
         "parameters": sum(w.numel() for w in run.weights),
         "device": torch.cuda.get_device_name(args.device) if gpu else "cpu",
-        "backend": args.backend, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "backend": op_backend(args), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "tokens_per_second": round(tokens_per_second(run, args), 1),
         "peak_memory_mb": round(torch.cuda.max_memory_allocated(args.device) / 2**20) if gpu else None,
         "training_seconds": round(sum(run.seconds), 2), "bits_per_byte": bits,
         "loss": run.losses, "seconds": run.seconds, "validation_bits_per_byte": run.validation,
     }  # fmt: skip
+
+
+def op_backend(args: argparse.Namespace) -> str:
+    """The backend of the model's op, which may have no Triton kernels while other parts have."""
+    return resolve(FAMILIES.get(args.model, "decay"), torch.empty(0, device=args.device))
 
 
 def first_line(error: BaseException) -> str:
@@ -398,7 +406,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     if probe.device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: must be cpu or cuda")
     try:
-        args.backend = resolve("decay", probe, args.backend)
+        named, args.backend = args.backend, resolve("decay", probe, args.backend)
+        if named:
+            family(FAMILIES.get(args.model, "decay"), named)  # raises if it has no such kernels
     except ValueError as error:
         raise UserError(f"--backend {args.backend}: {error}") from None
     return args, state
@@ -430,7 +440,7 @@ def demo(args: argparse.Namespace, state: dict | None) -> int:
         run.load(state)
     title = f"{args.model}, {sum(w.numel() for w in run.weights) / 1e6:.1f} million parameters"
     print(f"text:  {len(training):,} bytes to train on, from {len(texts):,} files; {len(held_out):,} held-out bytes")
-    where = f"{args.dtype} on {args.device} ({args.backend} backend)"
+    where = f"{args.dtype} on {args.device} ({op_backend(args)} backend)"
     print(f"model: {title}, {where}, {args.batch_size * args.seq_len:,} tokens a step", flush=True)
 
     done = train(run, as_tensor(training), as_tensor(held_out), args)

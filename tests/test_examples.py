@@ -158,7 +158,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_continues_the_same_curve(program, 
     assert "leave out --lr" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["retnet", "linear_attn", "transformer"])
+@pytest.mark.parametrize("model", ["retnet", "linear_attn", "transformer", "delta_net", "gated_deltanet", "kda"])
 def test_every_model_trains_and_writes(program, model, text, tmp_path, capsys):
     assert program.main(arguments(text, tmp_path, "--model", model, "--new-bytes", "5")) == 0
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 1

@@ -56,14 +56,8 @@ class MultiHeadMixer(TokenMixer):
         projections of k and v compute the kv heads only.
         """
         H, D = self.num_heads, self.hidden_size
-        self.key_dim, self.value_dim = int(D * expand_k), int(D * expand_v)
-        for argument, factor, width in (("expand_k", expand_k, self.key_dim), ("expand_v", expand_v, self.value_dim)):
-            if width <= 0 or width % H:
-                raise ValueError(
-                    f"{argument} * hidden_size must be a positive multiple of num_heads={H}, "
-                    f"got {factor} * {D} = {width}"
-                )
-        self.head_k_dim, self.head_v_dim = self.key_dim // H, self.value_dim // H
+        self.head_k_dim, self.head_v_dim = head_dim("expand_k", expand_k, D, H), head_dim("expand_v", expand_v, D, H)
+        self.key_dim, self.value_dim = H * self.head_k_dim, H * self.head_v_dim
         self.key_dim_per_group = self.key_dim // self.num_kv_groups
         self.value_dim_per_group = self.value_dim // self.num_kv_groups
         self.q_proj = nn.Linear(D, self.key_dim, bias=False)
@@ -115,6 +109,20 @@ class MultiHeadMixer(TokenMixer):
     def recurrent_size(self) -> int:
         """Elements of a sequence's recurrent state: a key x value matrix per head."""
         return self.key_dim * self.head_v_dim
+
+
+def head_dim(argument: str, factor: float, hidden_size: int, num_heads: int) -> int:
+    """The width of one of `num_heads` heads that together are `int(hidden_size factor)` wide.
+
+    Raises ValueError, naming `argument`, unless the heads can be equally wide.
+    """
+    width = int(hidden_size * factor)
+    if width <= 0 or width % num_heads:
+        raise ValueError(
+            f"{argument} * hidden_size must be a positive multiple of num_heads={num_heads}, "
+            f"got {factor} * {hidden_size} = {width}"
+        )
+    return width // num_heads
 
 
 def _rename_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -14,12 +14,13 @@ from numbers import Real
 from types import NoneType
 from typing import Any
 
-# Name -> lowest and highest value, both allowed.
-BOUNDS: dict[str, tuple[float, float]] = {
+# Name -> lowest and highest value, both allowed. None in place of one means 0, which itself is not allowed.
+BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "layer_idx": (0, math.inf),
     "norm_eps": (0, math.inf),
     "initializer_range": (0, math.inf),
     "clamp_min": (-math.inf, 0),
+    "lower_bound": (-math.inf, None),
     # Some config files say -1 where there is no such token.
     "pad_token_id": (-1, math.inf),
     "bos_token_id": (-1, math.inf),
@@ -52,12 +53,12 @@ def check_setting(name: str, annotation: Any, value: Any) -> None:
 
 def _check_range(name: str, value: Any, whole: bool) -> None:
     low, high = BOUNDS.get(name, (1, math.inf) if whole else (None, math.inf))
-    above = low is None  # 0 itself is not allowed
-    if math.isfinite(value) and (value > 0 if above else low <= value) and value <= high:
+    in_range = (value > 0 if low is None else low <= value) and (value < 0 if high is None else value <= high)
+    if math.isfinite(value) and in_range:
         return
     of = "" if whole else "of "
-    ranges = [] if low == -math.inf else ["above 0" if above else f"{of}at least {low}"]
-    ranges += [] if high == math.inf else [f"{of}at most {high}"]
+    ranges = [] if low == -math.inf else ["above 0" if low is None else f"{of}at least {low}"]
+    ranges += [] if high == math.inf else ["below 0" if high is None else f"{of}at most {high}"]
     raise ValueError(f"{name} must be {'' if whole else 'a finite number '}{' and '.join(ranges)}, got {value}")
 
 

@@ -192,6 +192,8 @@ def test_unknown_settings_get_a_type_error(cls):
         tiny(cls, hidden_size=0)
 
 
+# Settings that have another range than above 0 -> what is said of 1.0.
+NEGATIVE = {"clamp_min": "of at most 0", "lower_bound": "below 0"}
 NEVER = {
     bool: [("false", TypeError, "True or False, got str 'false'"), (1, TypeError, "True or False, got int 1")],
     int: [("4", TypeError, "an int, got str '4'"), (2.0, TypeError, "an int, got float"), (-1, ValueError, "got -1")],
@@ -211,10 +213,21 @@ def test_no_setting_takes_what_it_cannot_be(cls):
     for name in set(inspect.signature(cls).parameters) & set(annotations):
         (kind,) = (set(typing.get_args(annotations[name])) or {annotations[name]}) - {type(None)}
         for value, error, message in NEVER[kind]:
-            if name == "clamp_min" and value == -1:
-                value, message = 1.0, "a finite number of at most 0, got 1.0"
+            if name in NEGATIVE and value == -1:
+                value, message = 1.0, f"a finite number {NEGATIVE[name]}, got 1.0"
             with pytest.raises(error, match=f"^{name} must be .*{message}"):
                 tiny(cls, **{name: value})
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_every_layer_runs_as_it_is_by_default(cls):
+    layer = cls()
+    x = torch.randn(2, 65, layer.hidden_size, requires_grad=True)
+    o = layer(x)[0]
+    assert o.shape == x.shape and o.isfinite().all()
+    o.square().mean().backward()
+    for name, tensor in (("x", x), *layer.named_parameters()):
+        assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), name
 
 
 @pytest.mark.parametrize("cls", EVERY)

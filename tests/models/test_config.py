@@ -90,7 +90,7 @@ NEVER = {
 }
 IMPOSSIBLE = {int: [-2, 0], float: [-1, -2.0, 0]}
 MAY_BE_0 = {"norm_eps", "initializer_range", "pad_token_id", "bos_token_id", "clamp_min"}
-MAY_BE_NEGATIVE = {"clamp_min"}
+MAY_BE_NEGATIVE = {"clamp_min", "lower_bound"}
 
 
 def kinds(field):
@@ -175,12 +175,18 @@ def test_bad_fields_are_named(model_type, case):
 @every_type
 def test_sizes_that_do_not_divide_are_named(model_type):
     fields = own_fields(REGISTRY[model_type].config_class)
-    if "num_heads" in fields:
+    if "num_heads" in fields and "head_dim" not in fields:  # else heads are as wide as it says
         with pytest.raises(ValueError, match="num_heads"):
             build(model_type, {"hidden_size": 30, "num_heads": 4})
     if "num_kv_heads" in fields:
         with pytest.raises(ValueError, match="num_kv_heads"):
             build(model_type, {"num_heads": 4, "num_kv_heads": 3})
+    if "num_v_heads" in fields:
+        with pytest.raises(ValueError, match=r"^num_v_heads must be a multiple of num_heads=4, got 6"):
+            build(model_type, {"num_heads": 4, "num_v_heads": 6})
+    if "head_dim" in fields and "expand_v" in fields:
+        with pytest.raises(ValueError, match=r"^expand_v \* head_dim must be a whole number .*, got 0.3 \* 8 = 2.4"):
+            build(model_type, {"head_dim": 8, "expand_v": 0.3})
     if "attn_mode" in fields:
         with pytest.raises(ValueError, match=r"^attn_mode must be one of"):
             build(model_type, {"attn_mode": "nonsense"})

@@ -26,7 +26,14 @@ def test_no_snapshot_is_left_over():
 
 
 # Parameters of the reference's models with two layers and a vocabulary of 320, other fields at their defaults.
-PARAMETERS = {"gla": 104_182_784, "retnet": 103_033_856, "transformer": 104_081_408}
+PARAMETERS = {
+    "gla": 104_182_784,
+    "retnet": 103_033_856,
+    "transformer": 104_081_408,
+    "delta_net": 104_196_352,
+    "gated_deltanet": 120_957_988 - 2 * 6,  # without `D`, which had no effect
+    "kda": 106_301_728,
+}
 
 
 @pytest.mark.parametrize("model_type", PARAMETERS)
