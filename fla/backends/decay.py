@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fla.backends._recurrence import Family, Recurrence
-from fla.varlen import check_cu_seqlens
+from fla.backends._reverse import refuse_steps, turned_around, turned_back
 
 DEAD_LOG_DECAY = -16.0  # in nats: what such a decay leaves is smaller than float32's rounding error
 MIN_LOG_DECAY = -1000.0  # gates are clamped to it: exp(-1000) is 0 in every dtype, and running sums stay finite
@@ -132,8 +132,7 @@ def recurrent(
     """
     if inplace_final_state or state_indices is not None:
         if reverse:
-            option = "inplace_final_state" if inplace_final_state else "state_indices"
-            raise ValueError(f"reverse must be False with {option}, got True: decoding goes on from the last token")
+            refuse_steps(inplace_final_state)
         return FAMILY.step(
             _values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, "recurrent", wide, mild),
             state_indices=state_indices,
@@ -143,23 +142,15 @@ def recurrent(
             backend=backend,
             op=op,
         )
-    packed = cu_seqlens is not None
     if reverse:
-        # a packed row is read from its end, so that its sequences come in reverse order too
-        q, k, v = q.flip(1), k.flip(1), v.flip(1)
-        g, gk, gv = (None if x is None else x.flip(1) for x in (g, gk, gv))
-        if packed:
-            if not torch.compiler.is_compiling():
-                check_cu_seqlens(cu_seqlens, q.shape[1])  # an error shows them as they were given
-            cu_seqlens = q.shape[1] - cu_seqlens.flip(0)
-            initial_state = None if initial_state is None else initial_state.flip(0)
+        tensors, initial_state, cu_seqlens = turned_around((q, k, v, g, gk, gv), initial_state, cu_seqlens)
+        q, k, v, g, gk, gv = tensors
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     values = _values(q, k, v, g, gk, gv, initial_state, g_gamma, cu_seqlens, scale, "recurrent", wide, mild)
     o, state = FAMILY.call(values, output_final_state, backend, op)
     if reverse:
-        o = o.flip(1)
-        state = state.flip(0) if packed and state is not None else state
+        o, state = turned_back(o, state, cu_seqlens is not None)
     return o, state.mT if state_v_first and state is not None else state
 
 

@@ -1,7 +1,10 @@
 """Token-mixing ops. One line per op; importing an op registers it."""
 
 from fla.ops import utils as utils
+from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule, chunk_iplr_delta_rule
+from fla.ops.generalized_delta_rule import fused_recurrent_dplr_delta_rule, fused_recurrent_iplr_delta_rule
 from fla.ops.gla import chunk_gla, fused_chunk_gla, fused_recurrent_gla
 from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 from fla.ops.retention import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention
+from fla.ops.rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
 from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla

@@ -44,6 +44,7 @@ class OpSpec:
     in turn; the usual axes (`fla.testing.inputs.USUAL_AXES`) need none. `limits`: the largest size an axis may have.
     `default_scale`: what `scale=None` means, by default K ** -0.5. An op without the parameter has no scale.
     `stateless`: forms without states. `gaps`: what does not work, in words.
+    `modules`: functions that other programs import from a module of the op, beside what its forms have there.
     """
 
     name: str
@@ -63,13 +64,19 @@ class OpSpec:
     variants: tuple[Variant, ...] = (Variant("default"),)
     stateless: tuple[str, ...] = ("parallel",)
     gaps: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, tuple[Callable, ...]] = field(default_factory=dict)
     paper: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module or package of the op, under which its forms are importable: `fla.ops.gla`."""
+        return self.reference.__module__
 
 
 def register(spec: OpSpec) -> OpSpec:
     """Make the op known to the suites, and its forms and naive functions importable as `fla.ops.<op>.<form>`."""
     REGISTRY[spec.name] = spec
-    name_forms(spec.reference.__module__, spec.forms)
+    name_forms(spec.module, spec.forms, spec.modules)
     return spec
 
 
