@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer, check_positive
-from fla.layers._rwkv import ChannelMix, channels, depth, fill_, orthogonal_
+from fla.layers._mixer import Call, TokenMixer
+from fla.layers._rwkv import ChannelMix, channels, depth, fill_, orthogonal_, split_width
 from fla.layers.rwkv6 import LoRA
 from fla.modules import GroupNorm
 from fla.modules.l2norm import l2norm
@@ -44,8 +44,7 @@ class RWKV7Attention(TokenMixer):
         elementwise_affine, norm_eps: settings of the group norm, which adds `head_dim * norm_eps`.
         layer_idx, num_hidden_layers: the layer's place in a model, for the cache and the initial weights.
         fuse_norm: divide keys by `sqrt(|k|^2 + 1e-6)` in one kernel, else by `max(|k|, 1e-12)` as the official code.
-        value_dim: width V of all values, a multiple of the number of heads, or a list with a width per layer; None:
-            `hidden_size`.
+        value_dim: width V of all values, a multiple of the number of heads; None: `hidden_size`.
         v_first_layer: the layer whose values are `v_first`; the others have a `v_lora`.
 
     Checkpoints with one `x_x` `[6, D]` load too. Raises ValueError or TypeError, naming the argument.
@@ -75,14 +74,16 @@ class RWKV7Attention(TokenMixer):
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
         fuse_norm: bool = False,
-        value_dim: int | list[int] | None = None,
+        value_dim: int | None = None,
         num_hidden_layers: int | None = None,
         v_first_layer: int = 0,
     ) -> None:
         super().__init__(hidden_size, layer_idx, mode)
         D = hidden_size
         self.head_dim, self.num_heads = split_width(D, head_dim, num_heads)
-        self.value_dim = V = _width_of_values(value_dim, layer_idx, D, self.num_heads)
+        self.value_dim = V = D if value_dim is None else value_dim
+        if V % self.num_heads:
+            raise ValueError(f"value_dim must be a multiple of the number of heads {self.num_heads}, got {V}")
         self.head_v_dim = V // self.num_heads
         self.size_inputs(D=D, V=V)
         self.num_hidden_layers, self.fuse_norm = num_hidden_layers, fuse_norm
@@ -127,8 +128,8 @@ class RWKV7Attention(TokenMixer):
         _reset_lora(self.a_lora, -0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5))
         _reset_lora(self.g_lora, None)
         if self.v_lora is not None:
-            of_values = channels(self.v_lora.lora[2].bias) / max(self.value_dim - 1, 1)
-            _reset_lora(self.v_lora, 0.73 - 0.4 * (of_values - 0.5))
+            n = torch.arange(self.value_dim, dtype=torch.float32, device=n.device)
+            _reset_lora(self.v_lora, 0.73 - 0.4 * (n / max(self.value_dim - 1, 1) - 0.5))
         for linear, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0)):
             orthogonal_(linear.weight, gain)
         fill_(self.o_proj.weight, 0.0)
@@ -147,9 +148,9 @@ class RWKV7Attention(TokenMixer):
             call.carry = v
         else:
             v = (v + (call.carry - v) * self.v_lora(xv).sigmoid()).to(v.dtype)
-        # Under autocast the parameters are float32, and what they are multiplied with becomes it too.
+        # Under autocast the parameters are float32, and so is what they are multiplied with.
         removed = self.normalise((k * self.k_k).unflatten(-1, (-1, self.head_dim))).to(v.dtype)
-        k = fused_k_rwkv7(k, a, self.k_a).to(v.dtype)
+        k = fused_k_rwkv7(k, a, self.k_a)
         r, w, k, a = (y.unflatten(-1, (-1, self.head_dim)) for y in (r, w, k, a))
         v = v.unflatten(-1, (-1, self.head_v_dim))
         o = self.recur(call, r, w, k, v, -removed, removed * a.to(v.dtype), scale=1.0)
@@ -224,35 +225,6 @@ class RWKV7ChannelMix(ChannelMix):
         return self.value(self.act_fn(self.key(torch.addcmul(x, delta, self.x_k))))
 
 
-def split_width(hidden_size: int, head_dim: int | None, num_heads: int | None) -> tuple[int, int]:
-    """`head_dim` and `num_heads`, where one of them may be None. Raises ValueError unless their product is the width."""
-    if head_dim is None and num_heads is None:
-        raise ValueError("head_dim must be given where num_heads is None, got None for both")
-    name, given = ("head_dim", head_dim) if head_dim is not None else ("num_heads", num_heads)
-    assert given is not None
-    if hidden_size % given:
-        raise ValueError(f"{name} must divide hidden_size={hidden_size}, got {given}")
-    other = hidden_size // given
-    if head_dim is not None and num_heads not in (None, other):
-        raise ValueError(
-            f"num_heads must be hidden_size / head_dim = {other} or None, got {num_heads}; "
-            "to choose the number of heads, set head_dim to None"
-        )
-    return (given, other) if name == "head_dim" else (other, given)
-
-
-def _width_of_values(value_dim: int | list[int] | None, layer_idx: int | None, hidden_size: int, num_heads: int) -> int:
-    if isinstance(value_dim, list):
-        if layer_idx is None or layer_idx >= len(value_dim):
-            raise ValueError(f"value_dim must have a width for layer_idx={layer_idx}, got {value_dim}")
-        value_dim = value_dim[layer_idx]
-    width = hidden_size if value_dim is None else value_dim
-    check_positive(value_dim=width)
-    if width % num_heads:
-        raise ValueError(f"value_dim must be a multiple of the number of heads {num_heads}, got {width}")
-    return width
-
-
 def _rank(given: int | None, wanted: float) -> int:
     """A rank: as given, or the multiple of 32 nearest to `wanted`."""
     return max(32, round(wanted / 32) * 32) if given is None else given
@@ -260,7 +232,8 @@ def _rank(given: int | None, wanted: float) -> int:
 
 def _reset_lora(lora: LoRA, bias: Tensor | None) -> None:
     """The initial weights of a low-rank projection, whose result at first is its bias."""
-    down, up = lora.lora[0], lora.lora[2]
+    down: Any = lora.lora[0]
+    up: Any = lora.lora[2]
     fill_(down.weight, 0.0)
     orthogonal_(up.weight, 0.1 * max(1.0, math.sqrt(lora.low_rank_dim / lora.output_dim)))
     if bias is not None:

@@ -6,3 +6,4 @@ from fla.models.linear_attn import LinearAttentionConfig, LinearAttentionForCaus
 from fla.models.retnet import RetNetConfig, RetNetForCausalLM, RetNetModel
 from fla.models.gla import GLAConfig, GLAForCausalLM, GLAModel
 from fla.models.transformer import TransformerConfig, TransformerForCausalLM, TransformerModel
+from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
