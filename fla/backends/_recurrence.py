@@ -34,7 +34,7 @@ Both run with autocast off, and never on tensors without elements.
 
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import compress
 from operator import attrgetter
@@ -169,9 +169,13 @@ class Family:
         state_v_first: bool = False,
         backend: str | None = None,
         op: str | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `call`, for decoding on states that the caller owns (`fla.backends._step`)."""
-        options = (state_indices, inplace_final_state, output_final_state, state_v_first, backend, op)
+        """As `call`, for decoding on states that the caller owns (`fla.backends._step`).
+
+        `called`: field -> what the op calls it, where that is another name, for messages.
+        """
+        options = (state_indices, inplace_final_state, output_final_state, state_v_first, backend, op, called)
         return self._stepping(values, *options)
 
     def check_states(self, values: tuple, state_indices: Tensor | None, inplace_final_state: bool) -> None:

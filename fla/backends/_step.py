@@ -16,6 +16,7 @@ not go through the operators.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +64,14 @@ class Stepping:
         v_first: bool,
         backend: str | None,
         op: str | None,
+        called: Mapping[str, str] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute `o`, and the final states or None.
 
         With `inplace_final_state` the final states overwrite `initial_state`, which is returned. Raises ValueError or
         TypeError if the states could be used only after a copy, or if a gradient is needed.
         """
-        self.check(values, state_indices, inplace_final_state)
+        self.check(values, state_indices, inplace_final_state, called)
         backend = resolve(self.owner.name, values[0], backend)
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -84,7 +86,9 @@ class Stepping:
         o, state = call(*values, state_indices, v_first, output_final_state, backend)
         return o, state if output_final_state else None
 
-    def check(self, values: tuple, indices: Tensor | None, in_place: bool) -> None:
+    def check(
+        self, values: tuple, indices: Tensor | None, in_place: bool, called: Mapping[str, str] | None = None
+    ) -> None:
         """Raise ValueError or TypeError unless the states can be used as they are, without a copy."""
         option = "inplace_final_state" if in_place else "state_indices"
         first, states, bounds = values[0], values[self.states_position], values[self.cu_seqlens_position]
@@ -101,13 +105,14 @@ class Stepping:
         if torch.is_grad_enabled():
             for name, x in zip(self.names, values, strict=True):
                 if isinstance(x, Tensor) and x.requires_grad:
+                    name = (called or {}).get(name, name)
                     raise ValueError(
                         f"{option} is for inference: {name} must not need a gradient, got requires_grad=True; "
                         "call under torch.no_grad()"
                     )
         if indices is not None:
             N = first.shape[0] if bounds is None else bounds.shape[0] - 1
-            _check_indices(indices, N, first, self.names[0])
+            _check_indices(indices, N, first, (called or {}).get(self.names[0], self.names[0]))
 
     def _problem(self, values: list) -> Any:
         problem = self.owner.make(*values)

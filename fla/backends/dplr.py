@@ -16,9 +16,6 @@ from torch import Tensor
 from fla.backends._recurrence import Family, Recurrence
 from fla.backends._reverse import refuse_steps, turned_around, turned_back
 
-DEAD_LOG_DECAY = -16.0  # in nats: what such a decay leaves is smaller than float32's rounding error
-MIN_LOG_DECAY = -1000.0  # gates are clamped to it: exp(-1000) is 0 in every dtype, and running sums stay finite
-
 
 @dataclass(slots=True, eq=False)
 class Problem(Recurrence):
@@ -88,13 +85,15 @@ def recurrent(
     cu_seqlens=None,
     inplace_final_state=False,
     state_indices=None,
+    called=None,
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
     """The form for decoding and short inputs.
 
     It takes the options of `chunk`. `reverse` runs from the last token to the first. `inplace_final_state` and
-    `state_indices` are for decoding on states that the caller owns (`fla.backends._step`), without `reverse`.
+    `state_indices` are for decoding on states that the caller owns (`fla.backends._step`), without `reverse`. `called`:
+    what the op calls an argument that has another name here, for messages.
     """
     if inplace_final_state or state_indices is not None:
         if reverse:
@@ -106,6 +105,7 @@ def recurrent(
             output_final_state=output_final_state,
             backend=backend,
             op=op,
+            called=called,
         )
     if reverse:
         tensors, initial_state, cu_seqlens = turned_around((q, k, v, a, b, gk), initial_state, cu_seqlens)

@@ -43,8 +43,9 @@ class OpSpec:
     `axes`: sizes of axes in tests, a product of numbers and other axes ("2 H") or a few of these or of numbers to take
     in turn; the usual axes (`fla.testing.inputs.USUAL_AXES`) need none. `limits`: the largest size an axis may have.
     `default_scale`: what `scale=None` means, by default K ** -0.5. An op without the parameter has no scale.
-    `stateless`: forms without states. `gaps`: what does not work, in words.
-    `modules`: functions that other programs import from a module of the op, beside what its forms have there.
+    `stateless`: forms without states. `gaps`: what does not work, in words. `also`: form, "naive" or another name ->
+    functions that other programs import from `fla.ops.<op>.<form>`, whatever their names. `parameters`: the most that a
+    form has, more than usual only where the programs that call it give so many.
     """
 
     name: str
@@ -64,8 +65,9 @@ class OpSpec:
     variants: tuple[Variant, ...] = (Variant("default"),)
     stateless: tuple[str, ...] = ("parallel",)
     gaps: dict[str, str] = field(default_factory=dict)
-    modules: dict[str, tuple[Callable, ...]] = field(default_factory=dict)
     paper: str = ""
+    also: dict[str, tuple[Callable, ...]] = field(default_factory=dict)
+    parameters: int = 16
 
     @property
     def module(self) -> str:
@@ -76,7 +78,7 @@ class OpSpec:
 def register(spec: OpSpec) -> OpSpec:
     """Make the op known to the suites, and its forms and naive functions importable as `fla.ops.<op>.<form>`."""
     REGISTRY[spec.name] = spec
-    name_forms(spec.module, spec.forms, spec.modules)
+    name_forms(spec.module, spec.forms, spec.also)
     return spec
 
 

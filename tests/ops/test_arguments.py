@@ -174,7 +174,8 @@ def test_a_chunk_size_changes_nothing(case):
         with pytest.raises(TypeError, match=r"chunk_size must be .*got (str|float)"):
             case.function(**given, chunk_size=size)
     parameter = inspect.signature(case.function).parameters["chunk_size"]
-    assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    by_position = case.function.__name__ in ("chunk_dplr_delta_rule", "chunk_rwkv7")  # other programs may give it so
+    assert (parameter.kind is inspect.Parameter.KEYWORD_ONLY) is not by_position
 
 
 def test_which_forms_take_a_chunk_size():

@@ -16,7 +16,7 @@ def calling(case):
     keywords = good_call(case)
     first = next(iter(case.spec.shapes))
     x = keywords.pop(first)
-    return lambda x: case.function(**{first: x}, **keywords)[0], x, case.spec.name
+    return lambda x: case.function(**{first: x}, **keywords)[0], x, case.function.__name__
 
 
 @each_case

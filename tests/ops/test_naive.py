@@ -14,9 +14,8 @@ from fla.testing import assert_within_budget, make_inputs
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_naive_alias(name):
-    module = importlib.import_module(f"fla.ops.{name}.naive")
-    functions = [value for key, value in vars(module).items() if key.startswith("naive_")]
-    assert functions and all(callable(value) for value in functions)
+    module = importlib.import_module(f"{REGISTRY[name].module}.naive")
+    assert module.__all__ and all(callable(getattr(module, key)) for key in module.__all__)
 
 
 def expected(spec, x):

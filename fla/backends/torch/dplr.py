@@ -35,7 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla.backends.dplr import DEAD_LOG_DECAY, MIN_LOG_DECAY, Problem
+from fla.backends._gates import DEAD_LOG_DECAY, MIN_LOG_DECAY
+from fla.backends.dplr import Problem
 from fla.backends.torch._layout import Layout
 from fla.backends.torch._scores import Scores, pair_decay, scan, states_at_ends, sums_to_end
 from fla.backends.torch._step import stepping
@@ -83,7 +84,7 @@ def backward(
         change = (states_at_ends(chunks.layout, starts, final_state) * ends).sum(-1)
         dgk = sums_to_end(chunks.q * dq - chunks.k * dk - chunks.b * db + read) - read + change[:, :, None]
     dq, dk, dv, da, db = (chunks.layout.join(x) for x in (dq, dk, dv, da, db))
-    found = {"q": dq, "k": dk, "v": dv, "a": da, "b": db, "initial_state": dh0}
+    found: dict[str, Tensor | None] = {"q": dq, "k": dk, "v": dv, "a": da, "b": db, "initial_state": dh0}
     if dgk is not None and problem.gk is not None:
         dgk = chunks.layout.join(dgk)
         # the gradient of a stronger decay is rounding noise

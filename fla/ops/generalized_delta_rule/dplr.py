@@ -155,7 +155,7 @@ def chunk_dplr_delta_rule(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
-    check_options("chunk_dplr_delta_rule", chunk_size, lower_bound, cp_context)
+    check_options("chunk_dplr_delta_rule", chunk_size, lower_bound, cp_context, safe_gate, disable_recompute)
     if cu_seqlens_cpu is not None:
         cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "gk": gk, "initial_state": initial_state}
@@ -243,7 +243,8 @@ SPEC = register(
         gates=("gk",),
         required=(*TENSORS, "gk"),
         same_dtype=TENSORS,
-        modules={"naive": (dplr_recurrence, dplr_chunkwise)},
+        also={"naive": (dplr_recurrence, dplr_chunkwise)},
+        parameters=17,
         paper="https://arxiv.org/abs/2503.14456",
     )
 )

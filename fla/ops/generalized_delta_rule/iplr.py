@@ -161,7 +161,7 @@ SPEC = register(
         inputs=with_decays.bounded,
         required=TENSORS,
         same_dtype=TENSORS,
-        modules={"naive": (iplr_recurrence, iplr_chunkwise)},
+        also={"naive": (iplr_recurrence, iplr_chunkwise)},
         paper="https://arxiv.org/abs/2406.06484",
     )
 )

@@ -4,8 +4,8 @@
     o_t = scale * r_t^T S_t
 
 Shapes: r, w, k, a, b `[B, T, H, K]`, v `[B, T, H, V]`, states `[N, H, K, V]` in float32. `w` is a natural-log decay,
-in RWKV-7 between -0.6065 and 0. There `a = -kk` and `b = kk * (a learning rate in (0, 1))`, where `kk` has length 1. The
-default scale is 1. It is the op `dplr` with other names. Family: `dplr`.
+in RWKV-7 between -0.6065 and 0. There `a = -kk` and `b = kk * (a learning rate in (0, 1))`, where `kk` has length 1.
+The default scale is 1. It is the op `dplr` with other names. Family: `dplr`.
 Paper: https://arxiv.org/abs/2503.14456
 """
 
@@ -41,6 +41,7 @@ SHAPES = {
 SHAPES_MUL = {("kk" if name == "b" else name): shape for name, shape in SHAPES.items()}
 TENSORS = ("r", "k", "v", "a", "b")
 TENSORS_MUL = ("r", "k", "v", "kk", "a")
+CALLED = {"q": "r", "gk": "w"}
 
 
 def naive_recurrent_rwkv7(
@@ -102,7 +103,7 @@ def chunk_rwkv7(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
-    check_options("chunk_rwkv7", chunk_size, lower_bound, cp_context)
+    check_options("chunk_rwkv7", chunk_size, lower_bound, cp_context, safe_gate, disable_recompute)
     if cu_seqlens_cpu is not None:
         cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, r, "r")
     tensors = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b, "initial_state": initial_state}
@@ -158,6 +159,7 @@ def fused_recurrent_rwkv7(
         cu_seqlens=cu_seqlens,
         inplace_final_state=inplace_final_state,
         state_indices=state_indices,
+        called=CALLED,
         backend=backend,
         op="fused_recurrent_rwkv7",
     )
@@ -208,6 +210,7 @@ def fused_mul_recurrent_rwkv7(
         cu_seqlens=cu_seqlens,
         inplace_final_state=inplace_final_state,
         state_indices=state_indices,
+        called=CALLED | {"a": "kk", "b": "a"},
         backend=backend,
         op="fused_mul_recurrent_rwkv7",
     )
@@ -227,13 +230,14 @@ SPEC = register(
         required=(*TENSORS, "w"),
         same_dtype=TENSORS,
         default_scale=1.0,
-        modules={
+        also={
             "fused_recurrent": (fused_mul_recurrent_rwkv7,),
             "fused_addcmul": (fused_addcmul_rwkv7,),
             "fused_k_update": (fused_k_rwkv7,),
             "gate_output_correction": (gate_output_correction,),
             "channel_mixing": (channel_mixing_rwkv7, channel_mixing_rwkv7_torch),
         },
+        parameters=17,
         paper="https://arxiv.org/abs/2503.14456",
     )
 )

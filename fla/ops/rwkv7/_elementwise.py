@@ -1,4 +1,4 @@
-"""What an RWKV-7 layer computes around its recurrence, element by element: plain PyTorch, differentiable, any device."""
+"""What an RWKV-7 layer computes around its recurrence, element by element: differentiable, on any device."""
 
 import torch
 from torch import Tensor
