@@ -1,7 +1,7 @@
 """What the layers of RWKV share: the official rules for initial weights, sizes, and the base of the channel mixes.
 
-The rules depend on where a layer stands among `num_hidden_layers`. Values are computed and drawn in float32, whatever the
-dtype of the parameter, and parameters that were loaded from a checkpoint are left as they are.
+The rules depend on where a layer stands among `num_hidden_layers`. Values are computed and drawn in float32, whatever
+the dtype of the parameter, and parameters that were loaded from a checkpoint are left as they are.
 """
 
 from __future__ import annotations

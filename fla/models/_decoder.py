@@ -3,8 +3,8 @@
     h <- x + mixer(norm(x))
     x <- h + mlp(norm(h))
 
-and may put a norm of x itself in front. A model file declares config fields and classes (`gla.py` shows how). Models may
-differ in `mixer_cls` or `build_mixer`, in `mlp_cls` (None: no MLP), in `build_norm` and `build_pre_norm`, and in
+and may put a norm of x itself in front. A model file declares config fields and classes (`gla.py` shows how). Models
+may differ in `mixer_cls` or `build_mixer`, in `mlp_cls` (None: no MLP), in `build_norm` and `build_pre_norm`, and in
 `ModuleNames`, which determine state-dict keys and tied weights.
 
 A model has two ways to pass tensors to its blocks. `layer_inputs()` computes a value for every layer from parameters of

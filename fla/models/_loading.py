@@ -108,9 +108,11 @@ class SplitRows(ConversionOps):
         model: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """`{matrix: [tensor]}` -> `{name: row}` for every row."""
+        """`{matrix: [tensor]}` -> `{name: row}` for every row. A matrix of another height stays, and does not fit."""
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
+        if len(tensor) != len(target_patterns):
+            return {target_patterns[0]: tensor}
         shape = model.get_parameter(full_layer_name).shape
         rows = [row.reshape(shape) if row.numel() == shape.numel() else row for row in tensor]
         return dict(zip(target_patterns, rows, strict=True))
