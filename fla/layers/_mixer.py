@@ -70,7 +70,7 @@ class TokenMixer(nn.Module):
     uses_positions: ClassVar[bool] = False
     # Whether a call of this layer advances the cache's count of the tokens that its block has seen.
     counts_tokens: ClassVar[bool] = True
-    # Name -> shape of the tensors that a model may pass, where `D` is the hidden size; and which of them is the carry.
+    # Name -> shape of the tensors that a model may pass, with the axes of `size_inputs`; and which of them is the carry.
     inputs: ClassVar[Mapping[str, str]] = {}
     carry_name: ClassVar[str | None] = None
     # Constructor parameter -> field of a model's config, where the two have different names.
@@ -99,8 +99,14 @@ class TokenMixer(nn.Module):
         self.hidden_size = hidden_size
         self.layer_idx = layer_idx
         self.conv_names: tuple[str, ...] = ()
+        self.size_inputs(D=hidden_size)
+
+    def size_inputs(self, **sizes: int) -> None:
+        """Give the axes of `inputs` their sizes: `D` is the hidden size, and a mixer may name axes of its own."""
         shapes = {"hidden_states": "B T D", **self.inputs}
-        self._shapes = {name: shape.replace("D", str(hidden_size)) for name, shape in shapes.items()}
+        self.input_shapes = {
+            name: " ".join(str(sizes.get(axis, axis)) for axis in shape.split()) for name, shape in shapes.items()
+        }
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int | None = None) -> TokenMixer:
@@ -153,7 +159,7 @@ class TokenMixer(nn.Module):
             raise ValueError(f"output_attentions must be False: {type(self).__name__} never forms the attention matrix")
         cu_seqlens = packing(hidden_states, cu_seqlens, kwargs)
         inputs: dict[str, Any] = {name: kwargs.get(name) for name in self.inputs}
-        check_shapes(self._shapes, cu_seqlens=cu_seqlens, hidden_states=hidden_states, **inputs)
+        check_shapes(self.input_shapes, cu_seqlens=cu_seqlens, hidden_states=hidden_states, **inputs)
         call = self._begin(hidden_states, attention_mask, past_key_values, cu_seqlens, padding)
         unpad, repad = (_identity, _identity) if call.padding is None else (call.padding.unpad, call.padding.repad)
         carry = None if self.carry_name is None else inputs.pop(self.carry_name)

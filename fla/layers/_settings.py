@@ -17,6 +17,7 @@ from typing import Any
 # Name -> lowest and highest value, both allowed. None in place of one means 0, which itself is not allowed.
 BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "layer_idx": (0, math.inf),
+    "v_first_layer": (0, math.inf),
     "norm_eps": (0, math.inf),
     "initializer_range": (0, math.inf),
     "clamp_min": (-math.inf, 0),

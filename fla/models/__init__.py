@@ -9,3 +9,4 @@ from fla.models.transformer import TransformerConfig, TransformerForCausalLM, Tr
 from fla.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel
 from fla.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, GatedDeltaNetModel
 from fla.models.kda import KDAConfig, KDAForCausalLM, KDAModel
+from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model

@@ -38,7 +38,8 @@ class DecoderConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     fixed_fields: ClassVar[Mapping[str, Any]] = {}  # fields without effect -> the only value that they may have
-    field_help: ClassVar[Mapping[str, str]] = {}  # fields that no other model has -> a sentence on their meaning
+    # Fields that no other model has, or that mean something else in other models -> a sentence on their meaning.
+    field_help: ClassVar[Mapping[str, str]] = {}
     # For tests: the smallest useful sizes, and by name further settings worth a test.
     tiny: ClassVar[Mapping[str, Any]] = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

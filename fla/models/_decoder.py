@@ -3,8 +3,9 @@
     h <- x + mixer(norm(x))
     x <- h + mlp(norm(h))
 
-A model file declares config fields and classes (`gla.py` shows how). Models may differ in `mixer_cls` or `build_mixer`,
-in `mlp_cls` (None: no MLP), in `build_norm`, and in `ModuleNames`, which determine state-dict keys and tied weights.
+and may put a norm of x itself in front. A model file declares config fields and classes (`gla.py` shows how). Models
+may differ in `mixer_cls` or `build_mixer`, in `mlp_cls` (None: no MLP), in `build_norm` and `build_pre_norm`, and in
+`ModuleNames`, which determine state-dict keys and tied weights.
 
 A model has two ways to pass tensors to its blocks. `layer_inputs()` computes a value for every layer from parameters of
 the model, which `add_parameters()` creates. The carry is one tensor that goes from block to block: a mixer with a carry
@@ -14,7 +15,7 @@ checkpointing loses the gradients of keywords and of tensors inside tuples.
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +58,7 @@ class ModuleNames:
 
     model: str = "model"
     embeddings: str = "embeddings"
+    pre_norm: str = "pre_norm"
     mixer_norm: str = "attn_norm"
     mixer: str = "attn"
     mlp_norm: str = "mlp_norm"
@@ -83,6 +85,9 @@ class DecoderBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
+        pre_norm = self.build_pre_norm(config, layer_idx)
+        if pre_norm is not None:
+            self.add_module(self.names.pre_norm, pre_norm)
         self.add_module(self.names.mixer_norm, self.build_norm(config))
         mixer: Any = self.build_mixer(config, layer_idx)
         mixer._tied_weights_keys = _shared_parameters(mixer)  # by this attribute transformers saves them only once
@@ -96,6 +101,11 @@ class DecoderBlock(GradientCheckpointingLayer):
         """The RMSNorm of blocks and model. With `fuse_norm=False` it is PyTorch's; the state-dict key is the same."""
         norm_cls = RMSNorm if config.fuse_norm else nn.RMSNorm
         return norm_cls(config.hidden_size, eps=config.norm_eps)
+
+    @classmethod
+    def build_pre_norm(cls, config: DecoderConfig, layer_idx: int) -> nn.Module | None:
+        """A norm that replaces the stream before the block adds to it, or None."""
+        return None
 
     @classmethod
     def build_mixer(cls, config: DecoderConfig, layer_idx: int) -> TokenMixer:
@@ -129,6 +139,9 @@ class DecoderBlock(GradientCheckpointingLayer):
         """
         call = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
         mixer: Any = getattr(self, self.names.mixer)
+        pre_norm = getattr(self, self.names.pre_norm, None)
+        if pre_norm is not None:
+            hidden_states = pre_norm(hidden_states)
         normed = getattr(self, self.names.mixer_norm)(hidden_states)
         mixed, _, past_key_values, *carried = mixer(normed, **call, **mixer.named_inputs(carry, extra))
         if self.mlp_cls is None:
@@ -191,6 +204,8 @@ class DecoderPreTrainedModel(StrictLoading):
 class DecoderModel(DecoderPreTrainedModel):
     """Embeddings, blocks and a final norm: `input_ids` `[B, T]` -> hidden states `[B, T, D]`."""
 
+    # The end of a matrix's key in older checkpoints -> the ends of the keys of the parameters that its rows are now.
+    split_rows: ClassVar[Mapping[str, Sequence[str]]] = {}
     # AutoModel may load this model from the checkpoint of a causal LM, which has a head too.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - transformers reads a list
 

@@ -1,4 +1,4 @@
-"""Loading of checkpoints: missing keys raise, both layouts of the MLP load, and the Auto classes know every model."""
+"""Loading of checkpoints: missing keys raise, older layouts load too, and the Auto classes know every model."""
 
 import functools
 from collections.abc import Callable
@@ -96,9 +96,47 @@ class SplitGateAndUp(ConversionOps):
         return _Unchanged()
 
 
+class SplitRows(ConversionOps):
+    """Splits a checkpoint's matrix into its rows, each of which becomes a parameter of the shape that the model has."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """`{matrix: [tensor]}` -> `{name: row}` for every row. A matrix of another height stays, and does not fit."""
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        if len(tensor) != len(target_patterns):
+            return {target_patterns[0]: tensor}
+        shape = model.get_parameter(full_layer_name).shape
+        rows = [row.reshape(shape) if row.numel() == shape.numel() else row for row in tensor]
+        return dict(zip(target_patterns, rows, strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes the rows unchanged."""
+        return _Unchanged()
+
+
 class _Unchanged(ConversionOps):
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return input_dict
+    """The reverse of a conversion that saving does not undo: the parameters go under their own names."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """`full_layer_name` is the name that undoing would give. The loader would not find it in the others."""
+        before, _, after = full_layer_name.partition(target_patterns[0])
+        return {before + name + after: tensor for name, tensor in input_dict.items()}
 
 
 def register_causal_lm(causal_lm: Class) -> Class:
@@ -120,7 +158,9 @@ def register_causal_lm(causal_lm: Class) -> Class:
     # Checkpoints of both MLP layouts load. The converter is registered under the class name, because the model type may
     # be one of transformers.
     both = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    converter = WeightConverter("mlp.gate_proj.weight", both, [SplitGateAndUp()])
-    register_checkpoint_conversion_mapping(declared.model_cls.__name__, [converter], overwrite=True)
+    converters: list[Any] = [WeightConverter("mlp.gate_proj.weight", both, [SplitGateAndUp()])]
+    for matrix, rows in declared.model_cls.split_rows.items():
+        converters.append(WeightConverter(matrix, list(rows), [SplitRows()]))
+    register_checkpoint_conversion_mapping(declared.model_cls.__name__, converters, overwrite=True)
     name_parts(causal_lm)
     return causal_lm

@@ -35,14 +35,16 @@ class Case:
     def modes(self) -> tuple[str | None, ...]:
         return tuple(self.cls.forms) or (None,)
 
-    def build(self, **changes) -> nn.Module:
+    def build(self, layer_idx: int | None = None, **changes) -> nn.Module:
         """The layer with seeded weights that are not their initial values (norm weights and biases too).
 
-        What its model would hand to it is handed to it in every call.
+        They are those of layer `IDX`, whatever place the layer then takes. What its model would hand to it is handed to
+        it in every call.
         """
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
-            layer = self.cls(**{"hidden_size": D, **self.settings, **changes})
+            layer = self.cls(**{"hidden_size": D, "layer_idx": IDX, **self.settings, **changes})
+            layer.layer_idx = layer_idx
             for parameter in layer.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
         if layer.inputs:
@@ -53,9 +55,12 @@ class Case:
 
 def _numbers(layer: TokenMixer) -> dict[str, Tensor]:
     """Numbers between 0 and 1 for each of the layer's inputs; for the carry a matrix that makes it of the tokens."""
-    generator = torch.Generator().manual_seed(3)
-    ranks = {name: len(shape.split()) - (name == layer.carry_name) for name, shape in layer.inputs.items()}
-    return {name: torch.rand([D] * rank, generator=generator) for name, rank in ranks.items()}
+    generator, numbers = torch.Generator().manual_seed(3), {}
+    for name in layer.inputs:
+        sizes = [int(axis) for axis in layer.input_shapes[name].split() if axis.isdigit()]
+        sizes = [D, *sizes] if name == layer.carry_name else sizes
+        numbers[name] = torch.rand(sizes, generator=generator)
+    return numbers
 
 
 def _hand_over(layer, args, keywords):

@@ -262,6 +262,21 @@ def test_token_shift_packed_is_separate(with_cache):
         close("grad", grad, grad64)
 
 
+@pytest.mark.parametrize("total", [262_141, 262_144])
+def test_token_shift_of_many_documents(total):
+    """A pack of a quarter million tokens in documents of 752, with its gradient, is each document by itself."""
+    ends = torch.cat((torch.arange(0, total, 752), torch.tensor([total])))
+    x = torch.randn(1, total, 2, requires_grad=True)
+    delta, last = token_shift(x, ends.int(), output_cache=True)
+    before = torch.cat((torch.zeros(1, 1, 2), x[:, :-1]), 1)
+    before = before.index_fill(1, ends[:-1], 0.0)
+    assert torch.equal(delta, before - x) and torch.equal(last, x[0, ends[1:] - 1])
+    upstream = torch.randn_like(delta)
+    (dx,) = torch.autograd.grad(delta, x, upstream)
+    (expected,) = torch.autograd.grad(before - x, x, upstream)
+    assert torch.equal(dx, expected)
+
+
 BAD = [
     (lambda c, x: c(x[..., :3]), ValueError, "x must"),
     (lambda c, x: c(x.tolist()), TypeError, "x must"),
