@@ -7,7 +7,7 @@ Some packages have to be compiled for a GPU, and programs do without them where 
 then convolve packed sequences into each other. `provide` puts a module of that name into `sys.modules`, whose functions
 are ours: they run on any machine, and keep packed sequences apart. Nothing does so by itself; `import fla` does not.
 
-Each module of this package is such a package: its `VERSION`, and in `MODULES` the functions of every module that it has.
+Each module here is such a package: its `VERSION`, and in `MODULES` the functions of every module that it has.
 """
 
 import importlib

@@ -145,7 +145,7 @@ def _order(cache_seqlens: Tensor, size: int, like: Tensor) -> Tensor:
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | None) -> None:
     shapes = {"x": "B D T", "weight": "D W", "bias": "D"} | {name: f"R{i} D S{i}" for i, name in enumerate(states)}
     required = ("x", "weight", *(name for name in states if name == "conv_state"))
-    check_shapes(shapes, same_dtype=(), required=required, x=x, weight=weight, bias=bias, **states)
+    check_shapes(shapes, same_dtype=(), required=required, **{"x": x, "weight": weight, "bias": bias}, **states)  # type: ignore[arg-type]
 
 
 def _check_per_row(name: str, value: Tensor | None, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Packages that `fla.compat` provides, for the length of a test, and models of transformers imported anew to see them."""
+"""Packages that `fla.compat` provides for a test's length, and models of transformers imported anew to see them."""
 
 import importlib
 import sys
