@@ -21,11 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fla.backends._gates import MIN_LOG_DECAY
 from fla.backends._recurrence import Family, Recurrence
 from fla.varlen import check_cu_seqlens
-
-DEAD_LOG_DECAY = -16.0  # in nats: what such a decay leaves is smaller than float32's rounding error
-MIN_LOG_DECAY = -1000.0  # gates are clamped to it: exp(-1000) is 0 in every dtype, and running sums stay finite
 
 
 @dataclass(slots=True, eq=False)

@@ -1,6 +1,18 @@
 """Token-mixing ops. One line per op; importing an op registers it."""
 
 from fla.ops import utils as utils
+from fla.ops.delta_rule import (
+    chunk_delta_rule,
+    fused_chunk_delta_rule,
+    fused_recurrent_delta_rule,
+    parallel_delta_rule,
+)
+from fla.ops.gated_delta_rule import (
+    chunk_gated_delta_rule,
+    chunk_gdn,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_gdn,
+)
 from fla.ops.gla import chunk_gla, fused_chunk_gla, fused_recurrent_gla
 from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 from fla.ops.retention import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention

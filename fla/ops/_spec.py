@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -20,7 +20,9 @@ class Variant:
     """One way to call an op: keyword settings, and the gates or tensors left out or put in.
 
     `forms`: those that have it, by default all. `steps`: whether it is also a way to decode on states that the caller
-    owns (where a form has `state_indices`); not so where a part of the state is left out.
+    owns (where a form has `state_indices`); not so where a part of the state is left out. `shapes`: of tensors that
+    have other shapes than in the op's. `raw`: gates that are no log decays here, because the op makes the log decays
+    from them. `inputs`: from noise to legal inputs, where it is not the op's.
     """
 
     name: str
@@ -28,6 +30,9 @@ class Variant:
     without: tuple[str, ...] = ()
     forms: tuple[str, ...] | None = None
     steps: bool = True
+    shapes: dict[str, str] = field(default_factory=dict)
+    raw: tuple[str, ...] = ()
+    inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,15 @@ class OpSpec:
     `reference(**tensors, scale, initial_state, output_final_state)`: the naive recurrence, returns `(o, state)`.
     `forms`: form name -> public function. `same`: forms that only call another one -> that one.
     `inputs`: from noise of those shapes to legal inputs.
-    `gates`: the arguments that are log decays. `wide`: tensors that are float32 whatever the others are.
+    `gates`: the arguments that are log decays, or from which the op makes them in some variant. `flat`: tensors of
+    which only the number of elements counts. `wide`: tensors that are float32 whatever the others are.
     `required`, `same_dtype`: the tensors that may not be None, and that share a dtype (as `check_shapes` has them).
     `axes`: sizes of axes in tests, a product of numbers and other axes ("2 H") or a few of these or of numbers to take
     in turn; the usual axes (`fla.testing.inputs.USUAL_AXES`) need none. `limits`: the largest size an axis may have.
     `default_scale`: what `scale=None` means, by default K ** -0.5. An op without the parameter has no scale.
-    `stateless`: forms without states. `gaps`: what does not work, in words.
+    `stateless`: forms without states. `gaps`: what does not work, in words. `also`: form or "naive" -> functions that
+    other programs import from `fla.ops.<op>.<form>`, whatever their names. `parameters`: the most that a form has, more
+    than usual only where the programs that call it give so many.
     """
 
     name: str
@@ -64,12 +72,25 @@ class OpSpec:
     stateless: tuple[str, ...] = ("parallel",)
     gaps: dict[str, str] = field(default_factory=dict)
     paper: str = ""
+    flat: tuple[str, ...] = ()
+    also: dict[str, tuple[Callable, ...]] = field(default_factory=dict)
+    parameters: int = 16
+
+    def of(self, variant: Variant) -> "OpSpec":
+        """The op as the variant has it: its shapes and inputs."""
+        if not variant.shapes and variant.inputs is None:
+            return self
+        return replace(self, shapes=self.shapes | variant.shapes, inputs=variant.inputs or self.inputs)
+
+    def log_decays(self, variant: Variant) -> tuple[str, ...]:
+        """The gates that are given as log decays."""
+        return tuple(name for name in self.gates if name not in variant.without and name not in variant.raw)
 
 
 def register(spec: OpSpec) -> OpSpec:
     """Make the op known to the suites, and its forms and naive functions importable as `fla.ops.<op>.<form>`."""
     REGISTRY[spec.name] = spec
-    name_forms(spec.reference.__module__, spec.forms)
+    name_forms(spec.reference.__module__, spec.forms, spec.also)
     return spec
 
 

@@ -49,6 +49,7 @@ class Case:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", self.spec.of(self.variant))
         object.__setattr__(self, "sizes", tuple(sizes_of(self.spec, dict(self.sizes)).items()))
 
     def __str__(self) -> str:
@@ -81,7 +82,7 @@ class Case:
 
     @property
     def gated(self) -> bool:
-        return any(name not in self.variant.without for name in self.spec.gates)
+        return bool(self.spec.log_decays(self.variant))
 
     @property
     def stateful(self) -> bool:
@@ -200,6 +201,7 @@ def references(case: Case, use: tuple[str, ...] = ("output", "state")) -> tuple[
     key = (
         *(getattr(case, field.name) for field in fields(case) if field.name not in ("spec", *called)),
         *(case.spec.name, case.spec.reference, case.spec.inputs, repr(settings), case.variant.without),
+        repr(case.spec.shapes),
         *(case.takes_state, case.returns_state, use),
     )
     if key not in _remembered:
@@ -266,7 +268,7 @@ def compare(case: Case, inputs: Inputs, actual: Result, exact: Result, naive: Re
             continue
         if got is None:
             raise AssertionError(f"{case}: {name} got no gradient")
-        if name in case.spec.gates:
+        if name in case.spec.log_decays(case.variant):
             # no gradient there by definition (float64 may have the true one, below e^-16 of scale)
             strong = inputs[name] < STRONG_GATE
             if case.dtype != torch.float64 and got[strong].count_nonzero():

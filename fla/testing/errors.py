@@ -87,7 +87,8 @@ def _bad_tensor(case: Case, name: str, tensors: list[str]) -> Iterator[BadCall]:
         return BadCall(f"{name}-{what}", case, lambda good: good | {name: change(good[name])}, says, error)
 
     yield bad("not_a_tensor", lambda x: x.tolist(), name, "list", error=TypeError)
-    yield bad("one_axis_more", lambda x: x.unsqueeze(0), name, str(len(shape) + 1), error=ValueError)
+    if name not in case.spec.flat:
+        yield bad("one_axis_more", lambda x: x.unsqueeze(0), name, str(len(shape) + 1), error=ValueError)
     yield bad("one_axis_less", lambda x: x[0], name, error=ValueError)
     yield bad("integer", lambda x: x.long(), name, "int64", error=TypeError)
     if name in case.spec.required:

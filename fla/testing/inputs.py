@@ -84,6 +84,7 @@ def make_inputs(
     Raises ValueError for an axis without a size.
     """
     variant = variant or spec.variants[0]
+    spec = spec.of(variant)
     sizes = DEFAULT_DIMS | (dims or {})
     sizes |= sizes_of(spec, sizes)
     sizes["N"] = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -98,7 +99,7 @@ def make_inputs(
     dtypes = {name: gate_dtype or dtype if "T" in spec.shapes[name].split() else wide for name in spec.gates}
     dtypes |= dict.fromkeys(spec.wide, wide) | dict.fromkeys(states, state_dtype or wide)
     legal = {name: x for name, x in spec.inputs(noise).items() if name not in variant.without}
-    present = [name for name in spec.gates if name in legal]
+    present = spec.log_decays(variant)
     for name in present if gates == "weak" else present[:1]:  # two strong gates would multiply to another strength
         legal[name] = set_gates(legal[name], gates, generator)
     return {name: x.to(dtypes.get(name, dtype)).contiguous() for name, x in legal.items()}

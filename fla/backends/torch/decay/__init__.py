@@ -9,7 +9,8 @@ differences of large sums.
 import torch
 from torch import Tensor
 
-from fla.backends.decay import DEAD_LOG_DECAY, Problem
+from fla.backends._gates import DEAD_LOG_DECAY
+from fla.backends.decay import Problem
 from fla.backends.torch._step import stepping
 from fla.backends.torch.decay import chunk, steps
 

@@ -24,7 +24,8 @@ From these, with T the last token:
 import torch
 from torch import Tensor
 
-from fla.backends.decay import MIN_LOG_DECAY, Problem
+from fla.backends._gates import MIN_LOG_DECAY
+from fla.backends.decay import Problem
 from fla.backends.torch._layout import Layout
 
 
