@@ -31,6 +31,7 @@ _BASE = {
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
+    "rms_norm_eps": 1e-2,  # a smaller one multiplies the rounding of outputs that are near 0
 }
 _GATED_DELTA = {
     "linear_num_value_heads": 4,
@@ -91,7 +92,9 @@ def asking() -> dict[str, tuple[str, ...]]:
 
 
 def config(name: str) -> Any:
-    return AutoConfig.for_model(name, **CONFIGS[name])
+    made = AutoConfig.for_model(name, **CONFIGS[name])
+    made._experts_implementation = "eager"  # the default has no float64
+    return made
 
 
 def folder(name: str) -> str:
@@ -130,16 +133,29 @@ def decorated(module: ModuleType) -> dict[str, Callable]:
 
 
 @contextmanager
-def own_path(module: ModuleType, *, recurrent: bool = False) -> Iterator[None]:
-    """The module's models run by functions of transformers alone; token by token if `recurrent`."""
+def own_path(module: ModuleType, *, exact: bool = False) -> Iterator[None]:
+    """The module's models run by functions of transformers alone; if `exact` token by token, and in float64 wherever
+    they ask for float32."""
     with pytest.MonkeyPatch.context() as patch:
         functions = decorated(module)
         for theirs, function in functions.items():
             name, own = function.__name__, inspect.unwrap(function)
-            if recurrent and theirs.startswith("chunk_"):
+            if exact and theirs.startswith("chunk_"):
                 own = token_by_token(inspect.unwrap(functions[theirs.replace("chunk_", "fused_recurrent_")]))
             patch.setattr(module, name, own)
+        if exact:
+            patch.setattr(module, "torch", Wide())
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
+
+
+class Wide:
+    """`torch`, in which float32 is float64."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def token_by_token(function: Callable) -> Callable:
