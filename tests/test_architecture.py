@@ -24,7 +24,7 @@ LIBRARY = sorted((ROOT / "fla").rglob("*.py"))
 ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 NAMES = ROOT / "tests" / "snapshots" / "public_names.txt"
 PACKAGES = ("fla", "fla.ops", "fla.modules", "fla.layers", "fla.models")
-PUBLIC = (*PACKAGES, "fla.varlen", "fla.utils", "fla.ops.utils", "fla.testing")
+PUBLIC = (*PACKAGES, "fla.varlen", "fla.utils", "fla.compat", "fla.ops.utils", "fla.testing")
 
 # what a part of the library may import of the others; `shapes`, `varlen`, `utils` and `_names` are leaves
 MAY_IMPORT = {
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "layers": ("layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen"),
     "models": ("models", "layers", "modules", "ops", "ops._spec", "shapes", "backends", "varlen", "_names"),
     "testing": ("testing", "ops", "ops._spec", "shapes", "backends", "varlen"),
+    "compat": ("compat", "modules", "shapes", "_names"),
     "_auto": (),
     "_version": (),
     "": ("_auto", "_version", "backends", "varlen"),

@@ -134,6 +134,7 @@ class Family:
         self._tensors_of = attrgetter(*tensors)
         self._differentiable_of = attrgetter(*self.names)
         self._function = _autograd_function(self)
+        self._named: dict[str | None, Any] = {}  # op -> what has the `apply` of its own autograd function
         self._operator = _operator(self)
         self._stepping = Stepping(self)
 
@@ -156,9 +157,20 @@ class Family:
             for x in differentiable:
                 if x is not None and x.requires_grad:
                     # autograd spends time on every argument: all that need no gradient travel as one tuple
-                    return self._function.apply(*differentiable, (values, output_final_state, module, op))
+                    function = self._named.get(op, self._function)
+                    return function.apply(*differentiable, (values, output_final_state, module, op))
         o, state, _ = self.forward(self.make(*values), output_final_state, False, module)
         return o, state
+
+    def name_function(self, op: str, name: str, apply: Callable) -> type[torch.autograd.Function]:
+        """The autograd function of the op's calls as a class of its own, for programs that know it by that name.
+
+        Its `apply` is theirs, and has the arguments of the op. The engine's is found above it, at every call, because
+        some programs replace that of PyTorch for a while.
+        """
+        function = type(name, (self._function,), {"apply": staticmethod(apply), "__doc__": f"The gradient of {op}."})
+        self._named[op] = super(function, function)
+        return function
 
     def step(
         self,
@@ -223,6 +235,17 @@ class Family:
                 d = None if x is None or name not in needs else d if d.dtype is x.dtype else d.to(x.dtype)
             gradients.append(d)
         return gradients
+
+    def gradients(
+        self, values: tuple, do: Tensor, dht: Tensor | None, backend: str | None = None, op: str | None = None
+    ) -> dict[str, Tensor | None]:
+        """The gradient of every field in `names`, for programs that call the backward of `call` themselves."""
+        module = family(self.name, resolve(self.name, values[0], backend), op)
+        given = zip(self.names, values, strict=False)
+        needs = tuple(name for name, x in given if x is not None)
+        with torch.no_grad():
+            found = self.backward(self.make(*values), (), do, dht, needs, module)
+        return dict(zip(self.names, found, strict=True))
 
     @staticmethod
     def zero_output(problem: Any) -> Tensor:

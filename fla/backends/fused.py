@@ -138,6 +138,23 @@ def l2norm(x: Tensor, eps: float, output_dtype: torch.dtype | None = None) -> Te
     return _backend("l2norm", x).l2norm(x, eps, output_dtype)
 
 
+def l2norm_fwd(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """`l2norm(x)` and `r = 1 / sqrt(sum(x^2) + eps)` [...], both without a gradient; `l2norm_bwd` takes both."""
+    with torch.no_grad():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return l2norm(x, eps, output_dtype), torch.rsqrt(wide.square().sum(-1) + eps)
+
+
+def l2norm_bwd(y: Tensor, rstd: Tensor, dy: Tensor, eps: float = 1e-6) -> Tensor:
+    """The gradient of `x`, `r (dy - y (y . dy))`, from the results `y` and `rstd` (r) of `l2norm_fwd`.
+
+    `eps` has no effect: it is contained in `rstd`.
+    """
+    with torch.no_grad():
+        u, du = (z.to(rstd.dtype) for z in (y, dy))
+        return (rstd.unsqueeze(-1) * (du - u * (u * du).sum(-1, keepdim=True))).to(y.dtype)
+
+
 def glu(x: Tensor, y: Tensor, activation: str) -> Tensor:
     """`activation(x) * y`."""
     check_float("x", x)

@@ -7,7 +7,9 @@ from fla._names import make_module
 from fla.backends import family
 from fla.modules.convolution import ShortConvolution, causal_conv1d, causal_conv1d_update
 
-CausalConv1dFunction = family("fused", "torch").DepthwiseConv  # trainers look for its name in the autograd graph
+# the autograd function of every convolution, which trainers register by its class; for them, `apply` is `causal_conv1d`
+CausalConv1dFunction = family("fused", "torch").CausalConv1dFunction
+CausalConv1dFunction.apply = staticmethod(causal_conv1d)
 
 __all__ = ["CausalConv1dFunction", "ShortConvolution", "causal_conv1d", "causal_conv1d_update"]
 

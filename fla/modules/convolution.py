@@ -45,13 +45,16 @@ def causal_conv1d(
             the number changes. States are possible with a single row only. Reading it waits for the GPU, which
             `cu_seqlens` does not.
         chunk_indices: accepted for compatibility; not used.
-        cp_context: must be None.
+        cp_context: None (else NotImplementedError).
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; the message names it.
     """
     if cp_context is not None:
-        raise ValueError("cp_context must be None: context parallelism is not supported yet")
+        raise NotImplementedError(
+            f"cp_context must be None, got {type(cp_context).__name__}: sequences cut over several processes are not "
+            "computed yet"
+        )
     cu_seqlens, shape = _packing(x, cu_seqlens, cu_seqlens_cpu, seq_idx), None
     if seq_idx is not None and cu_seqlens is not None and x.shape[0] > 1:
         if initial_state is not None or output_final_state:

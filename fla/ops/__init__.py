@@ -1,5 +1,8 @@
 """Token-mixing ops. One line per op; importing an op registers it."""
 
+from fla.ops import _later as _later
+from fla.ops import _trainers as _trainers
+from fla.ops import cp as cp
 from fla.ops import utils as utils
 from fla.ops.delta_rule import (
     chunk_delta_rule,

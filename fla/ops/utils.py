@@ -89,9 +89,8 @@ def chunk_local_cumsum(
     if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size!r}")
     x, dtype = _prepared("g", g, scale, cu_seqlens, output_dtype)
-    slots, count = _slots(x, chunk_size, cu_seqlens)
-    chunks = x.new_zeros(x.shape[0], count * chunk_size, *x.shape[2:]).index_copy(1, slots, x)
-    return _running(chunks.unflatten(1, (count, chunk_size)), 2, reverse).flatten(1, 2).index_select(1, slots).to(dtype)
+    chunks, slots = _chunked(x, chunk_size, cu_seqlens)
+    return _running(chunks, 2, reverse).flatten(1, 2).index_select(1, slots).to(dtype)
 
 
 def chunk_global_cumsum(
@@ -143,6 +142,14 @@ def _slots(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> tuple[Tenso
     return before * chunk_size + position, T // chunk_size + cu_seqlens.shape[0] - 1
 
 
+def _chunked(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens of `x` `[B, T, ...]` in chunks `[B, chunks, C, ...]`, the short ones filled up with zeros, and the
+    place of each token when the chunks follow each other, `[T]`."""
+    slots, count = _slots(x, chunk_size, cu_seqlens)
+    rows = x.new_zeros(x.shape[0], count * chunk_size, *x.shape[2:]).index_copy(1, slots, x)
+    return rows.unflatten(1, (count, chunk_size)), slots
+
+
 def solve_tril(
     A: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -158,9 +165,8 @@ def solve_tril(
     if x.dim() != 4 or x.shape[3] < 1:
         raise ValueError(f"A must have shape [B, T, H, C], got {list(A.shape)}")
     C = x.shape[3]
-    slots, count = _slots(x, C, cu_seqlens)
-    rows = x.new_zeros(x.shape[0], count * C, *x.shape[2:]).index_copy(1, slots, x)
-    lower = rows.unflatten(1, (count, C)).transpose(2, 3).tril(-1)  # [B, chunks, H, C, C]
+    rows, slots = _chunked(x, C, cu_seqlens)
+    lower = rows.transpose(2, 3).tril(-1)  # [B, chunks, H, C, C]
     unit = torch.eye(C, dtype=x.dtype, device=x.device)
     inverse = torch.linalg.solve_triangular(lower + unit, unit.expand_as(lower), upper=False, unitriangular=True)
     return inverse.transpose(2, 3).flatten(1, 2).index_select(1, slots).to(dtype)

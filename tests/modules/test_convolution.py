@@ -311,7 +311,7 @@ BAD = [
     (lambda c, x: token_shift(x, cache=torch.zeros(2, D + 1)), ValueError, "cache"),
     (lambda c, x: token_shift(x[:1], pack((1, 1))), ValueError, "must end at"),
     (lambda c, x: causal_conv1d(x, c.weight[:, 0], activation="gelu"), ValueError, "activation"),
-    (lambda c, x: causal_conv1d(x, c.weight[:, 0], cp_context=object()), ValueError, "cp_context"),
+    (lambda c, x: causal_conv1d(x, c.weight[:, 0], cp_context=object()), NotImplementedError, "cp_context"),
     (lambda c, x: causal_conv1d(x, c.weight[:, 0], backend="cudnn"), ValueError, "backend must"),
     (lambda c, x: causal_conv1d_update(x, torch.zeros(2, D, W), None, c.weight[:, 0]), ValueError, "one token"),
     (lambda c, x: causal_conv1d_update(x[:, 0], torch.zeros(2, D, W)), TypeError, "weight"),

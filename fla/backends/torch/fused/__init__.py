@@ -4,14 +4,14 @@
 gradient needs are kept in their own dtype, or recomputed if keeping them would mean one more activation in memory.
 """
 
-from fla.backends.torch.fused.conv import DepthwiseConv, conv, conv_step, token_shift
+from fla.backends.torch.fused.conv import CausalConv1dFunction, conv, conv_step, token_shift
 from fla.backends.torch.fused.glu import glu, glu_linear
 from fla.backends.torch.fused.loss import cross_entropy, linear_cross_entropy
 from fla.backends.torch.fused.norm import l2norm, norm, norm_linear
 from fla.backends.torch.fused.rotary import rotary
 
 __all__ = [
-    "DepthwiseConv",
+    "CausalConv1dFunction",
     "conv",
     "conv_step",
     "cross_entropy",
