@@ -23,6 +23,7 @@ from fla.ops.generalized_delta_rule import (
     fused_recurrent_iplr_delta_rule,
 )
 from fla.ops.gla import chunk_gla, fused_chunk_gla, fused_recurrent_gla
+from fla.ops.kda import chunk_kda, fused_kda_gate, fused_recurrent_kda
 from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 from fla.ops.retention import chunk_retention, fused_chunk_retention, fused_recurrent_retention, parallel_retention
 from fla.ops.rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
