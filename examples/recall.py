@@ -142,10 +142,10 @@ def accuracy(model: PreTrainedModel, task: Recall | Parity, args: argparse.Names
 
 def train(
     text: str, hidden_size: int, task: Recall | Parity, args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
-) -> None:
-    """Train one model, until it is right on all of the test or the steps are over.
+) -> dict[str, Any]:
+    """Train one model, until it is right on all of the test or the steps are over. Returns what is recorded of it.
 
-    `keep` gets what is recorded of it after every test.
+    `keep` gets that after every test.
     """
     model = build(text, task, hidden_size, args)
     tokens = task.tokens if isinstance(task, Recall) else task.tested
@@ -177,6 +177,7 @@ def train(
             bar.update()
             if row.get("accuracy") == 1.0:
                 break
+    return row
 
 
 # --- what the user gets -----------------------------------------------------------------------------------------------
@@ -287,8 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         widths = args.hidden_sizes if args.task == "recall" else args.hidden_sizes[:1]
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         for key in itertools.product(args.models, widths):
-            train(*key, task, args, lambda row, key=key: write(rows | {key: row}, task, args, out))
-            rows[key] = json.loads((out / f"{args.task}.json").read_text())["runs"][-1]
+            rows[key] = train(*key, task, args, lambda row, key=key: write(rows | {key: row}, task, args, out))
         print(f"\n{(out / f'{args.task}.txt').read_text()}\npicture: {out / args.task}.png")
         return 0
     except (UserError, ValueError, OSError) as error:
