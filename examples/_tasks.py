@@ -31,7 +31,7 @@ class Recall:
     def __post_init__(self) -> None:
         if self.pairs < 1 or 3 * self.pairs > self.tokens:
             raise ValueError(
-                f"--pairs must be 1 to {self.tokens // 3} in {self.tokens} tokens, as a pair takes three, got {self.pairs}"
+                f"--pairs must be 1 to {self.tokens // 3} (of {self.tokens} tokens), got {self.pairs}"
             )
         if self.pairs >= self.vocab_size // 2:
             raise ValueError(f"--pairs must be less than half the vocabulary of {self.vocab_size}, got {self.pairs}")
