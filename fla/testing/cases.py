@@ -25,7 +25,7 @@ def heads(*rows: tuple[int, int, int]) -> tuple[dict[str, int], ...]:
 class Suite:
     """What a machine runs: `tokens` (a tuple is a pack), `sizes` of the axes, dtypes of what shares one.
 
-    `steps`: what recurrent forms, and float32 on Triton, take instead of each of `tokens` (default: the same), where a
+    `instead_of`: a backend whose families are left out, because another suite runs them. `steps`: what recurrent forms, and float32 on Triton, take instead of each of `tokens` (default: the same), where a
     token is expensive.
     """
 
@@ -40,6 +40,7 @@ class Suite:
     batch: int = 2
     exhaustive: bool = False  # products of what is otherwise taken in turn: before a kernel lands
     same: bool = False  # also the forms that only call another one
+    instead_of: str | None = None
     every_way: bool = False  # every way of calling with every variant, where a call is cheap; else these in turn
 
     def tokens_of(self, form: str, tokens: Tokens) -> Tokens:
@@ -98,6 +99,14 @@ GPU = Suite(
     sizes=heads((4, 64, 64), (4, 128, 128), (3, 33, 128), (2, 256, 512)),
     long=130,
     packed=PACKED[0],
+)
+TORCH_ON_GPU = replace(
+    TORCH,
+    device="cuda",
+    tokens=(1, 66, (65, 0, 1, 30)),
+    sizes=heads((4, 64, 64), (3, 33, 20), (1, 256, 16)),
+    every_way=False,
+    instead_of="triton",
 )
 GPU_EXHAUSTIVE = replace(
     GPU,
