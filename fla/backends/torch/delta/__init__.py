@@ -7,6 +7,8 @@ exceptions in float64:
 - float64 inputs;
 - float32 inputs with fewer than 16 key channels. The tokens of a chunk then erase nearly all that the state held, and
   what is left would be a small difference of large sums;
+- float32 inputs with 256 key channels or more: the rounding error of a matrix product grows with its length, and the
+  gradient of beta, one number from four such products, has no room for that;
 - the backward of float32 inputs if it gives gradients of decays of channels, which are differences of large sums.
 """
 
@@ -19,7 +21,7 @@ from fla.backends.torch.delta import chunk, steps
 from fla.backends.torch.delta.prepare import prepare, raw_gradients
 
 GATES = ("g", "gk", "gv", "A_log", "dt_bias")
-NARROW = 16  # key channels
+NARROW, WIDE = 16, 256  # key channels
 
 
 def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, None]:
@@ -51,7 +53,7 @@ def chunk_states(problem: Problem, output_final_state: bool) -> tuple[Tensor, Te
 
 def _dtype(problem: Problem, differences: bool = False) -> torch.dtype:
     """The dtype to compute in; `differences`: small ones of large sums are wanted."""
-    if problem.q.dtype == torch.float32 and (differences or problem.q.shape[-1] < NARROW):
+    if problem.q.dtype == torch.float32 and (differences or not NARROW <= problem.q.shape[-1] < WIDE):
         return torch.float64
     return problem.state_dtype
 
