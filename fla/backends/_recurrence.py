@@ -38,7 +38,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import compress
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
