@@ -24,10 +24,9 @@ through the scores:
     dgk_t = sum over s >= t in the chunk of (q dq - k dk - b db)_s + sum over s > t of (a da)_s + rowsum(S' * dS')
 
 All chunks are computed at once; only the states pass from chunk to chunk in a loop. Gates are summed in float64, so
-that the exponentials are accurate however strong a decay is. All else is computed in float32, with exceptions in
-float64: float64 inputs; the backward of float32 inputs if it gives gate gradients, which are differences of large sums;
-float32 inputs with narrow heads, because the tokens of a chunk share their few directions, and what they write there
-cancels. Both forms are computed so.
+that the exponentials are accurate however strong a decay is. All else is computed in float32 for 16-bit inputs, and in
+float64 for others: where keys are alike, what the tokens of a chunk read and write cancels to a thousandth, and so do
+the sums in a gate's gradient. Both forms are computed so.
 """
 
 from dataclasses import dataclass
@@ -42,12 +41,11 @@ from fla.backends.torch._scores import Scores, pair_decay, scan, states_at_ends,
 from fla.backends.torch._step import stepping
 
 CHUNK = 64
-NARROW = 8  # channels: a chunk of 64 tokens lost two bits of float32 at 1 channel, and none that shows at 16
 
 
 def forward(problem: Problem, output_final_state: bool, keep: bool) -> tuple[Tensor, Tensor | None, None]:
     """Nothing is kept for the backward, which computes again what it needs."""
-    chunks = _cut_into_chunks(problem, _dtype(problem))
+    chunks = _cut_into_chunks(problem)
     pairs = _Pairs(chunks)
     starts, values, final_state = _run_forward(problem, chunks, pairs)
     o = chunks.q_from_start @ starts
@@ -62,11 +60,10 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """Gradients in the dtype of the computation, which the caller casts."""
     needs_gates = problem.gk is not None and "gk" in needs
-    dtype = _dtype(problem, needs_gates)
-    chunks = _cut_into_chunks(problem, dtype)
+    chunks = _cut_into_chunks(problem)
     pairs = _Pairs(chunks)
     starts, values, final_state = _run_forward(problem, chunks, pairs)
-    do = chunks.layout.split(do.to(dtype) * problem.scale)
+    do = chunks.layout.split(do.to(chunks.q.dtype) * problem.scale)
     ends, dw, dh0 = _run_backward(problem, chunks, pairs, do, dht)
 
     dq, dk = pairs.qk.gradients(do @ chunks.v.mT)
@@ -93,12 +90,6 @@ def backward(
 
 
 step = stepping(forward)
-
-
-def _dtype(problem: Problem, needs_gates: bool = False) -> torch.dtype:
-    """The dtype of the computation."""
-    narrow = problem.q.shape[-1] <= NARROW
-    return torch.float64 if problem.q.dtype == torch.float32 and (narrow or needs_gates) else problem.state_dtype
 
 
 @dataclass
@@ -129,7 +120,8 @@ class _Chunks:
         return x if factor is None else x * factor
 
 
-def _cut_into_chunks(problem: Problem, dtype: torch.dtype) -> _Chunks:
+def _cut_into_chunks(problem: Problem) -> _Chunks:
+    dtype = torch.float32 if problem.q.dtype.itemsize == 2 else torch.float64
     layout = Layout(problem.q.shape, problem.cu_seqlens, problem.q.device, CHUNK)
     q, k, v, a, b = (layout.split(x.to(dtype)) for x in (problem.q, problem.k, problem.v, problem.a, problem.b))
     if problem.gk is None:
