@@ -16,7 +16,9 @@ None. There are two kinds:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -70,7 +72,7 @@ class TokenMixer(nn.Module):
     uses_positions: ClassVar[bool] = False
     # Whether a call of this layer advances the cache's count of the tokens that its block has seen.
     counts_tokens: ClassVar[bool] = True
-    # Name -> shape of the tensors that a model may pass, with the axes of `size_inputs`; and which of them is the carry.
+    # Name -> shape (axes: `size_inputs`) of the tensors that a model may pass; and which of them is the carry.
     inputs: ClassVar[Mapping[str, str]] = {}
     carry_name: ClassVar[str | None] = None
     # Constructor parameter -> field of a model's config, where the two have different names.
@@ -294,6 +296,28 @@ class TokenMixer(nn.Module):
         It is the same for every `sequence_length`.
         """
         return self.recurrent_size() + sum(getattr(self, name).state_size for name in self.conv_names)
+
+
+_drawn_later: ContextVar[bool] = ContextVar("_drawn_later", default=False)
+
+
+@contextmanager
+def weights_drawn_later() -> Iterator[None]:
+    """Within this context a layer leaves its first `reset_parameters()` to the model, which calls it when it is whole.
+
+    Otherwise slow draws, such as those of orthogonal matrices, would be made twice.
+    """
+    token = _drawn_later.set(True)
+    try:
+        yield
+    finally:
+        _drawn_later.reset(token)
+
+
+def draw_weights(layer: nn.Module) -> None:
+    """Call `reset_parameters()` at the end of a layer's constructor, unless a model does so later."""
+    if not _drawn_later.get():
+        layer.reset_parameters()  # type: ignore[operator]
 
 
 def packing(hidden_states: Tensor, cu_seqlens: Tensor | None, keywords: Mapping[str, Any]) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fla.layers._mixer import Call, TokenMixer
+from fla.layers._mixer import Call, TokenMixer, draw_weights
 from fla.layers._rwkv import ChannelMix, channels, depth, fill_, orthogonal_, split_width
 from fla.layers.rwkv6 import LoRA
 from fla.modules import GroupNorm
@@ -107,7 +107,7 @@ class RWKV7Attention(TokenMixer):
         else:
             self.g_norm = nn.GroupNorm(self.num_heads, V, affine=elementwise_affine, **options)
         self.register_load_state_dict_pre_hook(_split_mixed)
-        self.reset_parameters()
+        draw_weights(self)
 
     def reset_parameters(self) -> None:
         """The initial weights of the official code, by the layer's place in the model; loaded ones stay."""
@@ -212,7 +212,7 @@ class RWKV7ChannelMix(ChannelMix):
         self.x_k = nn.Parameter(torch.empty(hidden_size))
         self.key = nn.Linear(hidden_size, self.intermediate_size, bias=False)
         self.value = nn.Linear(self.intermediate_size, hidden_size, bias=False)
-        self.reset_parameters()
+        draw_weights(self)
 
     def reset_parameters(self) -> None:
         """The initial weights of the official code, by the layer's place in the model; loaded ones stay."""

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from fla.layers._mixer import TokenMixer, build_from_config
+from fla.layers._mixer import TokenMixer, build_from_config, weights_drawn_later
 from fla.layers.attn import Attention
 from fla.models._config import DecoderConfig
 from fla.models._generation import CACHE_NAME, DecoderGenerationMixin
@@ -214,7 +214,9 @@ class DecoderModel(DecoderPreTrainedModel):
         config.check()
         names = self.block_cls.names
         self.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id))
-        self.layers = nn.ModuleList(self.block_cls(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        with weights_drawn_later():
+            blocks = [self.block_cls(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.add_module(names.norm, self.block_cls.build_norm(config))
         self.add_parameters(config)
         self.gradient_checkpointing = False

@@ -125,12 +125,15 @@ def test_initial_weights(vocab_size):
 
 
 def test_loading_draws_nothing(tmp_path, monkeypatch):
-    """What comes from a checkpoint is not initialised again, not even to throw the draw away; the rest is."""
-    model = build("rwkv7")
-    model.save_pretrained(tmp_path)
+    """A new model draws every orthogonal matrix once. What comes from a checkpoint is not drawn at all; the rest is."""
     drawn = []
     qr = torch.linalg.qr
     monkeypatch.setattr(torch.linalg, "qr", lambda x, *args: drawn.append((x.shape, x.device.type)) or qr(x, *args))
+    model = build("rwkv7")
+    # r, k, v, the second matrices of three low-rank projections and of v's in two layers, keys; the head
+    assert len(drawn) == 3 * (3 + 3 + 1) + 2 + 1
+    model.save_pretrained(tmp_path)
+    drawn.clear()
     assert_equal_models(model, AutoModelForCausalLM.from_pretrained(tmp_path))
     assert not [shape for shape, device in drawn if device != "meta"]
     wider = AutoModelForCausalLM.from_pretrained(tmp_path, intermediate_size=64, ignore_mismatched_sizes=True)
@@ -155,6 +158,13 @@ def test_loading_draws_nothing(tmp_path, monkeypatch):
 def test_bad_fields(fields, error, message):
     with pytest.raises(error, match=f"^{message}"):
         RWKV7Config(**fields)
+
+
+def test_number_of_parameters():
+    """That of the reference's model of January 2025."""
+    with torch.device("meta"):
+        model = RWKV7ForCausalLM(RWKV7Config(num_hidden_layers=2, vocab_size=320))
+    assert sum(p.numel() for p in model.parameters()) == 104_220_672
 
 
 def test_fields_that_follow_from_others():
