@@ -44,6 +44,22 @@ def check_options(
         )
 
 
+def check_hints(
+    chunk_indices: Tensor | None = None,
+    disable_recompute: bool = False,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+) -> None:
+    """TypeError unless these arguments, by which programs steer other kernels, are of their types: they do nothing."""
+    if chunk_indices is not None and not isinstance(chunk_indices, Tensor):
+        raise TypeError(f"chunk_indices must be a tensor or None, got {type(chunk_indices).__name__}")
+    for name, flag in (("disable_recompute", disable_recompute), ("use_graph", use_graph)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    if max_num_seqs is not None and not isinstance(max_num_seqs, int):
+        raise TypeError(f"max_num_seqs must be an int or None, got {type(max_num_seqs).__name__}")
+
+
 def packing(
     cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None, q: Tensor, cu_seqlens_cpu: Tensor | None = None
 ) -> Tensor | None:

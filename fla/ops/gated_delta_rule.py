@@ -21,6 +21,7 @@ from torch import Tensor
 from fla.backends import delta
 from fla.ops._delta import (
     check_heads,
+    check_hints,
     check_options,
     naive_beta,
     naive_chunks,
@@ -132,6 +133,7 @@ def chunk_gated_delta_rule(
     """
     if chunk_size is not None:
         check_chunk_size(chunk_size)
+    check_hints(chunk_indices)
     cu_seqlens = packing(cu_seqlens, cu_seq_lens_q, q, cu_seqlens_cpu)
     A_log, dt_bias = (A_log, dt_bias) if use_gate_in_kernel else (None, None)
     shapes, required = SHAPES_V_FIRST if state_v_first else SHAPES, ("q", "k", "v", "g", "beta")

@@ -232,4 +232,4 @@ def _state_gradients(
 def _copy_or_zeros(problem: Problem, state: Tensor | None, dtype: torch.dtype) -> Tensor:
     if state is None:
         return problem.q.new_zeros(problem.state_shape, dtype=dtype)
-    return state.to(dtype, copy=True)
+    return state.to(dtype, copy=True, memory_format=torch.contiguous_format)  # a strided state would change last bits

@@ -142,7 +142,7 @@ def _join(tokens: _Tokens, x: Tensor) -> Tensor:
 def _states(problem: Problem, tokens: _Tokens, given: Tensor | None) -> Tensor:
     """States `[N, H, G, K, V]` that the caller may write to: a copy of those given, or zeros."""
     states = problem.q.new_zeros(problem.state_shape, dtype=tokens.q.dtype)
-    states = states if given is None else states + given
+    states = states if given is None else states.add_(given)
     return states.unflatten(1, tokens.v.shape[1:3])
 
 
