@@ -259,11 +259,12 @@ class TokenMixer(nn.Module):
     def recur(self, call: Call, *inputs: Tensor, **settings: Any) -> Tensor:
         """Run the op from the cached state, and store the new state.
 
-        The form is that of `mode`, with two exceptions: short inputs without gradients take the recurrent form, and in
-        place of a parallel form, which has no state, a call with a state takes the chunk form.
+        The form is that of `mode`, with two exceptions: short inputs without gradients take the recurrent form, unless
+        the call is exported, for any length; and in place of a parallel form, which has no state, a call with a state
+        takes the chunk form.
         """
         state = call.state.get("recurrent_state")
-        inference = not (self.training or torch.is_grad_enabled())
+        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
         short = inference and call.seq_len <= SHORT and "fused_recurrent" in self.forms
         mode = "fused_recurrent" if short else self.mode
         if mode == "parallel" and (call.keep or state is not None):
