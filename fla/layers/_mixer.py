@@ -164,10 +164,10 @@ class TokenMixer(nn.Module):
         call.extra = inputs
         try:
             o = repad(self.output(self.mix(unpad(hidden_states), call)))
-        except ValueError as error:
-            if not call.state or not str(error).startswith(_STATE_ARGUMENTS):
+        except (TypeError, ValueError) as error:
+            if not call.state or not any(f"{name} must" in str(error) for name in _STATE_ARGUMENTS):
                 raise
-            raise ValueError(f"past_key_values must be of the same model: in {type(self).__name__}, {error}") from None
+            raise type(error)(f"past_key_values must be of the same model: in {type(self).__name__}, {error}") from None
         if self.carry_name is None:
             return o, None, past_key_values
         if call.carry is not None and call.carry is not incoming_carry:

@@ -257,7 +257,8 @@ class DecoderModel(DecoderPreTrainedModel):
             cu_seqlens: `[N + 1]`, bounds of sequences packed into one row (B = 1); with it a mask is ignored.
                 `cu_seq_lens_q` is another name of it.
             position_ids: `[B, T]`. Where they do not grow from one token of a row to the next, a packed sequence
-                begins. Without `cu_seqlens` their values are read once a call, which waits for the GPU.
+                begins (zeros everywhere are sequences of one token each, as in transformers). They are used for nothing
+                else. Without `cu_seqlens` their values are read once a call, which waits for the GPU.
             seq_idx: `[B, T]`, the number of each token's sequence; the same as `position_ids` to the model.
 
         Raises:

@@ -126,6 +126,11 @@ def lay_out(
 
     `cu_seqlens` says all there is to say. Otherwise positions that do not grow from one token of a row to the next, or
     a `seq_idx` that changes, begin a sequence; to know that, a GPU is waited for.
+
+    In transformers flash attention and the other kinds have a rule each. Where the two find the same sequences in
+    `position_ids`, so does this one: zeros everywhere are sequences of one token each. A gap begins no sequence, as for
+    flash attention. Rows of a batch are looked at one by one, and a restart at another number than the first begins a
+    sequence, as for the other kinds.
     """
     if cu_seqlens is not None:
         return Layout(cu_seqlens=cu_seqlens)
