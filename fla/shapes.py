@@ -153,9 +153,8 @@ def _check_axes(shape: str, name: str, x: Tensor, dims: dict[str, int]) -> None:
             dims["N"] = dims.get("B", size)
         expected = int(axis) if axis.isdigit() else dims.setdefault(axis, size)
         if size != expected:
-            raise ValueError(
-                f"{name} must have shape [{', '.join(axes)}] with {axis} = {expected}, got {list(x.shape)}"
-            )
+            known = "" if axis.isdigit() else f" with {axis} = {expected}"
+            raise ValueError(f"{name} must have shape [{', '.join(axes)}]{known}, got {list(x.shape)}")
 
 
 def _check_packing(cu_seqlens: Tensor, x: Tensor, name: str) -> None:

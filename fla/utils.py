@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from fla._version import __version__
 
 __all__ = [
     "IS_AMD",
@@ -75,19 +78,19 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def get_multiprocessor_count(device_index: int = 0) -> int:
-    """Multiprocessors of a GPU, by its index; 1 without a GPU, where kernels run one program at a time."""
-    return torch.cuda.get_device_properties(device_index).multi_processor_count if torch.cuda.is_available() else 1
+def get_multiprocessor_count(tensor_idx: int = 0) -> int:
+    """Multiprocessors of a GPU, by the index of its device; 1 without a GPU, where kernels run one program at a time."""
+    return torch.cuda.get_device_properties(tensor_idx).multi_processor_count if torch.cuda.is_available() else 1
 
 
-def check_shared_mem(arch: str = "none", device_index: int = 0) -> bool:
-    """Whether a program on this GPU may have as much shared memory as one on `arch`: "ada", "ampere", "hopper", or
+def check_shared_mem(arch: str = "none", tensor_idx: int = 0) -> bool:
+    """Whether a program on the GPU of this index may have as much shared memory as one on `arch`: "ada", "ampere", "hopper", or
     "none" for 100 KiB. False without a GPU."""
     if arch not in _SHARED_MEMORY:
         raise ValueError(f"arch must be one of {', '.join(map(repr, _SHARED_MEMORY))}, got {arch!r}")
     if not torch.cuda.is_available():
         return False
-    properties: Any = torch.cuda.get_device_properties(device_index)
+    properties: Any = torch.cuda.get_device_properties(tensor_idx)
     return properties.shared_memory_per_block_optin >= _SHARED_MEMORY[arch]
 
 
@@ -159,16 +162,18 @@ def tensor_cache(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def autocast_custom_fwd(function: Function | None = None, *, cast_inputs: torch.dtype | None = None) -> Any:
-    """`torch.amp.custom_fwd` for this machine's device: for the `forward` of an autograd function."""
-    return torch.amp.custom_fwd(function, device_type=_device(), cast_inputs=cast_inputs)
+def autocast_custom_fwd(
+    fwd: Function | None = None, *, device_type: str | None = None, cast_inputs: torch.dtype | None = None
+) -> Any:
+    """`torch.amp.custom_fwd` for a device, by default this machine's: for the `forward` of an autograd function."""
+    return torch.amp.custom_fwd(fwd, device_type=device_type or _device(), cast_inputs=cast_inputs)
 
 
-def autocast_custom_bwd(function: Function | None = None) -> Any:
-    """`torch.amp.custom_bwd` for this machine's device: for the `backward` of an autograd function."""
-    if function is None:
-        return autocast_custom_bwd
-    return torch.amp.custom_bwd(function, device_type=_device())
+def autocast_custom_bwd(bwd: Function | None = None, *, device_type: str | None = None) -> Any:
+    """`torch.amp.custom_bwd` for a device, by default this machine's: for the `backward` of an autograd function."""
+    if bwd is None:
+        return functools.partial(autocast_custom_bwd, device_type=device_type)
+    return torch.amp.custom_bwd(bwd, device_type=device_type or _device())
 
 
 def checkpoint(function: Function) -> Function:
@@ -211,26 +216,38 @@ def deprecate_kwarg(
     old_name: str,
     version: str,
     new_name: str | None = None,
+    warn_if_greater_or_equal_version: bool = False,
+    raise_if_greater_or_equal_version: bool = False,
     raise_if_both_names: bool = False,
     additional_message: str | None = None,
 ) -> Callable[[Function], Function]:
-    """Decorator: the keyword `old_name` warns that it goes away in `version`, and is handed on as `new_name`.
+    """Decorator: the keyword `old_name` warns that it goes away in `version` of this library, and is handed on as
+    `new_name`.
 
-    Given both, the new one counts, or a ValueError is raised. Without a `new_name` it is handed on as it is.
+    Given both, the new one counts, or a ValueError is raised. Without a `new_name` it is handed on as it is. From
+    `version` on nothing is said, unless one of the two `..._if_greater_or_equal_version` asks for a warning or, before
+    that, for a ValueError. The arguments are those of transformers' function of this name.
     """
+    gone = TorchVersion(__version__) >= version  # PyTorch's class compares versions of any package
+    silent = gone and not warn_if_greater_or_equal_version
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(*args: Any, **keywords: Any) -> Any:
             if old_name in keywords:
-                message = f"{function.__name__}: {old_name} is deprecated and goes away in version {version}"
+                when = f"went away in version {version}" if gone else f"goes away in version {version}"
+                message = f"{function.__name__}: {old_name} is deprecated and {when}"
                 message += "" if new_name is None else f"; use {new_name}"
                 message += "" if additional_message is None else f". {additional_message}"
+                both = new_name is not None and new_name in keywords
+                if both and raise_if_both_names:
+                    raise ValueError(f"{function.__name__}: {old_name} and {new_name} are both given. {message}")
+                if gone and raise_if_greater_or_equal_version:
+                    raise ValueError(message)
                 if new_name is not None:
-                    if new_name in keywords and raise_if_both_names:
-                        raise ValueError(f"{function.__name__}: {old_name} and {new_name} are both given. {message}")
                     keywords.setdefault(new_name, keywords.pop(old_name))
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                if both or not silent:
+                    warnings.warn(message, DeprecationWarning, stacklevel=2)
             return function(*args, **keywords)
 
         return call  # type: ignore[return-value]

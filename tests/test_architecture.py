@@ -30,7 +30,7 @@ PUBLIC = (*PACKAGES, "fla.varlen", "fla.utils", "fla.compat", "fla.ops.utils", "
 MAY_IMPORT = {
     "varlen": (),
     "shapes": (),
-    "utils": (),
+    "utils": ("_version",),
     "_names": (),
     "ops._spec": ("ops._spec", "_names"),
     "backends": ("backends", "varlen", "shapes"),

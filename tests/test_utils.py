@@ -28,8 +28,8 @@ def test_the_device(monkeypatch):
     assert utils.IS_AMD in (False, True) and utils.IS_NVIDIA_HOPPER in (False, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not utils._is_hopper()
-    assert utils.get_multiprocessor_count() == 1 and utils.get_multiprocessor_count(0) == 1
-    assert not utils.check_shared_mem() and not utils.check_shared_mem("hopper", 0)
+    assert utils.get_multiprocessor_count() == 1 and utils.get_multiprocessor_count(tensor_idx=0) == 1
+    assert not utils.check_shared_mem() and not utils.check_shared_mem("hopper", tensor_idx=0)
     with pytest.raises(ValueError, match=r"arch must be one of .*'hopper', got 'h200'"):
         utils.check_shared_mem("h200")
 
@@ -95,12 +95,12 @@ def test_autocast_of_a_function():
 
     class Cast(torch.autograd.Function):
         @staticmethod
-        @utils.autocast_custom_fwd(cast_inputs=torch.float32)
+        @utils.autocast_custom_fwd(device_type=utils.device, cast_inputs=torch.float32)
         def forward(ctx, x):
             return x @ x
 
         @staticmethod
-        @utils.autocast_custom_bwd()
+        @utils.autocast_custom_bwd(device_type=utils.device)
         def backward(ctx, dy):
             return dy
 
@@ -193,6 +193,13 @@ def test_deprecate_kwarg():
         strict(old=1, new=2)
     with pytest.warns(DeprecationWarning):
         assert deprecate_kwarg("old", "2.0")(lambda old: old)(old=1) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert deprecate_kwarg("old", "0.6.0", "new")(lambda new: new)(old=1) == 1
+    with pytest.warns(DeprecationWarning, match="went away in version 0.6.0; use new$"):
+        assert deprecate_kwarg("old", "0.6.0", "new", True)(lambda new: new)(old=1) == 1
+    with pytest.raises(ValueError, match="went away in version 0.6.0; use new$"):
+        deprecate_kwarg("old", "0.6.0", "new", False, True)(lambda new: new)(old=1)
 
 
 def test_assert_close():

@@ -34,6 +34,9 @@ from fla.shapes import check_shapes, merge_cu_seqlens
 # Up to this many tokens the recurrent form is at least as fast as the chunked one, when no gradient is needed.
 SHORT = 64
 
+# Arguments of ops and modules that a layer fills from the cache: errors about them are about the cache.
+_STATE_ARGUMENTS = ("initial_state", "cache", "attn_state")
+
 Module = TypeVar("Module", bound=nn.Module)
 Mixer = TypeVar("Mixer", bound="TokenMixer")
 # Keywords that callers send along to every layer; what they say is also in the mask and in `cu_seqlens`. The `inputs`
@@ -167,7 +170,12 @@ class TokenMixer(nn.Module):
         carry = None if self.carry_name is None else inputs.pop(self.carry_name)
         incoming_carry = call.carry = None if carry is None else unpad(carry)
         call.extra = inputs
-        o = repad(self.output(self.mix(unpad(hidden_states), call)))
+        try:
+            o = repad(self.output(self.mix(unpad(hidden_states), call)))
+        except (TypeError, ValueError) as error:
+            if not call.state or not any(f"{name} must" in str(error) for name in _STATE_ARGUMENTS):
+                raise
+            raise type(error)(f"past_key_values must be of the same model: in {type(self).__name__}, {error}") from None
         if self.carry_name is None:
             return o, None, past_key_values
         if call.carry is not None and call.carry is not incoming_carry:
@@ -230,6 +238,18 @@ class TokenMixer(nn.Module):
         slots = {**call.slots, **slots} if call.keep else {}
         return update_layer_cache(self, call.cache, offset=call.seq_len if self.counts_tokens else 0, **slots)
 
+    def stored(self, call: Call, slot: str) -> Any:
+        """What the cache holds in `slot` for this layer, or None if it holds nothing.
+
+        Raises ValueError if it holds only what another kind of layer stores.
+        """
+        if call.state and slot not in call.state:
+            raise ValueError(
+                f"past_key_values must be of the same model: {type(self).__name__} continues from {slot}, got "
+                f"{', '.join(call.state)}"
+            )
+        return call.state.get(slot)
+
     # ---- short convolutions and the token shift
 
     def add_short_convs(self, convs: Mapping[str, tuple[int, str | None]], conv_size: int, conv_bias: bool) -> None:
@@ -267,11 +287,12 @@ class TokenMixer(nn.Module):
     def recur(self, call: Call, *inputs: Tensor, **settings: Any) -> Tensor:
         """Run the op from the cached state, and store the new state.
 
-        The form is that of `mode`, with two exceptions: short inputs without gradients take the recurrent form, and in
-        place of a parallel form, which has no state, a call with a state takes the chunk form.
+        The form is that of `mode`, with two exceptions: short inputs without gradients take the recurrent form, unless
+        the call is exported, for any length; and in place of a parallel form, which has no state, a call with a state
+        takes the chunk form.
         """
-        state = call.state.get("recurrent_state")
-        inference = not (self.training or torch.is_grad_enabled())
+        state = self.stored(call, "recurrent_state")
+        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
         short = inference and call.seq_len <= SHORT and "fused_recurrent" in self.forms
         mode = "fused_recurrent" if short else self.mode
         if mode == "parallel" and (call.keep or state is not None):

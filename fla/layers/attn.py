@@ -110,6 +110,7 @@ class Attention(MultiHeadMixer):
         if call.padding is not None:
             q, k, v = (call.padding.repad(y) for y in (q, k, v))
         if call.keep:
+            self.stored(call, "attn_state")
             kept = self.remember(call, attn_state=(k.flatten(2), v.flatten(2)), cache_kwargs=self._window(call))
             k, v = (self.split_heads(y, self.head_dim) for y in kept["attn_state"])
         mask = call.attention_mask

@@ -32,7 +32,12 @@ class Padding:
         It waits for the GPU, since the number of tokens is a size of the results.
         """
         check_mask(attention_mask, seq_len)
-        mask = attention_mask[:, attention_mask.shape[1] - seq_len :] != 0
+        mask = attention_mask[:, attention_mask.shape[1] - seq_len :]
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would be waited for once more
+            other = mask[(mask != 0) & (mask != 1)]
+            if other.numel():
+                raise ValueError(f"attention_mask must be 1 at a token and 0 at padding, got {other[0].item()}")
+        mask = mask != 0
         if bool(mask.all()):
             return None
         return cls(*varlen.mask_indices(mask), batch_size=mask.shape[0], seq_len=seq_len)

@@ -169,6 +169,11 @@ class DecoderPreTrainedModel(StrictLoading):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 - accelerate leaves caches where they are
 
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"config must be a {self.config_class.__name__}, got a {type(config).__name__}")
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "model_cls" in vars(cls):
@@ -264,12 +269,13 @@ class DecoderModel(DecoderPreTrainedModel):
             attention_mask: `[B, seen + T]`, 1 = token, 0 = padding, which may be left, right or in between.
             past_key_values: a cache, from which the call continues. `cache`, as transformers calls it from 5.24 on, is
                 another name of it.
-            use_cache: whether to return a cache; by default as the config says, and not in training.
+            use_cache: whether to return a cache; by default as the config says, and not in training or `torch.export`.
             output_hidden_states: also return the input of every block and the final normed output.
             cu_seqlens: `[N + 1]`, bounds of sequences packed into one row (B = 1); with it a mask is ignored.
                 `cu_seq_lens_q` is another name of it.
             position_ids: `[B, T]`. Where they do not grow from one token of a row to the next, a packed sequence
-                begins. Without `cu_seqlens` their values are read once a call, which waits for the GPU.
+                begins (zeros everywhere are sequences of one token each, as in transformers). They are used for nothing
+                else. Without `cu_seqlens` their values are read once a call, which waits for the GPU.
             seq_idx: `[B, T]`, the number of each token's sequence; the same as `position_ids` to the model.
 
         Raises:
@@ -302,9 +308,12 @@ class DecoderModel(DecoderPreTrainedModel):
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _cache(self, past_key_values: Any, use_cache: bool | None) -> tuple[Cache | None, bool]:
-        """The cache of this call, and whether there is one. By default the config decides, and training has none."""
+        """The cache of this call, and whether there is one.
+
+        By default the config decides. Training has none, and neither has `torch.export`, which knows no such output.
+        """
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         if self.training and self.gradient_checkpointing:
             if past_key_values is not None:
                 raise ValueError(
@@ -313,7 +322,13 @@ class DecoderModel(DecoderPreTrainedModel):
             use_cache = False
         if past_key_values is None and not use_cache:
             return None, False
-        return Cache.wrap(past_key_values), True
+        cache = Cache.wrap(past_key_values)
+        if cache.layers and len(cache.layers) != len(self.layers):
+            raise ValueError(
+                f"past_key_values must be of the same model, which has {len(self.layers)} layers, got the states of "
+                f"{len(cache.layers)}"
+            )
+        return cache, True
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, DecoderGenerationMixin):

@@ -83,6 +83,8 @@ class DecoderGenerationMixin(GenerationMixin):
             new = attention_mask.shape[1] - seen
         else:
             new = given - seen if given > seen and not is_first_iteration else given
+        if not seen and next_sequence_length is None and new != given:
+            raise ValueError(f"attention_mask must have a column for each of the {given} tokens, got {new}")
         if not 0 < new <= given:
             raise ValueError(
                 f"{'inputs_embeds' if embedded else 'input_ids'} must hold every token that the cache, which has seen "

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fla.layers._settings import did_you_mean
 from fla.layers.utils import Padding, check_mask
 from fla.shapes import check_bounds, merge_cu_seqlens
 from fla.varlen import check_cu_seqlens
@@ -17,12 +18,21 @@ from fla.varlen import check_cu_seqlens
 # Keywords that callers send along whatever the model; what they say is also in the mask and in cu_seqlens.
 _REDUNDANT = {"cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "cache_position"}
 
+# What a misspelt keyword may have meant.
+_KEYWORDS = (
+    *("input_ids", "attention_mask", "inputs_embeds", "past_key_values", "cache", "labels", "use_cache"),
+    *("output_hidden_states", "logits_to_keep", "num_items_in_batch"),
+    *("cu_seqlens", "cu_seq_lens_q", "position_ids", "seq_idx"),
+)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def refuse_unknown(keywords: dict[str, Any]) -> None:
     """TypeError for keywords that mean nothing to a model."""
     unknown = sorted(set(keywords) - _REDUNDANT)
     if unknown:
-        raise TypeError(f"unexpected keyword arguments of forward(): {', '.join(unknown)}")
+        named = ", ".join(name + did_you_mean(name, _KEYWORDS) for name in unknown)
+        raise TypeError(f"unexpected keyword arguments of forward(): {named}")
 
 
 def merge_cache(past_key_values: Any, cache: Any) -> Any:
@@ -39,7 +49,7 @@ def check_tokens(name: str, tokens: Any, num_embeddings: int | None, ignored: in
     """
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name} must be an integer tensor [B, T], got {type(tokens).__name__}")
-    if tokens.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+    if tokens.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be an integer tensor [B, T], got one of {tokens.dtype}")
     if tokens.dim() != 2:
         raise ValueError(f"{name} must have shape [B, T], got {list(tokens.shape)}")
@@ -116,6 +126,11 @@ def lay_out(
 
     `cu_seqlens` says all there is to say. Otherwise positions that do not grow from one token of a row to the next, or
     a `seq_idx` that changes, begin a sequence; to know that, a GPU is waited for.
+
+    In transformers flash attention and the other kinds have a rule each. Where the two find the same sequences in
+    `position_ids`, so does this one: zeros everywhere are sequences of one token each. A gap begins no sequence, as for
+    flash attention. Rows of a batch are looked at one by one, and a restart at another number than the first begins a
+    sequence, as for the other kinds.
     """
     if cu_seqlens is not None:
         return Layout(cu_seqlens=cu_seqlens)
@@ -146,6 +161,8 @@ def lay_out(
 def _check_per_token(name: str, value: Any, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor [B, T], got {type(value).__name__}")
+    if value.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor [B, T], got one of {value.dtype}")
     rows, new = x.shape[:2]
     if value.dim() not in (1, 2) or value.shape[-1] != new or (value.dim() == 2 and value.shape[0] not in (1, rows)):
         raise ValueError(f"{name} must have shape {[rows, new]} like the input, got {list(value.shape)}")

@@ -36,7 +36,7 @@ class Slots(dict[str, Slot]):
 
     def __missing__(self, name: str) -> None:
         if name not in SLOTS:
-            raise KeyError(name)
+            raise KeyError(f"a cache slot is one of {', '.join(SLOTS)}, got {name!r}")
 
 
 class StateLayer(CacheLayerMixin):
@@ -93,6 +93,10 @@ class StateLayer(CacheLayerMixin):
             return new
         if old[0].shape[0] != new[0].shape[0]:
             raise ValueError(f"attn_state must have the cache's batch size {old[0].shape[0]}, got {new[0].shape[0]}")
+        if [x.shape[2:] for x in old] != [x.shape[2:] for x in new]:
+            raise ValueError(
+                f"attn_state must be as wide as the cache's, {list(old[0].shape[2:])}, got {list(new[0].shape[2:])}"
+            )
         return tuple(torch.cat((a, b), 1) for a, b in zip(old, new, strict=True))
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -131,6 +135,10 @@ class StateLayer(CacheLayerMixin):
         for name, value in self.slots.items():
             self.slots[name] = function(value) if isinstance(value, Tensor) else tuple(function(x) for x in value)
         self._holds_inference_tensors |= torch.is_inference_mode_enabled()
+
+    def detach_(self) -> None:
+        """Cut the states off from the graph that computed them."""
+        self.map_(torch.Tensor.detach)
 
     def reset(self) -> None:
         """Remove all states and set the count of tokens to 0."""
@@ -172,6 +180,9 @@ class Cache(TransformersCache):
 
     `Cache(seen_tokens=n)` starts the count of every layer at `n`. `cache[layer_idx]` raises KeyError if the layer has
     never stored anything. Slots that are empty, as after `reset`, read as None.
+
+    What uses it: a model fills and returns the cache that it is given as `past_key_values`. `copy.deepcopy(cache)` is a
+    point to return to, `cache.detach_()` the cut of truncated backpropagation.
     """
 
     layers: list[StateLayer]  # type: ignore[assignment]
@@ -181,6 +192,8 @@ class Cache(TransformersCache):
         self._first_token = seen_tokens
 
     def __getitem__(self, layer_idx: int) -> Slots:
+        if not isinstance(layer_idx, int):
+            raise TypeError(f"a cache is indexed by the number of a layer, got {layer_idx!r}")
         if not 0 <= layer_idx < len(self.layers) or not self.layers[layer_idx].has_stored:
             raise KeyError(f"layer {layer_idx} has stored nothing in this cache")
         self.layers[layer_idx].leave_inference_mode()
@@ -239,6 +252,15 @@ class Cache(TransformersCache):
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Raise NotImplementedError: a recurrent state cannot be rewound."""
         raise NotImplementedError(_NO_CROP)
+
+    def detach_(self) -> "Cache":
+        """Cut all states off from the graph that computed them, in place, and return the cache.
+
+        A call that continues from it then has gradients of its own tokens only (truncated backpropagation).
+        """
+        for layer in self.layers:
+            layer.detach_()
+        return self
 
     def to_legacy_cache(self) -> tuple[dict[str, Slot], ...]:
         """A snapshot of the states, one dict per layer. It shares no memory with the cache, which may go on."""

@@ -93,9 +93,10 @@ def _sdpa(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    windowed = window_size is not None and window_size < S
+    # An exported program is for every length, so it must not depend on which of the two is larger.
+    windowed = window_size is not None and (torch.compiler.is_exporting() or window_size < S)
     masked = mask is not None or cu_seqlens is not None or windowed
-    causal = not masked and T == S
+    causal = not masked and bool(T == S)  # PyTorch takes no symbolic bool
     visible = None
     if masked or (T > 1 and T < S):
         visible = _visible(T, S, window_size if windowed else None, mask, cu_seqlens, q.device)

@@ -293,7 +293,7 @@ def test_what_bad_calls_get(cls):
     layer, x = tiny(cls, layer_idx=0), torch.randn(2, 5, D)
     for changes, error, match in (
         ({"hidden_states": x[0]}, ValueError, "hidden_states must have shape"),
-        ({"hidden_states": x[..., :8]}, ValueError, "hidden_states must have shape"),
+        ({"hidden_states": x[..., :8]}, ValueError, rf"hidden_states must have shape \[B, T, {D}\], got \[2, 5, 8\]$"),
         ({"hidden_states": x.long()}, TypeError, "hidden_states must be a floating-point tensor"),
         ({"attention_mask": torch.ones(2, 4)}, ValueError, r"attention_mask must have shape \[2, at least 5\]"),
         ({"attention_mask": torch.ones(3, 5)}, ValueError, r"attention_mask must have shape \[2, at least 5\]"),

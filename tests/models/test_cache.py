@@ -96,6 +96,8 @@ def test_reset_copy_and_crop():
     assert cache[0]["recurrent_state"] is None
     with pytest.raises(KeyError, match="other_state"):
         cache[0]["other_state"]
+    with pytest.raises(TypeError, match="number of a layer, got 'recurrent_state'"):
+        cache["recurrent_state"]
     with pytest.raises(KeyError, match="layer 3"):
         cache[3]
     assert torch.equal(rows_of(saved), rows_of(filled()))
@@ -253,3 +255,45 @@ def test_other_names():
     assert FLACache is LegacyFLACache is Cache
     assert isinstance(filled().layers[0], FLALayer)
     assert isinstance(build("gla"), FLAGenerationMixin)
+
+
+@every_case
+def test_truncated_backpropagation(model_type, overrides):
+    """Through a cache gradients reach the tokens of earlier calls; through a detached one they do not."""
+    model, ids = build(model_type, overrides).train(), tokens(2, 10)
+    weights = list(model.parameters())
+
+    def second_half(detached):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        cache = cache.detach_() if detached else cache
+        states = [x for slots in cache for value in slots.values() for x in ((value,) if torch.is_tensor(value) else value)]
+        assert {x.requires_grad for x in states} == {not detached}
+        logits = model(ids[:, 6:], past_key_values=cache).logits
+        return torch.autograd.grad(logits.square().mean(), weights, allow_unused=True, materialize_grads=True)
+
+    whole = model(ids).logits[:, 6:].square().mean()
+    expected = torch.autograd.grad(whole, weights, allow_unused=True, materialize_grads=True)
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    for gradient, right in zip(second_half(False), expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-4 * largest)
+    cut = second_half(True)
+    assert max(float((a - b).abs().max()) for a, b in zip(cut, expected, strict=True)) > 0.01 * largest
+
+
+@every_type
+def test_a_cache_of_another_model_is_refused(model_type):
+    """The error names the cache: the user gave no `initial_state`."""
+    ids = tokens(2, 5)
+    model, narrower = build(model_type), build(model_type, {"hidden_size": 16})
+    with pytest.raises(ValueError, match="past_key_values must be of the same model"):
+        model(ids, past_key_values=narrower(ids).past_key_values)
+    deeper = build(model_type, {"num_hidden_layers": model.config.num_hidden_layers + 1})
+    with pytest.raises(ValueError, match=r"past_key_values must be of the same model, which has \d layers, got"):
+        deeper(ids, past_key_values=model(ids).past_key_values)
+
+
+def test_a_cache_of_other_layers_is_refused():
+    ids, plain, hybrid = tokens(2, 5), build("gla"), build("gla", {"attn": {"layers": [1], "num_heads": 2}})
+    for model, other in ((plain, hybrid), (hybrid, plain)):
+        with pytest.raises(ValueError, match="past_key_values must be of the same model: .* continues from"):
+            model(ids, past_key_values=other(ids).past_key_values)

@@ -14,7 +14,7 @@ from fla.models import GLAConfig
 from fla.models._config import DecoderConfig
 from fla.models._fields import FIELDS
 
-from .tiny import COMMON, HYBRID, REGISTRY, build, every_gated, every_type, tokens
+from .tiny import COMMON, HYBRID, REGISTRY, build, every_gated, every_type, tiny_config, tokens
 
 # Read by transformers from the config's dict when it makes the generation config; see the test below.
 TOKENS = {"bos_token_id", "eos_token_id"}
@@ -293,3 +293,12 @@ def test_mlp_width(model_type, ratio, size, width):
     with torch.device("meta"):
         block = REGISTRY[model_type](config).base_model.layers[0]
     assert getattr(block, block.names.mlp).down_proj.weight.shape == (size, width)
+
+
+@every_type
+def test_a_model_takes_no_config_of_another(model_type):
+    causal_lm, foreign = REGISTRY[model_type], tiny_config(next(name for name in REGISTRY if name != model_type))
+    message = f"^config must be a {causal_lm.config_class.__name__}, got a {type(foreign).__name__}$"
+    for cls in (causal_lm, causal_lm.model_cls):
+        with pytest.raises(TypeError, match=message):
+            cls(foreign)

@@ -272,6 +272,25 @@ def one_graph(model, packed):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def exports_for_every_length(model):
+    sizes = {"input_ids": {0: torch.export.Dim("B"), 1: torch.export.Dim("T", max=512)}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (tokens(2, 20),), dynamic_shapes=sizes).module()
+        for shape in ((3, 2), (2, 70)):
+            ids = tokens(*shape)
+            torch.testing.assert_close(exported(ids).logits, model(ids, use_cache=False).logits)
+
+
+@every_type
+def test_exports_for_every_length(model_type):
+    exports_for_every_length(build(model_type, {"num_hidden_layers": 1}))
+
+
+def test_a_hybrid_exports_for_every_length():
+    window = {"layers": [1], "num_heads": 4, "window_size": 30}
+    exports_for_every_length(build("gla", {"num_hidden_layers": 2, "attn": window}))
+
+
 BAD_CALLS = {
     "nothing": ({}, ValueError, "exactly one of input_ids and inputs_embeds"),
     "both": ({"input_ids": tokens(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, ValueError, "exactly one of"),
@@ -282,8 +301,17 @@ BAD_CALLS = {
     "mask_rank": ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 1, 4, 4)}, ValueError, "attention_mask"),
     "mask_short": ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask"),
     "mask_long": ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 5)}, ValueError, "attention_mask"),
+    "mask_values": (
+        {"input_ids": tokens(1, 2), "attention_mask": torch.tensor([[0.0, -1e9]])},
+        ValueError,
+        "attention_mask must be 1 at a token and 0 at padding, got -1",
+    ),
     "labels": ({"input_ids": tokens(1, 4), "labels": tokens(1, 3)}, ValueError, "labels must have shape"),
-    "typo": ({"input_ids": tokens(1, 4), "atention_mask": None}, TypeError, "atention_mask"),
+    "typo": (
+        {"input_ids": tokens(1, 4), "atention_mask": None},
+        TypeError,
+        r"atention_mask \(did you mean attention_mask\?\)",
+    ),
     "cache": ({"input_ids": tokens(1, 4), "past_key_values": ((),)}, ValueError, "past_key_values must be"),
     "lists": ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be an integer tensor .*got list"),
     "floats": ({"input_ids": torch.zeros(1, 4)}, TypeError, "input_ids must be an integer tensor"),
@@ -311,6 +339,16 @@ BAD_CALLS = {
         "cu_seq_lens_q must be an int32",
     ),
     "positions_list": ({"input_ids": tokens(1, 2), "position_ids": [0, 1]}, TypeError, "position_ids must be"),
+    "positions_floats": (
+        {"input_ids": tokens(1, 2), "position_ids": torch.tensor([[0.0, 1.0]])},
+        TypeError,
+        "position_ids must be an integer tensor",
+    ),
+    "sequences_bools": (
+        {"input_ids": tokens(1, 2), "seq_idx": torch.tensor([[True, False]])},
+        TypeError,
+        "seq_idx must be an integer tensor",
+    ),
     "positions_short": (
         {"input_ids": tokens(1, 4), "position_ids": torch.tensor([[0, 1]])},
         ValueError,

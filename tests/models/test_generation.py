@@ -120,6 +120,12 @@ def test_continuing_from_a_cache(model_type, overrides):
         model.generate(new, past_key_values=model(ids[:, :8]).past_key_values, **common)
 
 
+def test_a_mask_that_is_too_short_is_refused():
+    model, ids = build("gla"), tokens(2, 6)
+    with pytest.raises(ValueError, match="attention_mask must have a column for each of the 6 tokens, got 5"):
+        model.generate(ids, attention_mask=torch.ones(2, 5, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+
+
 @every_case
 def test_packed_prefill_goes_on_as_a_batch(model_type, overrides):
     """One packed row leaves one state per sequence; a layer that needs positions cannot go on from it and says so."""

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+
+from fla.models._inputs import lay_out
 
 from .tiny import REGISTRY, assert_same, build, every_case, every_type, exhaustive, tokens
 
@@ -66,6 +70,52 @@ def test_packed_rows_with_padding(model_type, overrides):
         return torch.cat([separate(m, row[keep][None], [n]) for row, keep, n in zip(ids, real, rows, strict=True)])
 
     assert_same("padded", model, padded, each)
+
+
+def by_flash_attention(position_ids: Tensor) -> list[int]:
+    """The bounds that transformers' flash attention makes of `position_ids` `[B, T]`, rows one after the other."""
+    rows, new = position_ids.shape
+    if not _is_packed_sequence(position_ids, rows):
+        return list(range(0, rows * new + 1, new))
+    return prepare_fa_kwargs_from_position_ids(position_ids)[0][0].tolist()
+
+
+def by_masks(position_ids: Tensor) -> list[int]:
+    """The bounds that transformers' attention masks make of them."""
+    rows, new = position_ids.shape
+    found = find_packed_sequence_indices(position_ids)
+    ids = torch.zeros_like(position_ids) if found is None else found
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids.diff(dim=-1) != 0
+    return [*begins.flatten().nonzero().flatten().tolist(), rows * new]
+
+
+def by_us(position_ids: Tensor) -> list[int]:
+    rows, new = position_ids.shape
+    layout = lay_out(torch.zeros(rows, new, 1), None, None, position_ids, None, 0)
+    return list(range(0, rows * new + 1, new)) if layout.cu_seqlens is None else layout.cu_seqlens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "bounds", "flash", "masks"),
+    [
+        ([[0, 1, 2, 3]], [0, 4], True, True),
+        ([[7, 8, 9]], [0, 3], True, True),  # a piece of a text that goes on from a cache
+        ([[0, 1, 0, 1, 2]], [0, 2, 5], True, True),
+        ([[2, 3, 2, 2, 3]], [0, 2, 3, 5], True, True),  # the collator may count from another number
+        ([[0, 0, 0]], [0, 1, 2, 3], True, True),
+        ([[0]], [0, 1], True, True),
+        ([[0, 1, 2], [0, 1, 2]], [0, 3, 6], True, True),
+        ([[0, 1, 5, 6]], [0, 4], True, False),
+        ([[0, 1, 2, 1, 2]], [0, 3, 5], False, True),
+        ([[0, 0, 1], [0, 1, 2]], [0, 1, 3, 6], False, True),
+    ],
+    ids=str,
+)
+def test_packing_is_found_where_transformers_finds_it(position_ids, bounds, flash, masks):
+    given = torch.tensor(position_ids)
+    assert by_us(given) == bounds
+    assert (by_flash_attention(given) == bounds, by_masks(given) == bounds) == (flash, masks)
 
 
 @every_type
