@@ -27,12 +27,11 @@ class Recall:
     vocab_size: int = 256
     every: bool = True
     guess: float = 0.0  # accuracy of a guess, which a scaled accuracy of 0 stands for
+    enough: float = 0.99  # accuracy at which training ends
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or 3 * self.pairs > self.tokens:
-            raise ValueError(
-                f"--pairs must be 1 to {self.tokens // 3} (of {self.tokens} tokens), got {self.pairs}"
-            )
+            raise ValueError(f"--pairs must be 1 to {self.tokens // 3} (of {self.tokens} tokens), got {self.pairs}")
         if self.pairs >= self.vocab_size // 2:
             raise ValueError(f"--pairs must be less than half the vocabulary of {self.vocab_size}, got {self.pairs}")
 
@@ -67,6 +66,7 @@ class Parity:
     every: bool = True
     vocab_size: int = 4  # filler, a bit of 0, a bit of 1, and one that is never used
     guess: float = 0.5
+    enough: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest < self.tested:

@@ -40,9 +40,9 @@ from matplotlib import pyplot as plt
 TASKS = {"recall": Recall, "parity": Parity}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "recall": {
-        "models": ["delta_net", "gated_deltanet", "gla", "linear_attn"],
+        "models": ["delta_net", "gated_deltanet", "linear_attn"],
         "hidden_sizes": [32, 64],
-        "steps": 1500,
+        "steps": 1000,
         "batch_size": 64,
         "lr": 3e-3,
     },
@@ -54,6 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 3e-3,
     },
 }
+# the published setting: https://arxiv.org/abs/2411.12537, section 5.1
 FULL = {"hidden_sizes": [128], "steps": 20_000, "batch_size": 256, "lr": 1e-3, "heads": 4}
 TESTED = 1024  # sequences of the test
 CHECK_EVERY = 250  # steps between tests
@@ -143,13 +144,14 @@ def accuracy(model: PreTrainedModel, task: Recall | Parity, args: argparse.Names
 def train(
     text: str, hidden_size: int, task: Recall | Parity, args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Train one model, until it is right on all of the test or the steps are over. Returns what is recorded of it.
+    """Train one model, until it knows enough or the steps are over. Returns what is recorded of it.
 
     `keep` gets that after every test.
     """
     model = build(text, task, hidden_size, args)
     tokens = task.tokens if isinstance(task, Recall) else task.tested
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    # no weight decay: it would draw beta away from its largest value, which parity of long rows needs
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, args.steps // 20), args.steps)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     row: dict[str, Any] = {"model": text, "hidden_size": hidden_size, "state": state_size(model, tokens), "curve": []}
@@ -175,7 +177,7 @@ def train(
                 keep(row)
                 bar.set_postfix_str(f" loss {loss.item():.3f}, accuracy {right:.3f}", refresh=False)
             bar.update()
-            if row.get("accuracy") == 1.0:
+            if row.get("accuracy", 0.0) >= task.enough:
                 break
     return row
 

@@ -25,8 +25,8 @@ def heads(*rows: tuple[int, int, int]) -> tuple[dict[str, int], ...]:
 class Suite:
     """What a machine runs: `tokens` (a tuple is a pack), `sizes` of the axes, dtypes of what shares one.
 
-    `instead_of`: a backend whose families are left out, because another suite runs them. `steps`: what recurrent forms, and float32 on Triton, take instead of each of `tokens` (default: the same), where a
-    token is expensive.
+    `instead_of`: a backend whose families are left out, because another suite runs them. `steps`: what recurrent forms,
+    and float32 on Triton, take instead of each of `tokens` (default: the same), where a token is expensive.
     """
 
     backend: str

@@ -31,7 +31,9 @@ def test_as_on_the_cpu(model_type, overrides):
     assert found.keys() == exact.keys()
     for name, value in found.items():
         gate = any(part in name for part in GATES)
-        assert_within_budget(name, value.cpu(), exact[name], naive[name], dtype=torch.float32, backend="triton", gate=gate)
+        assert_within_budget(
+            name, value.cpu(), exact[name], naive[name], dtype=torch.float32, backend="triton", gate=gate
+        )
 
 
 @every_case
