@@ -47,14 +47,22 @@ class Layout:
 
     def split(self, x: Tensor) -> Tensor:
         """`[B, T, H, D]` -> `[NC, H, C, D]`."""
-        if self.packed:
-            return F.pad(x[0], (0, 0, 0, 0, 0, 1))[self.index].transpose(1, 2).contiguous()
-        x = F.pad(x, (0, 0, 0, 0, 0, -self.tokens % self.size))
-        return x.unflatten(1, (-1, self.size)).flatten(0, 1).transpose(1, 2).contiguous()
+        return self._cut(x).contiguous()
 
-    def join(self, x: Tensor) -> Tensor:
-        """`[NC, H, C, D]` -> `[B, T, H, D]`."""
-        x = x.transpose(1, 2)
+    def split_into(self, out: Tensor, x: Tensor) -> None:
+        """Write `split(x)` to `out`, in its dtype: one pass over memory where no token has to be filled in."""
+        out.copy_(self._cut(x))
+
+    def _cut(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return F.pad(x[0], (0, 0, 0, 0, 0, 1))[self.index].transpose(1, 2)
+        if self.tokens % self.size:
+            x = F.pad(x, (0, 0, 0, 0, 0, -self.tokens % self.size))
+        return x.unflatten(1, (-1, self.size)).flatten(0, 1).transpose(1, 2)
+
+    def join(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`[NC, H, C, D]` -> `[B, T, H, D]`, by default in the dtype of `x`."""
+        x = x.transpose(1, 2).to(x.dtype if dtype is None else dtype, memory_format=torch.contiguous_format)
         if not self.packed:
             return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.tokens].contiguous()
         joined = x.new_zeros(self.tokens + 1, *x.shape[2:])
@@ -64,6 +72,13 @@ class Layout:
     def steps(self) -> list[tuple[Tensor, Tensor]]:
         """For every step, the indices of its chunks and the indices of the sequences that they belong to."""
         return list(self._steps())
+
+    def views(self) -> list[tuple[slice, slice]] | list[tuple[Tensor, Tensor]]:
+        """`steps`, as slices where there is no pack: what they pick is a view."""
+        if self.packed:
+            return self.steps()
+        count = self.counts[0]
+        return [(slice(step, None, count), slice(None)) for step in range(count)]
 
     def _steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         first = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
