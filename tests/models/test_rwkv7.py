@@ -17,23 +17,24 @@ HYBRID = {"num_hidden_layers": 4, "attn": {"layers": [0, 2], "num_heads": 2}}
 
 def test_greedy_after_prompts_of_all_lengths():
     """Every token is the likeliest one of a forward over all that stand before it, without a cache."""
-    model = build("rwkv7")
+    model = build("rwkv7", {"num_hidden_layers": 2})
     for length in (1, 2, 20):
-        ids = model.generate(tokens(2, length), max_new_tokens=44)
-        assert ids.shape == (2, length + 44)
+        ids = model.generate(tokens(1, length), max_new_tokens=44)
+        assert ids.shape == (1, length + 44)
         with torch.no_grad():
             likeliest = model(ids, use_cache=False).logits.argmax(-1)
         assert torch.equal(ids[:, length:], likeliest[:, length - 1 : -1]), length
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_gradients_of_a_pack_are_those_of_its_rows(checkpointing):
-    """Neither token shift looks over a border, also when gradient checkpointing runs each block twice."""
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_of_a_pack_are_those_of_its_rows(use_reentrant):
+    """Neither token shift looks over a border when gradient checkpointing runs each block twice."""
     lengths = [7, 1, 16]
     parts = [tokens(1, n, seed=n) for n in lengths]
     packed = build("rwkv7").train()
-    if checkpointing is not None:
-        packed.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    # transformers 5.24 warns of the older name
+    enable = getattr(packed, "activation_checkpointing_enable", packed.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     weights = torch.randn(1, sum(lengths), packed.config.vocab_size)
     (packed(torch.cat(parts, 1), cu_seqlens=cu_seqlens).logits * weights).sum().backward()
