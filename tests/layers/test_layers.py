@@ -227,7 +227,10 @@ def test_every_layer_runs_as_it_is_by_default(cls):
     assert o.shape == x.shape and o.isfinite().all()
     o.square().mean().backward()
     for name, tensor in (("x", x), *layer.named_parameters()):
-        assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), name
+        if tensor.grad is None:
+            assert layer.inputs, name  # a weight for what a model hands over, which nobody has here
+        else:
+            assert tensor.grad.isfinite().all() and tensor.grad.any(), name
 
 
 @pytest.mark.parametrize("cls", EVERY)
