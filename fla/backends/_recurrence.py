@@ -34,10 +34,11 @@ Both run with autocast off, and never on tensors without elements.
 
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import compress
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -181,10 +182,14 @@ class Family:
         state_v_first: bool = False,
         backend: str | None = None,
         op: str | None = None,
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[Tensor, Tensor | None]:
-        """As `call`, for decoding on states that the caller owns (`fla.backends._step`)."""
+        """As `call`, for decoding on states that the caller owns (`fla.backends._step`).
+
+        `called`: fields that the op has under other names -> these names, for messages.
+        """
         options = (state_indices, inplace_final_state, output_final_state, state_v_first, backend, op)
-        return self._stepping(values, *options)
+        return self._stepping(values, *options, called)
 
     def check_states(self, values: tuple, state_indices: Tensor | None, inplace_final_state: bool) -> None:
         """Raise ValueError or TypeError unless `step` can use the states as they are, without a copy."""

@@ -16,6 +16,8 @@ not go through the operators.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +65,14 @@ class Stepping:
         v_first: bool,
         backend: str | None,
         op: str | None,
+        called: Mapping[str, str],
     ) -> tuple[Tensor, Tensor | None]:
         """Compute `o`, and the final states or None.
 
         With `inplace_final_state` the final states overwrite `initial_state`, which is returned. Raises ValueError or
         TypeError if the states could be used only after a copy, or if a gradient is needed.
         """
-        self.check(values, state_indices, inplace_final_state)
+        self.check(values, state_indices, inplace_final_state, called)
         backend = resolve(self.owner.name, values[0], backend)
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -84,7 +87,9 @@ class Stepping:
         o, state = call(*values, state_indices, v_first, output_final_state, backend)
         return o, state if output_final_state else None
 
-    def check(self, values: tuple, indices: Tensor | None, in_place: bool) -> None:
+    def check(
+        self, values: tuple, indices: Tensor | None, in_place: bool, called: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Raise ValueError or TypeError unless the states can be used as they are, without a copy."""
         option = "inplace_final_state" if in_place else "state_indices"
         first, states, bounds = values[0], values[self.states_position], values[self.cu_seqlens_position]
@@ -102,7 +107,7 @@ class Stepping:
             for name, x in zip(self.names, values, strict=True):
                 if isinstance(x, Tensor) and x.requires_grad:
                     raise ValueError(
-                        f"{option} is for inference: {name} must not need a gradient, got requires_grad=True; "
+                        f"{option} is for inference: {called.get(name, name)} must not need a gradient, got requires_grad=True; "
                         "call under torch.no_grad()"
                     )
         if indices is not None:

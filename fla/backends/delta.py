@@ -27,6 +27,7 @@ also has `chunk_states(problem, output_final_state) -> (o, final state or None, 
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -145,11 +146,13 @@ def recurrent(
     state_indices=None,
     backend=None,
     op=None,
+    called=MappingProxyType({}),
 ) -> tuple[Tensor, Tensor | None]:
     """The form that goes token by token, for decoding and short inputs.
 
     It takes the options of `chunk`, `gv` and a `beta` per value channel. `inplace_final_state` and `state_indices` are
-    for decoding on states that the caller owns (`fla.backends._step`).
+    for decoding on states that the caller owns (`fla.backends._step`). `called`: gates that the op has under other names
+    -> these names, for messages.
     """
     steps = inplace_final_state or state_indices is not None
     if state_v_first and initial_state is not None and not steps:
@@ -165,6 +168,7 @@ def recurrent(
             state_v_first=state_v_first,
             backend=backend,
             op=op,
+            called=called,
         )
     o, state = FAMILY.call(values, output_final_state, backend, op)
     return o, state.mT if state_v_first and state is not None else state

@@ -125,8 +125,7 @@ def chunk_delta_rule(
         check_chunk_size(chunk_size)
     if cu_seqlens_cpu is not None:
         cu_seqlens = from_host(cu_seqlens, cu_seqlens_cpu, q)
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}
-    check_shapes(SHAPES, required=REQUIRED, cu_seqlens=cu_seqlens, scale=scale, **tensors)
+    _check(SHAPES, cu_seqlens, scale, q, k, v, beta, initial_state, REQUIRED)
     return delta.chunk(
         q,
         k,
@@ -159,9 +158,20 @@ def fused_chunk_delta_rule(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_delta_rule` under another name; both compute the same in the same way."""
-    states = (initial_state, output_final_state)
-    others = (use_qk_l2norm_in_kernel, cu_seqlens, cu_seqlens_cpu)
-    return chunk_delta_rule(q, k, v, beta, scale, *states, *others, chunk_size=chunk_size, backend=backend)
+    return chunk_delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
 
 
 @current_names
@@ -187,8 +197,7 @@ def fused_recurrent_delta_rule(
         beta: `[B, T, H]`, or `[B, T, H, V]` for one write strength per value channel; None means ones.
     """
     shapes = shapes_of_beta(SHAPES, beta, v)
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}
-    check_shapes(pool_shapes(shapes, state_indices), cu_seqlens=cu_seqlens, scale=scale, **tensors)
+    _check(pool_shapes(shapes, state_indices), cu_seqlens, scale, q, k, v, beta, initial_state)
     return delta.recurrent(
         q,
         k,
@@ -236,6 +245,11 @@ def parallel_delta_rule(
         backend=backend,
         op="parallel_delta_rule",
     )
+
+
+def _check(shapes, cu_seqlens, scale, q, k, v, beta, initial_state, required=("q", "k", "v")) -> None:
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": initial_state}
+    check_shapes(shapes, required=required, cu_seqlens=cu_seqlens, scale=scale, **tensors)
 
 
 def _reference(

@@ -137,7 +137,14 @@ def chunk_gated_delta_rule(
     cu_seqlens = packing(cu_seqlens, cu_seq_lens_q, q, cu_seqlens_cpu)
     A_log, dt_bias = (A_log, dt_bias) if use_gate_in_kernel else (None, None)
     shapes, required = SHAPES_V_FIRST if state_v_first else SHAPES, ("q", "k", "v", "g", "beta")
-    tensors = {"v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "initial_state": initial_state}
+    tensors: dict[str, Any] = {
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "A_log": A_log,
+        "dt_bias": dt_bias,
+        "initial_state": initial_state,
+    }
     check_heads(check_shapes(shapes, required=required, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, **tensors))
     check_options(use_beta_sigmoid_in_kernel, allow_neg_eigval, beta, cp_context)
     _check_gate(use_gate_in_kernel, g, A_log)
@@ -193,7 +200,7 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens = packing(cu_seqlens, cu_seq_lens_q, q)
     A_log, dt_bias = (A_log, dt_bias) if use_gate_in_kernel else (None, None)
     shapes = shapes_of_beta(pool_shapes(SHAPES_V_FIRST if state_v_first else SHAPES, state_indices), beta, v)
-    tensors = {"v": v, "g": g, "gk": gk, "gv": gv, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
+    tensors: dict[str, Any] = {"v": v, "g": g, "gk": gk, "gv": gv, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
     tensors["initial_state"] = initial_state
     check_heads(check_shapes(shapes, cu_seqlens=cu_seqlens, scale=scale, q=q, k=k, **tensors))
     check_options(use_beta_sigmoid_in_kernel, allow_neg_eigval, beta)

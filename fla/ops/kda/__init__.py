@@ -12,6 +12,7 @@ Shapes: q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV, K]`, beta `[B, T, 
 Paper: https://arxiv.org/abs/2510.26692
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def chunk_kda(
     check_options(use_beta_sigmoid_in_kernel, allow_neg_eigval, beta, cp_context)
     A_log, dt_bias, bound = _gate(use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias, q, sizes)
     options = (use_qk_l2norm_in_kernel, use_gate_in_kernel, bound, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    call = delta.chunk_states if return_intermediate_states else delta.chunk
+    call: Callable[..., Any] = delta.chunk_states if return_intermediate_states else delta.chunk
     found = call(
         q,
         k,
@@ -154,7 +155,10 @@ def chunk_kda(
         backend=backend,
         op="chunk_kda",
     )
-    return (*found[:2], found[2].to(torch.bfloat16)) if return_intermediate_states else found
+    if not return_intermediate_states:
+        return found
+    o, state, states = found
+    return o, state, states.to(torch.bfloat16)
 
 
 @current_names
@@ -214,6 +218,7 @@ def fused_recurrent_kda(
         state_indices=state_indices,
         backend=backend,
         op="fused_recurrent_kda",
+        called={"gk": "g"},
     )
 
 

@@ -3,8 +3,8 @@
     g = -exp(A_log) softplus(x + dt_bias)                            softplus is linear above 20
     g = lower_bound sigmoid(exp(A_log) (x + dt_bias))                with a lower bound < 0
 
-Shapes: x, g `[..., H, K]`; `A_log` has H elements and `dt_bias` H K, of any shape. `chunk_kda` computes the same in the op
-(`use_gate_in_kernel`).
+Shapes: x, g `[..., H, K]`; `A_log` has H elements and `dt_bias` H K, of any shape. `chunk_kda` computes the same in the
+op (`use_gate_in_kernel`).
 """
 
 import warnings
@@ -75,8 +75,8 @@ def fused_kda_gate(
         return _former_gate(g, A, head_k_dim, g_bias if dt_bias is None else dt_bias, *others)
     if isinstance(lower_bound, Tensor) or not isinstance(output_dtype, torch.dtype):
         raise TypeError(
-            f"lower_bound must be a number and output_dtype a dtype, got {type(lower_bound).__name__} and {output_dtype}; "
-            f"the former signature is {FORMER}"
+            f"lower_bound must be a number and output_dtype a dtype, got {type(lower_bound).__name__} and "
+            f"{output_dtype}; the former signature is {FORMER}"
         )
     check_lower_bound(lower_bound)
     if A_log is None and lower_bound is None:
