@@ -1,6 +1,7 @@
 """Calls as trainers and remote code write them, each beside what it stands for. For any device."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ def torchtitan(device: str) -> None:
     rows, weight = torch.randn(1, 70, 6, device=device), torch.randn(6, 1, 4, device=device)
     y, state = causal_conv1d(x=rows, weight=weight.squeeze(1), bias=None, activation="silu", **packing)
     assert state is None
-    for begin, end in zip(BOUNDS, BOUNDS[1:], strict=False):
+    for begin, end in itertools.pairwise(BOUNDS):
         alone = causal_conv1d(x=rows[:, begin:end], weight=weight.squeeze(1), bias=None, activation="silu")[0]
         torch.testing.assert_close(y[:, begin:end], alone)
 

@@ -92,9 +92,8 @@ h.emit = lambda record: said.append(record.getMessage())
 config = transformers.AutoConfig.for_model("qwen3_next", **{CONFIGS["qwen3_next"]!r})
 model = transformers.AutoModelForCausalLM.from_config(config)
 assert "fla.ops" in sys.modules and "fla.models" not in sys.modules and "fla.layers" not in sys.modules
-ids = torch.arange(3, 90)[None]
+ids = torch.arange(3, 9)[None]
 model(ids, labels=ids).loss.backward()
-assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 90)
 assert not any("chunk_gated_delta_rule" in x or "fused_recurrent" in x for x in said), said
 assert type(transformers.AutoConfig.for_model("mamba2")).__module__.startswith("transformers.")
 """
