@@ -266,7 +266,9 @@ def test_truncated_backpropagation(model_type, overrides):
     def second_half(detached):
         cache = model(ids[:, :6], use_cache=True).past_key_values
         cache = cache.detach_() if detached else cache
-        states = [x for slots in cache for value in slots.values() for x in ((value,) if torch.is_tensor(value) else value)]
+        states = [
+            x for slots in cache for value in slots.values() for x in ((value,) if torch.is_tensor(value) else value)
+        ]
         assert {x.requires_grad for x in states} == {not detached}
         logits = model(ids[:, 6:], past_key_values=cache).logits
         return torch.autograd.grad(logits.square().mean(), weights, allow_unused=True, materialize_grads=True)
