@@ -33,23 +33,22 @@ from _text import UserError, baselines, read_files, split
 from _threads import Threads
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 import fla
 import fla.models
 from fla.backends import family, resolve
+from fla.ops._spec import REGISTRY as OPS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-CONFIGS = {
-    config_class.model_type: config_class
-    for config_class in vars(fla.models).values()
-    if isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)
+MODELS = {
+    causal_lm.config_class.model_type: causal_lm
+    for name, causal_lm in vars(fla.models).items()
+    if name.endswith("ForCausalLM")
 }
-# The family of a model's op, of which the backend is reported; "decay" where none is named.
-FAMILIES = {"delta_net": "delta", "gated_deltanet": "delta", "kda": "delta"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {
     "model": "gla", "text": [], "steps": 1000, "seed": 0, "hidden_size": 128, "layers": 3, "heads": 2, "seq_len": 256,
@@ -93,7 +92,7 @@ def bits_per_byte(model: nn.Module, data: Tensor, args: argparse.Namespace) -> f
 
 
 def build_model(args: argparse.Namespace) -> PreTrainedModel:
-    config_class = CONFIGS[args.model]
+    config_class = MODELS[args.model].config_class
     fields = {
         "vocab_size": 256,
         "hidden_size": args.hidden_size,
@@ -317,9 +316,15 @@ def metrics(run: Run, bits: dict[str, float], args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def op_family(model: str) -> str:
+    """The family of the op of the model's layers; that of norms and convolutions for a model without an op."""
+    forms = getattr(MODELS[model].block_cls.mixer_cls, "forms", {}).values()
+    return next((spec.family for spec in OPS.values() if set(forms) & set(spec.forms.values())), "fused")
+
+
 def op_backend(args: argparse.Namespace) -> str:
     """The backend of the model's op, which may have no Triton kernels while other parts have."""
-    return resolve(FAMILIES.get(args.model, "decay"), torch.empty(0, device=args.device))
+    return resolve(op_family(args.model), torch.empty(0, device=args.device))
 
 
 def first_line(error: BaseException) -> str:
@@ -370,7 +375,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
             f"--{name}", help=text if default in (None, [], False) else f"{text} (default: {default})", **keywords
         )
 
-    option("model", "type of the model", choices=CONFIGS)
+    option("model", "type of the model", choices=MODELS)
     option(
         "text",
         "files or folders with text to train on (default: Python's standard library)",
@@ -408,7 +413,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
     try:
         named, args.backend = args.backend, resolve("decay", probe, args.backend)
         if named:
-            family(FAMILIES.get(args.model, "decay"), named)  # raises if it has no such kernels
+            family(op_family(args.model), named)  # raises if it has no such kernels
     except ValueError as error:
         raise UserError(f"--backend {args.backend}: {error}") from None
     return args, state
