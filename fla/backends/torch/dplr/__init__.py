@@ -81,7 +81,14 @@ def backward(
     dv = scores[..., :size].mT @ d_values
     dv += chunks.y_to_end[:, :, :size] @ ends
     dq, da, dk, db = (join(part, problem.dtype) for part in (*dx.split(size, 2), *dy.split(size, 2)))
-    found = {"q": dq, "k": dk, "v": join(dv, problem.dtype), "a": da, "b": db, "initial_state": dh0}
+    found: dict[str, Tensor | None] = {
+        "q": dq,
+        "k": dk,
+        "v": join(dv, problem.dtype),
+        "a": da,
+        "b": db,
+        "initial_state": dh0,
+    }
     if problem.gk is not None and "gk" in needs:
         change = (states_at_ends(chunks.layout, starts, final_state) * ends).sum(-1)
         (of_q, of_a), (of_k, of_b) = (z.split(size, 2) for z in (dx * chunks.x, dy * chunks.y))
