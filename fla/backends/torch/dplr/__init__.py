@@ -41,7 +41,7 @@ from fla.backends.dplr import Problem
 from fla.backends.torch._layout import Layout
 from fla.backends.torch._scores import scan, states_at_ends, sums_to_end
 from fla.backends.torch._step import stepping
-from fla.backends.torch.dplr.scores import Scores, twice, with_first
+from fla.backends.torch.dplr.scores import Scores, scaled, twice, with_first
 
 CHUNK = 64
 
@@ -76,12 +76,19 @@ def backward(
     ends, dh0 = _run_backward(problem, chunks, scores, d_values, dht)
 
     dx, dy = chunks.scores.gradients(d_values @ chunks.values.mT)
-    dx += scaled(d_values @ starts.mT, chunks.from_start)
-    dy += twice(chunks.values @ ends.mT, chunks.to_end)
+    dx += scaled(d_values @ starts.mT, chunks.from_start, in_place=True)
+    dy += twice(chunks.values @ ends.mT, chunks.to_end, in_place=True)
     dv = scores[..., :size].mT @ d_values
     dv += chunks.y_to_end[:, :, :size] @ ends
     dq, da, dk, db = (join(part, problem.dtype) for part in (*dx.split(size, 2), *dy.split(size, 2)))
-    found = {"q": dq, "k": dk, "v": join(dv, problem.dtype), "a": da, "b": db, "initial_state": dh0}
+    found: dict[str, Tensor | None] = {
+        "q": dq,
+        "k": dk,
+        "v": join(dv, problem.dtype),
+        "a": da,
+        "b": db,
+        "initial_state": dh0,
+    }
     if problem.gk is not None and "gk" in needs:
         change = (states_at_ends(chunks.layout, starts, final_state) * ends).sum(-1)
         (of_q, of_a), (of_k, of_b) = (z.split(size, 2) for z in (dx * chunks.x, dy * chunks.y))
@@ -111,7 +118,10 @@ class _Chunks:
             layout.split_into(out[:, :, :size], first)
             layout.split_into(out[:, :, size:], second)
         layout.split_into(self.values[:, :, :size], problem.v)
-        self.log_decay = self.from_start = self.to_end = self.over_chunk = None
+        self.log_decay: Tensor | None = None
+        self.from_start: Tensor | None = None
+        self.to_end: Tensor | None = None
+        self.over_chunk: Tensor | None = None
         if problem.gk is not None:
             self._decay(problem.gk, dtype)
         self.x_from_start = scaled(self.x, self.from_start)  # e^G Q, e^E A
@@ -127,10 +137,6 @@ class _Chunks:
         self.from_start = with_first(torch.empty_like(self.x), total.exp(), torch.ones_like(last))
         self.to_end = (last - total).exp_().to(dtype)
         self.over_chunk = last.mT.exp().to(dtype)
-
-
-def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
 
 
 def _run_forward(problem: Problem, chunks: _Chunks, scores: Tensor) -> tuple[Tensor, Tensor]:

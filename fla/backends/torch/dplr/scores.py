@@ -65,7 +65,7 @@ class Scores:
         d_scores = d_scores.masked_fill_(self.zeros, 0.0)
         dx, dy = d_scores @ self.y, d_scores.mT @ self.x
         if self.x_factor is not None and self.y_factor is not None:
-            dx, dy = dx.mul_(self.x_factor), twice(dy, self.y_factor)
+            dx, dy = dx.mul_(self.x_factor), twice(dy, self.y_factor, in_place=True)
         if self.any_far:
             dx[self.far], dy[self.far] = self._far_gradients(d_scores[self.far])
         return dx, dy
@@ -87,6 +87,13 @@ def with_first(out: Tensor, later: Tensor, first: Tensor) -> Tensor:
     return out
 
 
-def twice(y: Tensor, factor: Tensor | None) -> Tensor:
-    """Both halves of the rows of `y` `[., 2 C, K]` times `factor` `[., C, K]`, if there is one."""
-    return y if factor is None else (y.unflatten(-2, (2, -1)) * factor.unsqueeze(-3)).flatten(-3, -2)
+def scaled(x: Tensor, factor: Tensor | None, in_place: bool = False) -> Tensor:
+    """`x` times `factor`, if there is one. `in_place` overwrites `x`, which saves memory that must be cleared first."""
+    return x if factor is None else x.mul_(factor) if in_place else x * factor
+
+
+def twice(y: Tensor, factor: Tensor | None, in_place: bool = False) -> Tensor:
+    """Both halves of the rows of `y` `[., 2 C, K]` times `factor` `[., C, K]`, if there is one; as `scaled`."""
+    if factor is None:
+        return y
+    return scaled(y.unflatten(-2, (2, -1)), factor.unsqueeze(-3), in_place).flatten(-3, -2)
