@@ -107,8 +107,8 @@ class Stepping:
             for name, x in zip(self.names, values, strict=True):
                 if isinstance(x, Tensor) and x.requires_grad:
                     raise ValueError(
-                        f"{option} is for inference: {called.get(name, name)} must not need a gradient, got requires_grad=True; "
-                        "call under torch.no_grad()"
+                        f"{option} is for inference: {called.get(name, name)} must not need a gradient, got "
+                        "requires_grad=True; call under torch.no_grad()"
                     )
         if indices is not None:
             N = first.shape[0] if bounds is None else bounds.shape[0] - 1

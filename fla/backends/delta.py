@@ -151,8 +151,8 @@ def recurrent(
     """The form that goes token by token, for decoding and short inputs.
 
     It takes the options of `chunk`, `gv` and a `beta` per value channel. `inplace_final_state` and `state_indices` are
-    for decoding on states that the caller owns (`fla.backends._step`). `called`: gates that the op has under other names
-    -> these names, for messages.
+    for decoding on states that the caller owns (`fla.backends._step`). `called`: gates that the op has under other
+    names -> these names, for messages.
     """
     steps = inplace_final_state or state_indices is not None
     if state_v_first and initial_state is not None and not steps:

@@ -63,22 +63,25 @@ class _Chunks:
     log_decay: Tensor | None  # G in float64; None without a decay
 
     def __post_init__(self) -> None:
-        decay = pair_decay(self.log_decay, self.q.dtype)
+        dtype, total = self.q.dtype, self.log_decay
+        decay = pair_decay(total, dtype)
         self.reads: Scores = decay.between(self.q, self.k)  # P
         self.overlaps: Scores = decay.between(self.k, self.k, strict=True)  # L
+        self.from_start = None if total is None else total.exp().to(dtype)
+        self.to_end = None if total is None else (total[..., -1:, :] - total).exp().to(dtype)
 
     @property
     def decay_over_chunk(self) -> Tensor | float:
         """`e^{G_C}` in a shape that multiplies states `[NC, HV, K, V]`."""
-        return 1.0 if self.log_decay is None else self.log_decay[..., -1, :, None].flatten(1, 2).exp().to(self.q.dtype)
+        return 1.0 if self.from_start is None else self.from_start[..., -1, :, None].flatten(1, 2)
 
     def decay_from_start(self, x: Tensor) -> Tensor:
         """`e^G x`."""
-        return x if self.log_decay is None else x * self.log_decay.exp().to(x.dtype)
+        return x if self.from_start is None else x * self.from_start
 
     def decay_to_end(self, x: Tensor) -> Tensor:
         """`e^{G_C - G} x`."""
-        return x if self.log_decay is None else x * (self.log_decay[..., -1:, :] - self.log_decay).exp().to(x.dtype)
+        return x if self.to_end is None else x * self.to_end
 
     def written(self, x: Tensor) -> Tensor:
         """`b x`."""
