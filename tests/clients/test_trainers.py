@@ -15,6 +15,8 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gat
 from fla.ops.kda import chunk_kda
 from tests.clients.calls import CALLS, gradients, leaves_of, same, tensors
 
+pytestmark = pytest.mark.touches("gated_delta_rule", "kda")
+
 
 @pytest.mark.parametrize("client", CALLS)
 def test_calls(client):

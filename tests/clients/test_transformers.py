@@ -10,12 +10,17 @@ from transformers.utils import import_utils
 
 from tests.clients import checks
 from tests.clients.providing import modeling, provided
-from tests.clients.tiny import CONFIGS, MODELS, asking, folder
+from tests.clients.tiny import CONFIGS, MODELS, asking, folder, marked
 
 ROOT = Path(__file__).parents[2]
 CAUSAL = [name for name in MODELS if name != "glm5_next_text"]  # it has no causal LM of its own
-PACKED = [name for name in CAUSAL if name != "qwen4_exp_text"]
-every_model = pytest.mark.parametrize("name", MODELS)
+BOTH_WAYS = ("qwen3_next", "kimi_linear")  # models for every packing; the others take turns
+PACKED = [
+    (name, packing)
+    for i, name in enumerate(CAUSAL)
+    for j, packing in enumerate(checks.PACKINGS)
+    if name in BOTH_WAYS or i % 2 == j
+]
 
 
 def test_every_model_that_asks_is_here():
@@ -28,28 +33,27 @@ def test_ours_is_in_use(asked):
     checks.assert_ours(modeling(asked))
 
 
-@every_model
+@pytest.mark.parametrize("name", marked(MODELS))
 def test_as_without_us(name):
     checks.check_padded(name)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", marked(CAUSAL))
 def test_greedy_tokens(name):
     checks.check_generation(name)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "kimi_linear"])
+@pytest.mark.parametrize("name", marked(["qwen3_5_text", "kimi_linear"]))
 def test_bfloat16(name):
     checks.check_padded(name, tokens=40, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("packing", checks.PACKINGS)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name, packing", marked(PACKED))
 def test_packed_is_separate(name, packing):
     checks.check_packed(name, packing)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("name", marked(BOTH_WAYS))
 def test_packed_leaks_without_our_convolution(name):
     """Why `provide` is there, and that the test above can fail."""
     rows = [checks.ids_of(length) for length in (30, 40)]
@@ -96,6 +100,29 @@ ids = torch.arange(3, 9)[None]
 model(ids, labels=ids).loss.backward()
 assert not any("chunk_gated_delta_rule" in x or "fused_recurrent" in x for x in said), said
 assert type(transformers.AutoConfig.for_model("mamba2")).__module__.startswith("transformers.")
+import fla.compat, fla.layers
+assert "causal_conv1d" not in sys.modules  # nobody asked for it
 """
+    run(code)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", marked(BOTH_WAYS))
+def test_a_packed_mixer_compiles_whole(name):
+    """In a process of its own: a compiler's guards know a module by its name, and tests import it anew."""
+    code = f"""
+import torch, fla.compat
+fla.compat.provide("causal_conv1d")
+from tests.clients.checks import build
+mixer = next(x for x in build({name!r}).modules() if hasattr(x, "conv1d"))
+x = torch.randn(1, 40, 64, requires_grad=True)
+packing = {{"cu_seq_lens_q": torch.tensor([0, 13, 40], dtype=torch.int32)}}
+outputs = [call(x, **packing) for call in (mixer, torch.compile(mixer, backend="aot_eager", fullgraph=True))]
+assert torch.equal(*outputs) and torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in outputs))
+"""
+    run("import warnings; warnings.simplefilter('ignore')\n" + code)
+
+
+def run(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +80,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"n_routed_experts": 4, "q_lora_rank": 16, "qk_rope_head_dim": 0},
 }
 MODELS = [name for name in CONFIGS if name in CONFIG_MAPPING_NAMES]  # those of the installed transformers
+KDA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
+
+
+def marked(cases: Iterable[Any]) -> list[Any]:
+    """Cases that begin with a model's name, each with a mark that says which op it runs."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    ops = ["kda" if row[0] in KDA else "gated_delta_rule" for row in rows]
+    return [
+        pytest.param(*row, marks=pytest.mark.touches(op), id="-".join(row)) for row, op in zip(rows, ops, strict=True)
+    ]
 
 
 @functools.cache

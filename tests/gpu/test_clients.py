@@ -6,9 +6,8 @@ import torch
 from fla.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tests.clients import checks
 from tests.clients.calls import CALLS
-from tests.clients.test_transformers import CAUSAL, MODELS, PACKED
-
-pytestmark = pytest.mark.touches("gated_delta_rule", "kda")
+from tests.clients.test_transformers import CAUSAL, PACKED
+from tests.clients.tiny import MODELS, marked
 
 
 @pytest.fixture(autouse=True)
@@ -17,27 +16,27 @@ def _whole_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", marked(MODELS))
 def test_as_without_us(name):
     checks.check_padded(name, device="cuda")
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "kimi_linear"])
+@pytest.mark.parametrize("name", marked(["qwen3_5_text", "kimi_linear"]))
 def test_bfloat16(name):
     checks.check_padded(name, device="cuda", tokens=130, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", marked(CAUSAL))
 def test_greedy_tokens(name):
     checks.check_generation(name, device="cuda")
 
 
-@pytest.mark.parametrize("packing", checks.PACKINGS)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name, packing", marked(PACKED))
 def test_packed_is_separate(name, packing):
     checks.check_packed(name, packing, device="cuda")
 
 
+@pytest.mark.touches("gated_delta_rule", "kda")
 @pytest.mark.parametrize("client", CALLS)
 def test_calls(client):
     CALLS[client]("cuda")
