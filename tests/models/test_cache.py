@@ -297,5 +297,5 @@ def test_a_cache_of_another_model_is_refused(model_type):
 def test_a_cache_of_other_layers_is_refused():
     ids, plain, hybrid = tokens(2, 5), build("gla"), build("gla", {"attn": {"layers": [1], "num_heads": 2}})
     for model, other in ((plain, hybrid), (hybrid, plain)):
-        with pytest.raises(ValueError, match="past_key_values must be of the same model: .* continues from"):
+        with pytest.raises(ValueError, match=r"past_key_values must be of the same model: .* continues from"):
             model(ids, past_key_values=other(ids).past_key_values)
