@@ -52,7 +52,7 @@ class Case:
 
 
 def _numbers(layer: TokenMixer) -> dict[str, Tensor]:
-    """Numbers between 0 and 1 for each of the layer's inputs; for the carry a matrix that makes it of the tokens."""
+    """Numbers between 0 and 1 for each of the layer's inputs; for the carry a matrix that multiplies the tokens."""
     generator = torch.Generator().manual_seed(3)
     ranks = {name: len(shape.split()) - (name == layer.carry_name) for name, shape in layer.inputs.items()}
     return {name: torch.rand([D] * rank, generator=generator) for name, rank in ranks.items()}
@@ -117,7 +117,7 @@ def rows_of(lengths=LENGTHS, seed=0) -> list[Tensor]:
 
 
 def naive_layer(layer: TokenMixer, x: Tensor, name: str) -> Tensor:
-    """The layer `name` as formulas on one sequence `[T, D]`, in the dtype of `x`; itself, where nobody wrote them."""
+    """The layer `name` as formulas on one sequence `[T, D]`, in the dtype of `x`; without these the layer itself."""
     if type(layer) in NAIVE:
         return NAIVE[type(layer)](layer, x, dict(CASES[name].settings))
     if hasattr(layer, "naive"):
