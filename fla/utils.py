@@ -79,13 +79,13 @@ def __getattr__(name: str) -> Any:
 
 
 def get_multiprocessor_count(tensor_idx: int = 0) -> int:
-    """Multiprocessors of a GPU, by the index of its device; 1 without a GPU, where kernels run one program at a time."""
+    """Multiprocessors of a GPU, by its index; 1 without a GPU, where kernels run one program at a time."""
     return torch.cuda.get_device_properties(tensor_idx).multi_processor_count if torch.cuda.is_available() else 1
 
 
 def check_shared_mem(arch: str = "none", tensor_idx: int = 0) -> bool:
-    """Whether a program on the GPU of this index may have as much shared memory as one on `arch`: "ada", "ampere", "hopper", or
-    "none" for 100 KiB. False without a GPU."""
+    """Whether a program on the GPU of this index may have as much shared memory as one on `arch`: "ada", "ampere",
+    "hopper", or "none" for 100 KiB. False without a GPU."""
     if arch not in _SHARED_MEMORY:
         raise ValueError(f"arch must be one of {', '.join(map(repr, _SHARED_MEMORY))}, got {arch!r}")
     if not torch.cuda.is_available():

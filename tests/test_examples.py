@@ -225,7 +225,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(program, flags, says, tmp_
 
 
 def test_a_run_that_diverges_says_so(program, whole, text, tmp_path, capsys):
-    """And leaves the checkpoint of an earlier run alone."""
+    """It says so in one line, and leaves the checkpoint of an earlier run alone."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "checkpoint" / "trainer.pt").read_bytes()
     assert program.main([*arguments(text, tmp_path), "--lr", "1e30"]) == 2
@@ -324,7 +324,7 @@ def test_on_idle_cores_all_threads_are_used(threads_of):
 
 
 def test_more_threads_than_help_are_not_used(threads_of):
-    """As on a machine of many cores, for a small model."""
+    """On a machine of many cores a small model gets few threads."""
     used = threads_of(64, 400, lambda step, count: 1 / min(count, 8) + 0.01 * count)
     assert used.count(8) > 360 and max(used) == 16
 

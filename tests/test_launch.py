@@ -226,7 +226,7 @@ def test_calls_that_always_go_through_triton(machine, slow, changes):
     ids=("order", "float", "bool"),
 )
 def test_a_launcher_is_known_by_the_names_values_and_types_of_its_constants(machine, slow, one, other):
-    """Each of them is another kernel, and the kernel that was asked for."""
+    """Constants of other names, values or types give another kernel, and every call launches its own."""
     launchers = [_launch.launcher_of(constants_kernel, constants) for constants in (one, other)]
     assert launchers[0] is not launchers[1]
     assert launchers == [_launch.launcher_of(constants_kernel, constants) for constants in (one, other)]
@@ -286,7 +286,7 @@ def test_a_subclass_alone_says_the_device(machine, slow, monkeypatch):
     ids=repr,
 )
 def test_numbers_of_other_classes_are_left_to_triton(machine, monkeypatch, changes):
-    """Whether and how Triton takes them is its own affair: here it takes all."""
+    """Triton decides whether and how it takes them; the stand-in here takes all."""
     metadata = SimpleNamespace(target=machine.target)
     made = SimpleNamespace(metadata=metadata, run=machine.run, function=1, packed_metadata=())
     taken: list = []

@@ -86,7 +86,7 @@ def test_every_model_has_its_modules_and_its_base(model_type):
 
 
 def test_a_model_of_ones_own_on_that_base():
-    """As models of other programs are written: layers of its own, initialised by the rules of the base."""
+    """Other programs write models so: layers of their own, initialised by the rules of the base."""
     from fla.models.gla.configuration_gla import GLAConfig
     from fla.models.gla.modeling_gla import GLABlock, GLAPreTrainedModel
 

@@ -86,7 +86,7 @@ def test_a_half_runs_without_what_only_the_other_one_needs(suite, monkeypatch):
     ids=str,
 )
 def test_both_halves_run_and_the_exit_code_is_of_both(suite, monkeypatch, capsys, codes, expected):
-    """Whatever the first one's: a failure, an error of collection, a crash, no test at all."""
+    """The second half runs whatever the first one ends with: a failure, an error of collection, a crash, no test."""
     ran = []
 
     def run(command, **keywords):
@@ -263,7 +263,7 @@ def loud(tmp_path_factory) -> str:
 
 
 def test_what_other_plugins_warn_of_is_not_ours(suite, folder, loud):
-    """Which would else end the run. Of our own tests a warning is an error."""
+    """A warning of another plugin would otherwise end the run. In our own tests a warning is an error."""
     done = run_pytest(suite, folder, 1, "-k", "no_op", PYTHONPATH=loud)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
     done = run_pytest(suite, folder, 1, "-k", "no_op", "-p", "loud_plugin", PYTHONPATH=loud)

@@ -173,7 +173,7 @@ def makes_environment(project: Path, *words: str) -> bool:
 
 
 def test_another_python_makes_the_environment_anew(installer, project):
-    """One that is named; without a name, what is there is taken as it is."""
+    """`PYTHON=` makes the environment anew if another Python made it. Without it the environment is kept as it is."""
     this = f"PYTHON={sys.executable}"
     assert not makes_environment(project)
     assert makes_environment(project, this)  # nobody knows which one made it

@@ -196,9 +196,9 @@ def test_deprecate_kwarg():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert deprecate_kwarg("old", "0.6.0", "new")(lambda new: new)(old=1) == 1
-    with pytest.warns(DeprecationWarning, match="went away in version 0.6.0; use new$"):
+    with pytest.warns(DeprecationWarning, match=r"went away in version 0\.6\.0; use new$"):
         assert deprecate_kwarg("old", "0.6.0", "new", True)(lambda new: new)(old=1) == 1
-    with pytest.raises(ValueError, match="went away in version 0.6.0; use new$"):
+    with pytest.raises(ValueError, match=r"went away in version 0\.6\.0; use new$"):
         deprecate_kwarg("old", "0.6.0", "new", False, True)(lambda new: new)(old=1)
 
 

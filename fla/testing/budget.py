@@ -5,8 +5,9 @@
 `ref` is computed in float64, `naive` by the plain implementation on the same inputs (float32 inside, result cast to the
 tested dtype). `eps` is one rounding step of the arithmetic that was tested, `c` how many steps the design may add.
 
-float64 has no wider reference to learn `e` from: there `naive` runs in float32 and its error counts times 2^-29, the
-ratio of their steps. `eps` is far below any float32 step, so that one inside shows.
+float64 has no wider reference from which `e` could be learnt. So for float64 `naive` runs in float32, and its error is
+multiplied by 2^-29, the ratio of the two rounding steps. `eps` is then far below a rounding step of float32, so that a
+single step in float32 inside the tested code fails.
 """
 
 import math
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 _LOW_PRECISION_EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-# a gate gradient is a difference of large terms: it is given more steps where nothing inside is wider than the result
+# A gate gradient is a difference of large terms. It is given more steps where the code computes in no wider dtype.
 GATE_C = {torch.bfloat16: 8.0, torch.float16: 8.0, torch.float64: 8.0}
 
 
 def relative_rms(actual: Tensor, reference: Tensor) -> float:
-    """`rms(actual - reference) / rms(reference)` in float64; the absolute `rms(actual)` of an all-zero reference."""
+    """`rms(actual - reference) / rms(reference)` in float64, or `rms(actual)` if the reference is zero everywhere."""
     return _rms(actual, reference) / (_rms(reference) or 1.0)
 
 
@@ -33,7 +34,7 @@ def _rms(x: Tensor, reference: Tensor | None = None) -> float:
 
 
 def rounding_step(dtype: torch.dtype, backend: str = "torch", gate: bool = False) -> float:
-    """`eps` of the budget for arithmetic in `dtype` on `backend`; `gate`: for the gradient of a log decay."""
+    """The budget's `eps` for arithmetic in `dtype` on `backend`. `gate`: for the gradient of a log decay."""
     if dtype in _LOW_PRECISION_EPS:
         return _LOW_PRECISION_EPS[dtype]
     if dtype == torch.float64:
@@ -57,7 +58,7 @@ def assert_within_budget(
     gate: bool = False,
     eps: float | None = None,
 ) -> None:
-    """Fail unless `actual` is within `2 e + c eps` of `reference64`, relative RMS (`e`: the same of `naive_actual`).
+    """Fail unless `actual` is within `2 e + c eps` of `reference64`, relative RMS (`e` is that of `naive_actual`).
 
     `actual` must also have the reference's shape, the dtype of `naive_actual` (float32 where float64 is tested), and no
     NaN or infinity. A reference that is zero, or so small that naive's own error is larger (the rest of terms that

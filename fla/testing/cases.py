@@ -17,13 +17,13 @@ Tokens = int | tuple[int, ...]
 
 
 def heads(*rows: tuple[int, int, int]) -> tuple[dict[str, int], ...]:
-    """Sizes of the axes H, K and V; others follow from these or are the op's own."""
+    """Sizes of the axes H, K and V, a dict for each row. Other axes follow from these, or the op declares them."""
     return tuple(dict(zip("HKV", row, strict=True)) for row in rows)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a machine runs: `tokens` (a tuple is a pack), `sizes` of the axes, dtypes of what shares one.
+    """What a machine runs: numbers of `tokens` (a tuple is the lengths of a pack), `sizes` of the axes, and `dtypes`.
 
     `instead_of`: a backend whose families are left out, because another suite runs them. `steps`: what recurrent forms,
     and float32 on Triton, take instead of each of `tokens` (default: the same), where a token is expensive.
@@ -35,8 +35,8 @@ class Suite:
     tokens: tuple[Tokens, ...]
     sizes: tuple[dict[str, int], ...]
     steps: tuple[Tokens, ...] | None = None
-    long: int = 66  # tokens of the checks that are not about sizes: a chunk, and two tokens of the next
-    packed: tuple[int, ...] = (65, 0, 1, 30)  # the same for packs
+    long: int = 66  # tokens in checks that are not about sizes: a chunk, and two tokens of the next
+    packed: tuple[int, ...] = (65, 0, 1, 30)  # lengths of the packed sequences in such checks
     batch: int = 2
     exhaustive: bool = False  # products of what is otherwise taken in turn: before a kernel lands
     same: bool = False  # also the forms that only call another one
@@ -44,13 +44,13 @@ class Suite:
     every_way: bool = False  # every way of calling with every variant, where a call is cheap; else these in turn
 
     def tokens_of(self, form: str, tokens: Tokens) -> Tokens:
-        """`tokens`, or what stands for it in a recurrent form."""
+        """The number of tokens, or the smaller one that a recurrent form takes in its place."""
         if self.steps is None or "recurrent" not in form:
             return tokens
         return self.steps[self.tokens.index(tokens)] if tokens in self.tokens else self.steps[-1]
 
     def shortened(self, case: Case) -> Case:
-        """The case at the length for recurrent forms where its backend computes the chunk form token by token too."""
+        """The case with fewer tokens (`Suite.steps`) if its backend computes even the chunk form token by token."""
         if case.backend != "triton" or case.dtype != torch.float32 or self.steps is None or "recurrent" in case.form:
             return case
         return replace(case, tokens=self.tokens_of("recurrent", case.tokens))
@@ -123,13 +123,13 @@ GPU_EXHAUSTIVE = replace(
 
 
 def forms_of(spec: OpSpec, variant: Variant, suite: Suite) -> list[str]:
-    """The forms that have a variant, but those that only call another one if the suite leaves these out."""
+    """The forms that have a variant, without those that only call another one unless the suite has `same`."""
     found = spec.forms if variant.forms is None else variant.forms
     return [form for form in spec.forms if form in found and (suite.same or form not in spec.same)]
 
 
 def forms(spec: OpSpec, suite: Suite) -> Iterator[tuple[str, Variant]]:
-    """Every form with every variant it has, those of a variant in succession."""
+    """Every form with every variant that it has; the forms of one variant follow each other."""
     for variant in spec.variants:
         for form in forms_of(spec, variant, suite):
             yield form, variant
@@ -156,8 +156,8 @@ def switched(variant: Variant, keyword: str) -> Variant:
 def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     """Cases in which every pair of levels (variant, tokens, sizes, dtype, gates, scale, states, ...) meets.
 
-    Each problem is given to every form that can do it: they share its reference. An exhaustive suite lets every pair of
-    a form and another level meet too, and each form has problems of its own.
+    Each problem is given to every form that can compute it, so that they share its reference. In an exhaustive suite
+    every form has problems of its own, so that each form meets each level.
     """
     gated = bool(spec.gates)
     factors: dict[str, Sequence[Any]] = {
@@ -169,9 +169,10 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
         "dtype": suite.dtypes,
         "gates": ("ordinary", "weak") if gated else ("ordinary",),
         "gate_dtype": (None, torch.float32) if gated else (None,),
-        "reverse": (False, True) if suite.exhaustive else (False, True, False),  # forms without it share nothing then
+        # off twice as often as on, since forms that lack it can share only a problem without it
+        "reverse": (False, True) if suite.exhaustive else (False, True, False),
         "state_v_first": (False, True),
-        "state": STATES if suite.exhaustive else (None,),  # None: as the next two say
+        "state": STATES if suite.exhaustive else (None,),  # None: the next two factors decide
         "takes_state": (True, False),
         "returns_state": (True, False),
         "scale": (None, 0.3) if any(_has_scale(spec, form) for form in spec.forms) else (None,),
@@ -190,7 +191,7 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
 
 
 def distinct(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
-    """The same problem in several forms: one of them, in turn, where all are computed token by token (`shortened`)."""
+    """The forms to which a problem is given: all, or one of them in turn if all are computed token by token."""
     shortened = suite.steps is not None and not suite.exhaustive and cases[0].dtype == torch.float32
     return [cases[turn % len(cases)]] if shortened else cases
 
@@ -215,10 +216,10 @@ def _has_scale(spec: OpSpec, form: str) -> bool:
 
 
 def enough_heads(case: Case) -> Case:
-    """The case with eight heads or more (interpreted: four) where a gradient has one number a head, a constant decay's.
+    """The case, with at least eight heads (interpreted: four) if it has the gradient of a constant decay.
 
-    Such a number is a sum over all tokens that may cancel, and then its relative error says nothing; the RMS over
-    several does. In float64, and in the torch backend's float32, the sum is good anyway.
+    That gradient has one number a head, a sum over all tokens that may cancel. Then its relative error says nothing,
+    and the RMS over several heads does. In float64, and in the torch backend's float32, the sum is accurate anyway.
     """
     gates = [name for name in case.spec.gates if name not in case.variant.without]
     constant = any("T" not in case.spec.shapes[name].split() for name in gates)
@@ -230,10 +231,10 @@ def enough_heads(case: Case) -> Case:
 
 
 def plain_cases(spec: OpSpec, suite: Suite, *, turn: int = 0, all_callings: bool = False, **changes: Any) -> list[Case]:
-    """One case of every form and variant, over more than a chunk; sizes and dtypes in turn, by default from the first.
+    """One case of every form and variant, over more than a chunk. Sizes and dtypes take turns, from the `turn`-th on.
 
-    `changes`: fields of `Case` that all get; `all_callings`: with `reverse` and `state_v_first` too. Forms of a variant
-    get the same problem.
+    `changes`: fields that every `Case` gets. `all_callings`: also cases with `reverse` and `state_v_first`. All forms
+    of a variant get the same problem.
     """
     cases: list[Case] = []
     for i, variant in enumerate(spec.variants):
@@ -271,7 +272,7 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         for c in range(len(names)):
             if c in row:
                 continue
-            turn += 1  # ties go round, so that levels without open pairs still vary
+            turn += 1  # ties are broken in turn, so that levels whose pairs have all met still vary
             gains = [
                 (sum(_pair(c, level, d, row[d]) in open_pairs for d in row), -((level + turn) % sizes[c]), level)
                 for level in range(sizes[c])

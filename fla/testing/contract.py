@@ -20,7 +20,7 @@ from fla.testing.runs import CALLING, Result, call, call_reference, parameters, 
 Inputs = dict[str, Tensor]
 Evaluate = Callable[[Inputs], tuple[Tensor, tuple[Tensor, ...]]]
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-REMEMBERED = 64  # references that are kept, for other calls of the same problem
+REMEMBERED = 64  # how many references are kept for further calls of the same problem
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Case:
 
     @property
     def dims(self) -> dict[str, int]:
-        """The size of every axis but those of rows, tokens and sequences."""
+        """The size of every axis except rows, tokens and sequences."""
         return dict(self.sizes)
 
     def resized(self, **sizes: int) -> "Case":
-        """The case with other sizes; an axis that follows from others ("2 H") does so again."""
+        """The case with other sizes. An axis that is defined by others, such as "2 H", is computed anew."""
         rules = USUAL_AXES | self.spec.axes
         follow = {axis for axis, rule in rules.items() if "H" in str(rule)}
         return replace(self, sizes={axis: size for axis, size in self.dims.items() if axis not in follow} | sizes)
@@ -142,7 +142,7 @@ def whole(case: Case, function: Callable | None = None) -> Evaluate:
 
 
 def in_pieces(case: Case, cuts: tuple[int, ...]) -> Evaluate:
-    """The tokens up to each cut in a call of its own, the final state of one handed to the next."""
+    """The tokens between two cuts are a call of their own, which continues from the final state of the one before."""
     assert isinstance(case.tokens, int) and case.returns_state
     bounds = list(zip((0, *cuts), (*cuts, case.tokens), strict=True))
     if case.variant.settings.get("reverse", False):
@@ -275,7 +275,7 @@ def compare(case: Case, inputs: Inputs, actual: Result, exact: Result, naive: Re
                 raise AssertionError(f"{case}: d{name} must be 0 where {name} < {STRONG_GATE}")
             expected, rounded = expected.masked_fill(strong, 0.0), rounded.masked_fill(strong, 0.0)
         if case.gates not in ("ordinary", "weak") and expected.abs().max() < math.exp(STRONG_GATE):
-            # what strong gates leave of it, below e^-16, is nothing: kernels may clamp a step or drop it
+            # strong gates leave less than e^-16 of it, and kernels may round that to 0
             expected, rounded = torch.zeros_like(expected), torch.zeros_like(rounded)
         within(f"d{name}", got, expected, rounded, name in case.spec.gates)
 

@@ -56,7 +56,7 @@ def check_bad_call(bad: BadCall) -> None:
 
 
 def bad_calls(cases: list[Case]) -> list[BadCall]:
-    """Everything that can be wrong with calls of these forms; a mistake that several variants share is made once."""
+    """Every mistake that calls of these forms can make. A mistake that several variants share is tried once."""
     found = {str(bad): bad for case in reversed(cases) for bad in _bad_calls(small(case))}
     return list(reversed(found.values()))
 
@@ -94,7 +94,7 @@ def _bad_tensor(case: Case, name: str, tensors: list[str]) -> Iterator[BadCall]:
     if name in case.spec.required:
         yield bad("missing", lambda x: None, name)
     for i, axis in enumerate(shape):
-        # the first tensor defines the sizes it has, so another one is named if it is the odd one out
+        # the first tensor sets the sizes of its axes: if it is the wrong one, the error names another
         shared = [other for other in tensors if other != name and axis in case.spec.shapes[other].split()]
         if not shared:
             continue
@@ -174,7 +174,7 @@ def _bad_packing(case: Case, packed: Case) -> Iterator[BadCall]:
     yield bad("batch", bounds(0, 2, 5), r"batch", "2", of=replace(case, state="none"))
     yield bad("other_device", lambda good: good["cu_seqlens"].to("meta"), "meta")
     yield BadCall("offsets", packed, lambda good: good | {"offsets": good["cu_seqlens"]}, ("offsets",), TypeError)
-    if case.device == "cpu":  # on a GPU their values are checked on request: reading them would wait for it
+    if case.device == "cpu":  # on a GPU the values are checked only on request, since reading them waits for it
         yield bad("start", bounds(1, 2, 2, 5), "start", "0", r"\b1\b")
         yield bad("end_early", bounds(0, 2, 2, 4), r"\b5\b", r"\b4\b")
         yield bad("end_late", bounds(0, 2, 2, 6), r"\b5\b", r"\b6\b")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fla.ops._spec import OpSpec, Variant
 
-USUAL_AXES = {"H": 2, "HV": "H", "K": 16, "V": 16, "D": "H K"}  # axes that an op need not give sizes for
+USUAL_AXES = {"H": 2, "HV": "H", "K": 16, "V": 16, "D": "H K"}  # sizes of axes for which an op need not give any
 DEFAULT_DIMS = {"B": 2, "T": 65}
 EXTREME_GATES = (0.0, -1e-6, -5.0, -50.0, -1e4, -float("inf"))
-STRONG_GATE = -16.0  # below it the gradient of a log decay is defined as 0 (its true value is under e^-16 of scale)
+STRONG_GATE = -16.0  # for log decays below it the gradient is defined as 0; its true value is under e^-16
 
 
 def axes_of(spec: OpSpec) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def make_inputs(
         size = [int(axis) if axis.isdigit() else sizes[axis] for axis in shape.split()]
         noise[name] = torch.randn(size, generator=generator, device=device, dtype=wide)
     states = state_names(spec, variant)
-    # a constant decay is a parameter: its gradient, a sum over all tokens, would overflow float16
+    # a constant decay is a parameter; its gradient is a sum over all tokens, which would overflow float16
     dtypes = {name: gate_dtype or dtype if "T" in spec.shapes[name].split() else wide for name in spec.gates}
     dtypes |= dict.fromkeys(spec.wide, wide) | dict.fromkeys(states, state_dtype or wide)
     legal = {name: x for name, x in spec.inputs(noise).items() if name not in variant.without}

@@ -15,7 +15,7 @@ from torch import Tensor
 from fla.ops._spec import OpSpec, Variant
 from fla.testing.inputs import state_names, state_shapes
 
-# keywords that change how an op is called and not what it computes: its reference need not know them
+# keywords that change how an op is called but not what it computes; its reference does not know them
 CALLING = ("state_v_first", "reverse", "output_attentions", "backend")
 
 
@@ -141,7 +141,7 @@ def parts_of(state: Any) -> tuple[Tensor, ...]:
 
 
 def turned(spec: OpSpec, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Between the layouts `[N, H, K, V]` and `[N, H, V, K]`; a part without these axes stays."""
+    """The parts of a state moved from layout `[N, H, K, V]` to `[N, H, V, K]` or back. A part without K and V stays."""
     shapes = state_shapes(spec).values()
     return tuple(x.mT if shape.endswith(" K V") else x for x, shape in zip(parts, shapes, strict=False))
 

@@ -76,7 +76,7 @@ def test_joined_packs_of_all_head_sizes(case):
 
 @pytest.mark.parametrize("case", in_turn(*STRONG[::2]) + in_turn(*STRONG[1::2]), ids=str)
 def test_strong_decays(case):
-    """Also of a constant decay that needs no gradient: it has kernels of its own."""
+    """A constant decay that needs no gradient has kernels of its own, and is tested too."""
     check_chunks(case)
 
 

@@ -40,7 +40,7 @@ def test_a_pool_is_separate_calls(case):
 
 @pytest.mark.parametrize("case", [case.resized(**MANY) for case in EVERY_WAY], ids=str)
 def test_many_states(case):
-    """So many that programs are as large as they get: 300 requests on a pool of 400."""
+    """With 300 requests on a pool of 400, programs have their largest tiles."""
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:300]
     order[::7] = -1
     check_served(Served(replace(case, batch=300), slots=400, indices=tuple(order.tolist())))

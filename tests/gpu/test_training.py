@@ -31,7 +31,7 @@ def gradients(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """The problems that the Triton backend was given."""
+    """A list of the problems that the Triton backend is given from here on."""
     seen: list = []
     forward = decay.forward
     monkeypatch.setattr(decay, "forward", lambda problem, *rest: (seen.append(problem), forward(problem, *rest))[1])

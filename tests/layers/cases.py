@@ -122,7 +122,7 @@ def rows_of(lengths=LENGTHS, seed=0) -> list[Tensor]:
 
 
 def naive_layer(layer: TokenMixer, x: Tensor, name: str) -> Tensor:
-    """The layer `name` as formulas on one sequence `[T, D]`, in the dtype of `x`; itself, where nobody wrote them."""
+    """The layer `name` as formulas on one sequence `[T, D]`, in the dtype of `x`; without these the layer itself."""
     if type(layer) in NAIVE:
         return NAIVE[type(layer)](layer, x, dict(CASES[name].settings))
     if hasattr(layer, "naive"):

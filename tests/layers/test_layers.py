@@ -235,7 +235,7 @@ def test_every_layer_runs_as_it_is_by_default(cls):
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_layers_are_copied_without_their_settings(cls):
-    """Which `copy` and `pickle` do by an empty call of `__new__`."""
+    """`copy` and `pickle` call `__new__` without arguments."""
     layer = tiny(cls)
     assert str(copy.deepcopy(layer)) == str(layer)
 
@@ -370,7 +370,7 @@ def test_attention_by_position():
 
 
 def test_attention_takes_the_packing_of_a_batch():
-    """`cu_seqlens` over all rows in turn: the rows themselves, or sequences that end anywhere."""
+    """`cu_seqlens` may bound all rows one after the other: the rows themselves, or sequences that end anywhere."""
     layer, x = Attention(D, 2), torch.randn(2, 5, D)
     for bounds in ([0, 5, 10], [0, 2, 5, 6, 10], [0, 10]):
         for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seqlens_cpu"):

@@ -169,7 +169,7 @@ def prompted(model, mode=torch.no_grad, cache=None):
 
 @every_case
 def test_one_prompt_is_continued_many_times(model_type, overrides):
-    """From snapshots of either kind; a snapshot stays what it was, whatever its cache goes on with."""
+    """A prompt goes on from snapshots of either kind. What a cache does later changes no snapshot."""
     model = build(model_type, overrides)
     cache = prompted(model)
     expected = continued(model, prompted(model))
@@ -198,7 +198,7 @@ def test_a_prompt_of_inference_mode_is_continued_outside(model_type, overrides):
 @every_type
 @pytest.mark.parametrize("make", [DynamicCache, lambda config: DynamicCache(config=config)], ids=["bare", "by-config"])
 def test_a_caller_s_empty_cache_is_filled(model_type, make):
-    """The same object goes on, is copied and reset like ours, and a second one is another past."""
+    """Its object holds the past afterwards, and is copied and reset like ours. A second object holds another past."""
     model = build(model_type)
     expected = continued(model, prompted(model))
     mine = make(tiny_config(model_type)) if make is not DynamicCache else DynamicCache()
@@ -297,5 +297,5 @@ def test_a_cache_of_another_model_is_refused(model_type):
 def test_a_cache_of_other_layers_is_refused():
     ids, plain, hybrid = tokens(2, 5), build("gla"), build("gla", {"attn": {"layers": [1], "num_heads": 2}})
     for model, other in ((plain, hybrid), (hybrid, plain)):
-        with pytest.raises(ValueError, match="past_key_values must be of the same model: .* continues from"):
+        with pytest.raises(ValueError, match=r"past_key_values must be of the same model: .* continues from"):
             model(ids, past_key_values=other(ids).past_key_values)

@@ -88,7 +88,7 @@ def test_prompt_tuning_with_a_cache_is_without(model_type, num_beams):
 
 
 def by_setting(model, tensors):
-    """As accelerate on a model without memory: only for keys that the model has, only tensors of the same shape."""
+    """Load as accelerate does on the meta device: only keys that the model has, only tensors of the same shape."""
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         module = model.get_submodule(path)
@@ -98,7 +98,7 @@ def by_setting(model, tensors):
 
 
 def by_copying(model, tensors):
-    """As vLLM and programs that read safetensors by hand."""
+    """Load as vLLM does, and programs that read safetensors by hand."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, tensor in tensors.items():
@@ -108,7 +108,7 @@ def by_copying(model, tensors):
 
 
 def by_shards(model, tensors):
-    """One call of `load_state_dict` for a file, each with a part of the tensors."""
+    """Load a file by several calls of `load_state_dict`, each with a part of the tensors."""
     for key, tensor in tensors.items():
         assert not model.load_state_dict({key: tensor}, strict=False).unexpected_keys
 
@@ -148,7 +148,7 @@ def test_the_cache_has_two_names(model_type):
 
 @every_type
 def test_positional_order(model_type):
-    """As the reference's: its Transformer takes the cache before embeddings, its other models after them."""
+    """The order is the reference's: its Transformer takes the cache before the embeddings, other models after them."""
     middle = ["inputs_embeds", "past_key_values"]
     if model_type == "transformer":
         middle.reverse()

@@ -19,7 +19,7 @@ PATHS = {
 
 
 class Adapter(nn.Module):
-    """What peft puts in a head's place: attributes of the layer under it, and a product of its own on top."""
+    """What peft puts in the place of a head: it has the attributes of the head, and adds a product of its own."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def hook(model):
 
 
 def offload(model):
-    """As accelerate: the weight is on the meta device but for the time of a call."""
+    """Offload as accelerate does: the weight is on the meta device except during a call."""
     head, weight = model.lm_head, model.lm_head.weight
     del head._parameters["weight"]
     head.register_parameter("weight", nn.Parameter(torch.empty(weight.shape, device="meta")))
@@ -78,7 +78,7 @@ def loss_and_gradients(model, **inputs):
 
 @pytest.mark.parametrize("head", [adapt, hook, offload, subclass], ids=lambda head: head.__name__)
 def test_the_head_decides(head, monkeypatch):
-    """What stands in a plain head's place is called, not read past; that the fused loss cannot be is said."""
+    """A module in the place of a plain head is called, not bypassed; the log says that the fused loss is not used."""
     said, ids, results = [], tokens(2, 9), []
     monkeypatch.setattr(_loss.logger, "warning_once", said.append)
     for path in ("fused", "linear"):

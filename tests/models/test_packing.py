@@ -35,7 +35,7 @@ def separate(model, ids: Tensor, rows: Rows) -> Tensor:
 @every_case
 @pytest.mark.parametrize("case", ["batch", *exhaustive("row", "one_token_first")])
 def test_positions_that_start_anew_pack(model_type, overrides, case):
-    """Under a mask of ones too, which tells of no sequences."""
+    """They pack under a mask of ones too, which says nothing of sequences."""
     model, rows = build(model_type, overrides), LENGTHS[case]
     ids = tokens(len(rows), sum(rows[0]))
     for mask in (None, torch.ones_like(ids)):
@@ -55,7 +55,7 @@ def test_the_first_sequence_may_be_one_token(model_type):
 
 @every_case
 def test_packed_rows_with_padding(model_type, overrides):
-    """What padding's positions are does not matter; hidden states come back in the rows that went in."""
+    """The positions at padding do not matter. Hidden states come back in the rows of the input."""
     model, ids, mask = build(model_type, overrides), tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
     mask[0, :2] = mask[0, 6] = mask[1, 9:] = 0
     position_ids = torch.tensor([[1, 1, 0, 1, 2, 3, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0]])

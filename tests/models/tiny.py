@@ -1,4 +1,4 @@
-"""Small models of every registered type, for the contract suites: nothing here names a model but the extra variants."""
+"""Small models of every registered type, for the contract suites. Only `VARIANTS` names models."""
 
 import copy
 from collections.abc import Callable

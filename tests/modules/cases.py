@@ -184,7 +184,7 @@ def short_convolution(act: bool):
 
 
 def turned(x: Tensor, dim: int, first: int, interleaved: bool, power: Callable | None = None) -> Tensor:
-    """Every channel pair times `exp(i t f)`, as complex numbers in float64 (the angles are the module's own affair)."""
+    """Every pair of channels times `exp(i t f)`, as complex numbers in float64. The angles are the module's own."""
     at = torch.arange(first, first + x.shape[1], dtype=torch.float64)
     frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = torch.outer(at, frequency)

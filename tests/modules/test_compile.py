@@ -12,7 +12,7 @@ from tests.modules.running import as_tuple, assert_matches_formula, make
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocation():
-    """None here: dynamo cannot trace an allocation function that a test has replaced."""
+    """Replaces the fixture of this name by nothing: dynamo cannot trace an allocation function that a test replaced."""
 
 
 def cases() -> list:

@@ -20,7 +20,7 @@ def conv():
 
 
 def close(name, actual, expected):
-    """In float64 both ways of computing are held to the same few roundings."""
+    """Fail unless two results in float64 differ by a few roundings at most."""
     assert_within_budget(name, actual, expected, expected)
 
 

@@ -258,7 +258,7 @@ def test_mlp_of_another_activation(name):
 
 
 def test_positional_orders():
-    """As other programs call them: the third argument of a gated norm with a linear map is eps."""
+    """Other programs pass eps as the third argument of a gated norm with a linear map."""
     for name in ("RMSNormGated", "RMSNormGatedLinear", "LayerNormGatedLinear", "RMSNormSwishGate"):
         assert getattr(modules, f"Fused{name}")(D, True, 1e-3).eps == 1e-3
     for name in ("RMSNormSwishGateLinear", "LayerNormSwishGate", "LayerNormSwishGateLinear"):

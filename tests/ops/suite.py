@@ -73,7 +73,7 @@ def gate_cases(spec: OpSpec, suite: Suite) -> list[Case]:
 
 
 def variant_in_turn(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
-    """Of each form one case, such that while dtypes go round too every variant gets every dtype."""
+    """One case of each form. Variants and dtypes take turns, so that every variant meets every dtype."""
     found = []
     for form in dict.fromkeys(case.form for case in cases):
         own = [case for case in cases if case.form == form]
@@ -82,7 +82,8 @@ def variant_in_turn(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
 
 
 def gradients_to_hold(case: Case) -> tuple[str, ...] | None:
-    """All, but for a constant decay's of -5 where heads are wide and operands have 16 bits.
+    """The gradients that are compared: all, except that of a constant decay of -5 where heads are wide and inputs have
+    16 bits.
 
     It is one sum over all tokens of terms of which e^-5 is left, and row sums in float32 (of K products each, the two
     to be subtracted a hundred times their difference) have an error that all earlier tokens share. At T 130 it used 0.5
@@ -96,7 +97,10 @@ def gradients_to_hold(case: Case) -> tuple[str, ...] | None:
 
 
 def check_pieces(case: Case) -> None:
-    """Also the gradients through the states handed over; a piece of one token, a cut inside a chunk."""
+    """The pieces of a sequence give what the whole gives, gradients through the states included.
+
+    One piece has a single token, and one cut is inside a chunk.
+    """
     check_values(case, in_pieces(case, (1, case.tokens // 2 + 1)))
 
 
@@ -141,7 +145,7 @@ def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
 
 
 def is_possible(way: str, case: Case) -> bool:
-    """Whether a way of calling needs states that the form has not."""
+    """Whether the form has the states that a way of calling needs."""
     return way not in ("pieces", "state_alone") or (case.returns_state and case.takes_state)
 
 

@@ -23,7 +23,7 @@ every_form = pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name_
 
 
 def taking(argument, **changes):
-    """A case of every form with this parameter."""
+    """For every form that has this parameter, one case."""
     cases = [case for spec in REGISTRY.values() for case in plain_cases(spec, TORCH, **changes)]
     found = {case.function: case for case in reversed(cases) if accepts(case, argument)}
     assert found, f"no form takes {argument}"
@@ -37,7 +37,7 @@ def equal(one, other):
 
 @every_form
 def test_every_parameter_is_read(function):
-    """One that is not would be ignored, whatever a caller says by it."""
+    """A parameter that the function never reads would be ignored silently."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert set(inspect.signature(function).parameters) <= read

@@ -21,7 +21,7 @@ def calling(case):
 
 @each_case
 def test_a_second_derivative_that_reaches_the_op_raises(case):
-    """Whatever of it depends on what: the loss may be linear in the output, the tensor a leaf or not."""
+    """It raises whether or not the loss is linear in the output, and whether or not the tensor is a leaf."""
     function, x, name = calling(case)
     x.requires_grad_()
     for loss in (torch.sum, lambda o: o.square().sum()):

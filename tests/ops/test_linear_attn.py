@@ -15,7 +15,7 @@ RESUMED = next(variant for variant in SPEC.variants if variant.name == "resumed"
 
 @pytest.mark.parametrize("form", [form for form in SPEC.forms if form not in SPEC.same])
 def test_split_and_resume(form):
-    """At a chunk's end too, from a state and a normaliser."""
+    """A sequence goes on from its state and its normaliser. One of the pieces is exactly a chunk."""
     case = Case(SPEC, form, RESUMED, tokens=130)
     check_values(case, in_pieces(case, (1, 65)))
 

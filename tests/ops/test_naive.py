@@ -57,7 +57,7 @@ def test_public_forms_are_exported():
 
 @pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY)
 def test_naive_functions_have_every_derivative(spec):
-    """Second ones, those of torch.func, forward mode: where the ops themselves raise and name the op."""
+    """They have the derivatives for which the ops raise: second ones, those of torch.func, forward mode."""
     x = make_inputs(spec, {"T": 3, "K": 2, "V": 2}, torch.float64, variant=spec.variants[0])
     first = next(iter(x))
 
