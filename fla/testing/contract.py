@@ -357,6 +357,41 @@ def _assert_same(case: Case, what: str, first: Result, second: Result) -> None:
             raise AssertionError(f"{case}: {name} of {what} differs")
 
 
+def check_prefix(case: Case, count: int, gate: float) -> None:
+    """Outputs and gradients of the first `count` tokens are the same bits when all tokens after them are others.
+
+    The later tokens get new values and gates of `gate`, and nothing flows back from them. With `reverse` it is the last
+    `count` tokens that the tokens before them must not change.
+    """
+    case = replace(case, state="in" if case.takes_state else "none")
+    tokens, inputs = case.tokens, case.inputs()
+    assert isinstance(tokens, int) and 0 < count < tokens
+    first = tokens - count if case.variant.settings.get("reverse", False) else 0
+    kept = torch.zeros(tokens, dtype=torch.bool, device=case.device)
+    kept[first : first + count] = True
+
+    def of_tokens(name: str, x: Tensor) -> Tensor:
+        """`kept`, to be broadcast to an input."""
+        axes = case.spec.shapes[name].split()
+        return kept.view([tokens if axis == "T" else 1 for axis in axes]) if "T" in axes else kept.new_ones(x.shape)
+
+    others = replace(case, seed=case.seed + 1).inputs()
+    others |= {name: torch.full_like(inputs[name], gate) for name in case.spec.gates if name in inputs}
+    changed = {name: torch.where(of_tokens(name, x), x, others[name]) for name, x in inputs.items()}
+
+    def cotangents(i: int, x: Tensor) -> Tensor:
+        return rounded_cotangent(case)(i, x) * kept.view(1, -1, *[1] * (x.dim() - 2))
+
+    results = []
+    for given in (inputs, changed):
+        found = run(whole(case), given, cotangents=cotangents)
+        grads = {
+            name: x * of_tokens(name, x) if x is not None else None for name, x in found.grads.items()
+        }
+        results.append(Result(found.output.narrow(1, first, count), (), grads))
+    _assert_same(case, f"the first {count} tokens, the others' gates {gate},", *results)
+
+
 def check_attentions(case: Case) -> None:
     """`output_attentions=True` returns the matrix `A` `[B, H, T, T]` of `o = A v`, and the same `o` as without.
 
