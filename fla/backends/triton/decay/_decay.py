@@ -180,6 +180,27 @@ def pair_decay(b_G, m_causal):
 
 
 @triton.jit
+def own_alone(b_P):
+    """The scores `[C, C]` of tokens with themselves; zeros elsewhere."""
+    o_c = tl.arange(0, b_P.shape[0])
+    return tl.where(o_c[:, None] == o_c[None, :], b_P, 0.0).to(b_P.dtype)
+
+
+@triton.jit
+def without_own(b_P, SUMS: tl.constexpr):
+    """The scores without those of tokens with themselves, where there are row sums (SUMS).
+
+    These scores add the same to both of a token's row sums, whose difference is small: they would leave it few digits.
+    `own_alone` has them, for after the sums are made.
+    """
+    if SUMS:
+        o_c = tl.arange(0, b_P.shape[0])
+        return tl.where(o_c[:, None] == o_c[None, :], 0.0, b_P).to(b_P.dtype)
+    else:
+        return b_P
+
+
+@triton.jit
 def store_end_term(
     end_term, b_S, dht, sums, place, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
     DTYPE: tl.constexpr,

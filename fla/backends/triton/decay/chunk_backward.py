@@ -86,9 +86,11 @@ from fla.backends.triton.decay._decay import (
     first_far,
     marks_length,
     middle,
+    own_alone,
     running_decay,
     scale_rows,
     store_end_term,
+    without_own,
 )
 from fla.backends.triton.decay.far_backward import far_role
 from fla.backends.triton.decay.gate_gradient import finish_scalar, finish_vector
@@ -116,9 +118,7 @@ def _dq_role(
     start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
-    # a token's score with itself adds the same to both row sums, whose difference is small: it comes behind them
-    m_own = o_c[:, None] == o_c[None, :]
-    m_causal = o_c[:, None] > o_c[None, :] if SUMS else o_c[:, None] >= o_c[None, :]
+    m_causal = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, sums, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)  # [BV, TILE]
     if KIND == VECTOR:
         b_to_end = decay_to_end(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
@@ -143,8 +143,7 @@ def _dq_role(
             b_dq = dot_split(b_do, b_S, DTYPE)
         b_dq = keep_started_before(b_dq, begins, b_starts)
         m_scores = same_sequence_pairs(m_causal, begins, b_starts, False)
-        b_scores = tl.dot(b_do, tl.trans(b_v))  # [C, C]
-        b_P = operand(tl.where(m_scores, b_scores, 0.0), DTYPE)
+        b_P = operand(tl.where(m_scores, tl.dot(b_do, tl.trans(b_v)), 0.0), DTYPE)  # [C, C]
         if KIND == VECTOR:
             b_to_end_next = decay_to_end(g + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             b_dq = tl.dot(b_P, b_k, acc=b_dq)
@@ -158,11 +157,11 @@ def _dq_role(
                 b_q = load_tile(q_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
             b_G_next, total_next = running_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
             b_k = scale_rows(b_k, -b_G, middle(DTYPE, KIND), KIND).to(DTYPE)
-            b_dq = tl.dot(b_P, b_k, acc=b_dq)
+            b_dq = tl.dot(without_own(b_P, SUMS), b_k, acc=b_dq)
             if SUMS:
                 b_q = scale_rows(b_q, b_G, 1.0 / middle(DTYPE, KIND), KIND).to(DTYPE)
                 tl.store(row_sums + o_head + t + o_c, tl.sum(b_q * b_dq, 1) * scale, mask=m_c)
-                b_dq = tl.dot(operand(tl.where(m_own, b_scores, 0.0), DTYPE), b_k, acc=b_dq)
+                b_dq = tl.dot(own_alone(b_P), b_k, acc=b_dq)
             b_dq = scale_rows(b_dq, b_G, 1.0 / middle(DTYPE, KIND), KIND)
             store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
             b_S = tl.dot(tl.trans(b_v), keep_last_sequence(b_k, begins, last), acc=keep_if_spanning(b_S, begins, last))
@@ -189,12 +188,12 @@ def _dk_role(
     start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
-    m_own = o_c[:, None] == o_c[None, :]
-    m_causal = o_c[:, None] < o_c[None, :] if SUMS else o_c[:, None] <= o_c[None, :]
+    m_causal = o_c[:, None] <= o_c[None, :]
     b_dS = state_gradient_after(  # [BV, TILE]
         dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[None, :], o_v[:, None], K, V
     )
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
+    t_stored = tl.minimum(t_end, first) if KIND == SCALAR else t_end
     if KIND == VECTOR:
         b_dS *= decay_to_end(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
     else:
@@ -220,8 +219,7 @@ def _dk_role(
             b_dk = dot_split(b_v, b_dS, DTYPE)
         b_dk = keep_last_sequence(b_dk, begins, last)
         m_scores = same_sequence_pairs(m_causal, begins, b_starts, True)
-        b_scores = tl.dot(b_v, tl.trans(b_do))  # [C, C]
-        b_P = operand(tl.where(m_scores, b_scores, 0.0), DTYPE)
+        b_P = operand(tl.where(m_scores, tl.dot(b_v, tl.trans(b_do)), 0.0), DTYPE)  # [C, C]
         if KIND == VECTOR:
             b_to_end = decay_to_end(g + (t // C - 1) * (2 * K * H), o_k, t > t_begin, K)
             b_dk = tl.dot(b_P, b_q, acc=b_dk)
@@ -234,13 +232,13 @@ def _dk_role(
             if SUMS:
                 b_k = load_tile(k_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
             b_G_next, total_next = running_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
-            m_stored = m_c & (t + o_c < first) if KIND == SCALAR else m_c
+            m_stored = t + o_c < t_stored
             b_q = scale_rows(b_q, b_G, 1.0 / middle(DTYPE, KIND), KIND).to(DTYPE)
-            b_dk = tl.dot(b_P, b_q, acc=b_dk)
+            b_dk = tl.dot(without_own(b_P, SUMS), b_q, acc=b_dk)
             if SUMS:
                 b_k = scale_rows(b_k, -b_G, middle(DTYPE, KIND), KIND).to(DTYPE)
                 tl.store(row_sums + o_head + t + o_c, tl.sum(b_k * b_dk, 1) * scale, mask=m_stored)
-                b_dk = tl.dot(operand(tl.where(m_own, b_scores, 0.0), DTYPE), b_q, acc=b_dk)
+                b_dk = tl.dot(own_alone(b_P), b_q, acc=b_dk)
             b_dk = scale_rows(b_dk, -b_G, middle(DTYPE, KIND), KIND)
             store_rows(dk + row * K, o_c, m_stored, H, o_k, K, b_dk * scale)
             b_dS = tl.dot(
@@ -274,6 +272,7 @@ def _dv_role(
         dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[:, None], o_v[None, :], K, V
     )
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
+    t_stored = tl.minimum(t_end, first) if KIND == SCALAR else t_end
     if KIND == VECTOR:
         b_dS *= decay_to_end(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
     else:
@@ -304,7 +303,7 @@ def _dv_role(
             b_dS *= b_to_end[:, None]
         else:
             b_G_next, total_next = running_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
-            m_stored = m_c & (t + o_c < first) if KIND == SCALAR else m_c
+            m_stored = t + o_c < t_stored
             b_do = scale_rows(b_do, b_G, 1.0 / middle(DTYPE, KIND), KIND).to(DTYPE)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
             b_dv = scale_rows(b_dv, -b_G, middle(DTYPE, KIND), KIND)

@@ -49,9 +49,11 @@ from fla.backends.triton.decay._decay import (
     SHORT,
     SHORT_CHUNK,
     decay_to_middle,
+    own_alone,
     pair_decay,
     running_decay,
     store_end_term,
+    without_own,
 )
 
 STAGES = tl.constexpr(2)  # with more, two programs do not fit on a multiprocessor
@@ -144,10 +146,7 @@ def far_role(
     t_first = tl.where(is_dq, t_begin, t_begin + (chunks - 1) * C)
     if KIND == FAR_SCALAR:
         chunks -= tl.where(is_dq, 0, tl.maximum(first - t_begin, 0) // C)
-    m_own = o_c[:, None] == o_c[None, :]
     m_causal = tl.where(is_dq, o_c[:, None] >= o_c[None, :], o_c[:, None] <= o_c[None, :])
-    if SUMS:  # as in `chunk_backward.py`
-        m_causal = m_causal & ((m_own == 0) | is_dv)
     if is_dq:
         b_Z = state_before(h0, sums, i_state, i_s, S, o_e[None, :], o_d[:, None], K, V)
     elif is_dv:
@@ -179,9 +178,9 @@ def far_role(
         else:
             b_G, total = running_decay(g, o_head, i_h, t, t_end, True, KIND)
             b_from_state, b_to_state = tl.where(is_dq, b_G, total - b_G), tl.where(is_dq, total - b_G, b_G)
-            b_scores = tl.dot(b_a, tl.trans(b_b))
-            b_P = b_scores * pair_decay(b_G * sign, m_scores)
-        b_X = tl.dot(operand(b_P, DTYPE), b_c)  # [C, TILE]
+            b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_scores)
+        b_P = operand(b_P, DTYPE)
+        b_X = tl.dot(without_own(b_P, SUMS), b_c)  # [C, TILE]
         if end_term is None:
             b_state_part = tl.dot(b_a, operand(b_Z, DTYPE))  # [C, TILE]
         else:
@@ -201,7 +200,7 @@ def far_role(
                 b_scaled = (b_x * tl.exp2(b_from_state)[:, None]).to(DTYPE)
                 p_row_sum = row_sums + o_head + t + o_c
                 tl.store(p_row_sum, tl.sum(b_x * b_X + b_scaled * b_state_part, 1) * scale, mask=m_rows)
-                b_X = tl.dot(operand(tl.where(tl.where(is_dv, False, m_own), b_scores, 0.0), DTYPE), b_c, acc=b_X)
+                b_X = tl.dot(own_alone(b_P), b_c, acc=b_X)
             b_state_part *= tl.exp2(b_from_state)[:, None]
             b_c = (b_c * tl.exp2(b_to_state)[:, None]).to(DTYPE)
             b_Z *= tl.exp2(total)
