@@ -201,6 +201,24 @@ def without_own(b_P, SUMS: tl.constexpr):
 
 
 @triton.jit
+def without_last_write(b_S, k, v, g, place, o_head, H, o_k, o_v, K, V, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """`b_S` `[V, K]`, the state at the end of a sequence, without what the last token itself wrote to it (SCALAR).
+
+    As its score with itself, that is the same in two terms whose difference is small: the end term and the row sum of
+    dk, which leaves it out too. `place`: first row (64 bits), number of tokens, head.
+    """
+    start, length, i_h = place
+    row = (start + length - 1) * H + i_h
+    b_k = tl.load(k + row * K + o_k, mask=tl.where(length > 0, o_k < K, False), other=0.0)
+    b_v = tl.load(v + row * V + o_v, mask=tl.where(length > 0, o_v < V, False), other=0.0).to(DTYPE)
+    b_k = b_k.to(tl.float32)
+    if KIND == SCALAR:
+        decay = tl.load(g + o_head + length - 1, mask=length > 0, other=0.0)
+        b_k = (b_k * (tl.exp2(-decay) * middle(DTYPE, KIND))).to(DTYPE).to(tl.float32) * tl.exp2(decay)
+    return b_S - b_v.to(tl.float32)[:, None] * b_k[None, :]
+
+
+@triton.jit
 def store_end_term(
     end_term, b_S, dht, sums, place, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
     DTYPE: tl.constexpr,

@@ -90,6 +90,7 @@ from fla.backends.triton.decay._decay import (
     running_decay,
     scale_rows,
     store_end_term,
+    without_last_write,
     without_own,
 )
 from fla.backends.triton.decay.far_backward import far_role
@@ -170,6 +171,10 @@ def _dq_role(
                 b_G, total = b_G_next, total_next
         b_starts, last = sequence_starts(begins, t + C, t_end, C)
     if end_term is not None:
+        if SUMS and (dht is not None):
+            b_S = without_last_write(
+                b_S, k, v, g, (start, t_end, i_h), o_head, H, o_k, o_v, K, V, DTYPE, KIND
+            )  # fmt: skip
         end = (t_end, length, i_state, num_states, i_s, S, num_segments)
         store_end_term(end_term, b_S, dht, sums, end, scale, o_k, o_v, K, V, KIND, DTYPE)
 
@@ -237,7 +242,8 @@ def _dk_role(
             b_dk = tl.dot(without_own(b_P, SUMS), b_q, acc=b_dk)
             if SUMS:
                 b_k = scale_rows(b_k, -b_G, middle(DTYPE, KIND), KIND).to(DTYPE)
-                tl.store(row_sums + o_head + t + o_c, tl.sum(b_k * b_dk, 1) * scale, mask=m_stored)
+                b_sum = tl.where(t + o_c == length - 1, 0.0, tl.sum(b_k * b_dk, 1))  # see `without_last_write`
+                tl.store(row_sums + o_head + t + o_c, b_sum * scale, mask=m_stored)
                 b_dk = tl.dot(own_alone(b_P), b_q, acc=b_dk)
             b_dk = scale_rows(b_dk, -b_G, middle(DTYPE, KIND), KIND)
             store_rows(dk + row * K, o_c, m_stored, H, o_k, K, b_dk * scale)

@@ -53,6 +53,7 @@ from fla.backends.triton.decay._decay import (
     pair_decay,
     running_decay,
     store_end_term,
+    without_last_write,
     without_own,
 )
 
@@ -198,8 +199,9 @@ def far_role(
                 m_rows = tl.where(is_dv, False, m_c)
                 b_x = load_rows(tl.where(is_dq, q, k) + row * K, o_c, m_rows, H, o_e, K)
                 b_scaled = (b_x * tl.exp2(b_from_state)[:, None]).to(DTYPE)
-                p_row_sum = row_sums + o_head + t + o_c
-                tl.store(p_row_sum, tl.sum(b_x * b_X + b_scaled * b_state_part, 1) * scale, mask=m_rows)
+                b_sum = tl.sum(b_x * b_X + b_scaled * b_state_part, 1)
+                b_sum = tl.where(tl.where(is_dq, False, t + o_c == length - 1), 0.0, b_sum)  # see `without_last_write`
+                tl.store(row_sums + o_head + t + o_c, b_sum * scale, mask=m_rows)
                 b_X = tl.dot(own_alone(b_P), b_c, acc=b_X)
             b_state_part *= tl.exp2(b_from_state)[:, None]
             b_c = (b_c * tl.exp2(b_to_state)[:, None]).to(DTYPE)
@@ -217,6 +219,10 @@ def far_role(
             b_Z = b_Z * b_entering_d[:, None] * b_entering_e[None, :]
     if end_term is not None:
         if is_dq:
+            if SUMS and (dht is not None):
+                b_Z = without_last_write(
+                    b_Z, k, v, g, (start, t_end, i_h), o_head, H, o_e, o_d, K, V, DTYPE, KIND
+                )  # fmt: skip
             end = (t_end, length, i_state, num_states, i_s, S, num_segments)
             store_end_term(end_term, b_Z, dht, sums, end, scale, o_e, o_d, K, V, KIND, DTYPE)
     if dh0 is not None:
