@@ -30,9 +30,9 @@ from torch import Tensor
 
 from fla.backends.decay import MIN_LOG_DECAY, Problem
 from fla.backends.torch._layout import Layout
+from fla.backends.torch._scores import Scores, pair_decay, scan, states_at_ends, sums_to_end
 
 CHUNK = 64
-SAFE_RANGE = 80.0  # nats: exp(80) and exp(-80) are normal float32 numbers
 
 
 @dataclass
@@ -58,11 +58,14 @@ class _Chunks:
         """`e^{G_C - G} x`."""
         return x if self.log_decay is None else x * (self.log_decay[:, :, -1:] - self.log_decay).exp().to(x.dtype)
 
+    def scores(self) -> Scores:
+        return pair_decay(self.log_decay, self.q.dtype).between(self.q, self.k)
+
 
 def forward(problem: Problem, output_final_state: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     chunks = _cut_into_chunks(problem, dtype)
     starts, final_state = _states_at_starts(problem, chunks)
-    scores = _scores(problem, chunks)
+    scores = chunks.scores()
     o = chunks.decay_from_start(chunks.q) @ starts + scores.values() @ chunks.v
     o = (chunks.layout.join(o) * problem.scale).to(problem.output_dtype)
     return o, final_state if output_final_state else None
@@ -75,15 +78,15 @@ def backward(
     starts, final_state = _states_at_starts(problem, chunks)
     do = chunks.layout.split(do.to(dtype) * problem.scale)
     ends, dh0 = _state_gradients_at_ends(problem, chunks, do, dht)
-    scores = _scores(problem, chunks)
+    scores = chunks.scores()
     dv = scores.values().mT @ do + chunks.decay_to_end(chunks.k) @ ends
     dq, dk = scores.gradients((do @ chunks.v.mT).tril())
     dq = dq + chunks.decay_from_start(do @ starts.mT)
     dk = dk + chunks.decay_to_end(chunks.v @ ends.mT)
     dg = dgk = None
     if needs_gates:
-        change = _states_at_ends(chunks.layout, starts, final_state) * ends
-        dg = _gate_gradient(chunks.q * dq - chunks.k * dk, change.sum(-1))
+        change = states_at_ends(chunks.layout, starts, final_state) * ends
+        dg = sums_to_end(chunks.q * dq - chunks.k * dk) + change.sum(-1)[:, :, None]
         if problem.gk is None:
             dg = dg.sum(-1, keepdim=True)
         dg = chunks.layout.join(dg)
@@ -130,104 +133,9 @@ def _scan(chunks: _Chunks, updates: Tensor, state: Tensor, steps: list[tuple[Ten
 
     Returns the state that every chunk found `[NC, H, K, V]`, and the last state of every sequence `[N, H, K, V]`.
     """
-    found = torch.empty_like(updates)
     decay = chunks.decay_over_chunk
-    for chunk, row in steps:
-        current = state[row]
-        found[chunk] = current
-        state[row] = updates[chunk] + (current if isinstance(decay, float) else decay[chunk] * current)
-    return found, state
 
+    def advance(chunk: Tensor, current: Tensor) -> Tensor:
+        return updates[chunk] + (current if isinstance(decay, float) else decay[chunk] * current)
 
-def _states_at_ends(layout: Layout, starts: Tensor, final_state: Tensor) -> Tensor:
-    """The state at the end of every chunk: that at the start of the sequence's next chunk, or the final state."""
-    ends = torch.empty_like(starts)
-    for chunk, _ in layout.steps()[1:]:
-        ends[chunk - 1] = starts[chunk]
-    counts = torch.tensor(layout.counts, device=layout.device)
-    ends[(counts.cumsum(0) - 1)[counts > 0]] = final_state[counts > 0]
-    return ends
-
-
-def _gate_gradient(row: Tensor, change: Tensor) -> Tensor:
-    """The sum of `row` from every token to the end of its chunk, plus `change`, the share of the state after it."""
-    return row.flip(2).cumsum(2).flip(2) + change[:, :, None]
-
-
-def _scores(problem: Problem, chunks: _Chunks) -> "_ScalarScores | _VectorScores":
-    return (_ScalarScores if problem.gk is None else _VectorScores)(chunks)
-
-
-class _ScalarScores:
-    """`P_ij = (q_i . k_j) exp(G_i - G_j)`, with one decay per head."""
-
-    def __init__(self, chunks: _Chunks):
-        self.q, self.k = chunks.q, chunks.k
-        self.decay = None
-        if chunks.log_decay is not None:
-            # lower triangle before the exponential: above the diagonal it could overflow
-            self.decay = (chunks.log_decay - chunks.log_decay.mT).tril().exp().to(self.q.dtype)
-
-    def values(self) -> Tensor:
-        return self._decayed(self.q @ self.k.mT)
-
-    def gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-        d_scores = self._decayed(d_scores)
-        return d_scores @ self.k, d_scores.mT @ self.q
-
-    def _decayed(self, scores: Tensor) -> Tensor:
-        return (scores if self.decay is None else scores * self.decay).tril()
-
-
-class _VectorScores:
-    """`P_ij = sum_k q_ik k_jk exp(G_ik - G_jk)`, with one decay per key channel.
-
-    The scores are a matrix product of `q exp(G - M)` and `k exp(M - G)`, where M is G in the middle of the chunk. Where
-    one of these exponents exceeds SAFE_RANGE, the (chunk, head) pair is `far`: its scores are computed row by row from
-    `exp(G_ik - G_jk)`, whose exponents are never positive.
-    """
-
-    def __init__(self, chunks: _Chunks):
-        log_decay = chunks.log_decay
-        assert log_decay is not None
-        half = log_decay.shape[2] // 2
-        middle = log_decay[:, :, half - 1 : half] if log_decay.shape[2] > 1 else log_decay
-        from_middle = log_decay - middle
-        self.far = from_middle.abs().amax((2, 3)) > SAFE_RANGE
-        from_middle = from_middle.masked_fill(self.far[..., None, None], 0.0)
-        self.q_factor, self.k_factor = from_middle.exp().to(chunks.q.dtype), (-from_middle).exp().to(chunks.q.dtype)
-        self.q, self.k = chunks.q * self.q_factor, chunks.k * self.k_factor
-        self.any_far = bool(self.far.any())
-        if self.any_far:
-            self.far_q, self.far_k, self.far_log_decay = chunks.q[self.far], chunks.k[self.far], log_decay[self.far]
-
-    def values(self) -> Tensor:
-        scores = (self.q @ self.k.mT).tril()
-        if self.any_far:
-            scores[self.far] = self._far_scores()
-        return scores
-
-    def gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-        dq, dk = self.q_factor * (d_scores @ self.k), self.k_factor * (d_scores.mT @ self.q)
-        if self.any_far:
-            dq[self.far], dk[self.far] = self._far_gradients(d_scores[self.far])
-        return dq, dk
-
-    def _decay_to_row(self, i: int) -> Tensor:
-        """`exp(G_i - G_j)` for `j <= i` in the far pairs, `[pairs, i + 1, K]`."""
-        return (self.far_log_decay[:, i : i + 1] - self.far_log_decay[:, : i + 1]).exp().to(self.q.dtype)
-
-    def _far_scores(self) -> Tensor:
-        rows, size = self.far_q.shape[:2]
-        scores = self.far_q.new_zeros(rows, size, size)
-        for i in range(size):
-            scores[:, i, : i + 1] = (self.far_q[:, i : i + 1] * self.far_k[:, : i + 1] * self._decay_to_row(i)).sum(-1)
-        return scores
-
-    def _far_gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-        dq, dk = torch.zeros_like(self.far_q), torch.zeros_like(self.far_k)
-        for i in range(d_scores.shape[1]):
-            weight = d_scores[:, i, : i + 1, None] * self._decay_to_row(i)
-            dq[:, i] = (weight * self.far_k[:, : i + 1]).sum(1)
-            dk[:, : i + 1] += weight * self.far_q[:, i : i + 1]
-        return dq, dk
+    return scan(steps, torch.empty_like(updates), state, advance)
