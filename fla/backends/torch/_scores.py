@@ -117,7 +117,9 @@ class _VectorScores(Scores):
     def values(self) -> Tensor:
         scores = (self.x @ self.y.mT).tril(self.diagonal)
         if self.decay.any_far:
-            scores[self.decay.far] += self._far_scores()  # which are 0 for rows that are not far, as theirs are for these
+            scores[self.decay.far] += (
+                self._far_scores()
+            )  # which are 0 for rows that are not far, as theirs are for these
         return scores
 
     def gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -382,7 +382,21 @@ def _run_role(
         place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first)
         _dk_role(q, k, v, g, do, dht, dk, dh0, work, end_term, sums, begins, place, scale, H, K, V, BV, LOAD, KIND)
     else:
-        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_slice, i_tile, first)
+        place = (
+            start,
+            t_begin,
+            t_end,
+            length,
+            i_state,
+            num_states,
+            i_s,
+            S,
+            num_segments,
+            o_head,
+            i_slice,
+            i_tile,
+            first,
+        )
         _dv_role(q, k, g, do, dht, dv, sums, begins, place, scale, H, K, V, BK, LOAD, KIND)
 
 
