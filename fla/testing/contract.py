@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fla.ops._spec import OpSpec, Variant
-from fla.testing.budget import assert_within_budget
+from fla.testing.budget import GATE_C, assert_within_budget, relative_rms, rounding_step
 from fla.testing.inputs import STRONG_GATE, USUAL_AXES, make_inputs, pack, sizes_of, state_names
 from fla.testing.runs import CALLING, Result, call, call_reference, parameters, run, seeded_cotangent, slice_axis
 
@@ -357,6 +357,67 @@ def _assert_same(case: Case, what: str, first: Result, second: Result) -> None:
     for name, (a, b) in pairs.items():
         if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(a, b)):
             raise AssertionError(f"{case}: {name} of {what} differs")
+
+
+def check_prefix(case: Case, count: int, gate: float | None, *, rounded: bool = False) -> None:
+    """Outputs and gradients of the first `count` tokens do not depend on the tokens after them: they are the same bits.
+
+    The later tokens get other values and gates of `gate`, or are cut off if it is None. Nothing flows back from them.
+    With `reverse` it is the last `count` tokens, on which those before them have no influence. `rounded`: the same
+    within the rounding steps of the budget in place of bits, for what the docs of an op say is rounded otherwise.
+    """
+    case = replace(case, state="in" if case.takes_state else "none")
+    tokens, inputs, states = case.tokens, case.inputs(), state_names(case.spec, case.variant)
+    assert isinstance(tokens, int) and 0 < count < tokens
+    first = tokens - count if case.variant.settings.get("reverse", False) else 0
+
+    def kept(name: str, x: Tensor) -> Tensor:
+        axes = case.spec.shapes[name].split()
+        return x.narrow(axes.index("T"), first, count) if "T" in axes else x
+
+    if gate is None:
+        changed = slice_axis(case.spec, inputs, "T", first, count)
+    else:
+        changed = replace(case, seed=case.seed + 1).inputs()
+        gates = [name for name in case.spec.gates if name in inputs]
+        changed |= {name: torch.full_like(inputs[name], gate) for name in gates}
+        changed = {name: x if "T" in case.spec.shapes[name].split() else inputs[name] for name, x in changed.items()}
+        for name, x in changed.items():
+            if x is not inputs[name]:
+                kept(name, x).copy_(kept(name, inputs[name]))
+
+    def cotangents(i: int, x: Tensor) -> Tensor:
+        incoming = rounded_cotangent(case)(i, x.new_empty(x.shape[0], tokens, *x.shape[2:]))
+        if x.shape[1] == count:
+            return incoming.narrow(1, first, count)
+        incoming.narrow(1, 0, first).zero_()
+        incoming.narrow(1, first + count, tokens - first - count).zero_()
+        return incoming
+
+    results = []
+    for given in (inputs, changed):
+        found = run(whole(case), given, cotangents=cotangents)
+        cut = given is changed and gate is None
+        output = found.output if cut else found.output.narrow(1, first, count)
+        grads = {name: x if x is None or cut else kept(name, x) for name, x in found.grads.items()}
+        if gate is None:  # the order of a sum over all tokens follows their number
+            grads = {name: x for name, x in grads.items() if "T" in case.spec.shapes[name].split() or name in states}
+        results.append(Result(output, (), grads))
+    what = f"the {count} tokens when the others " + ("are cut off" if gate is None else f"change to gates of {gate}")
+    if rounded:
+        _assert_close(case, what, *results)
+    else:
+        _assert_same(case, what, *results)
+
+
+def _assert_close(case: Case, what: str, first: Result, second: Result) -> None:
+    """Each result within the rounding steps that the budget grants beside a naive result's own error."""
+    for name, a, b in (("o", first.output, second.output), *((n, a, second.grads[n]) for n, a in first.grads.items())):
+        is_gate = name in case.spec.gates
+        steps = GATE_C.get(case.dtype, 2.0) if is_gate else 2.0
+        bound = steps * rounding_step(case.dtype, case.backend, is_gate)
+        if (a is None) != (b is None) or (a is not None and b is not None and not relative_rms(b, a) <= bound):
+            raise AssertionError(f"{case}: {name} of {what} differs by more than {bound:.3g}")
 
 
 def check_attentions(case: Case) -> None:

@@ -4,6 +4,8 @@ and its recurrent kernels on what no op combines.
 Kinds of decay meet dtypes, gates and sizes in turn; every kind with all of them only in the exhaustive suite.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from fla.ops._spec import REGISTRY
 from fla.testing import GPU, assert_within_budget, make_inputs, relative_rms
 from fla.testing.contract import Case
 from tests.families import decay
-from tests.families.decay import DECAYS, Direct, check_chunks, check_direct
+from tests.families.decay import DECAYS, Direct, check_chunks, check_direct, check_one_prefix
 from tests.gpu.running import evaluate, leaves_of, noise_for
 from tests.ops.suite import in_turn
 
@@ -97,6 +99,20 @@ def test_gate_gradient_of_a_very_long_sequence(op, gate, gates):
 
     exact, naive = gradient(torch.float64, "torch"), gradient(torch.float32, "torch").to(BF16)
     assert_within_budget(f"{op} d{gate}", gradient(BF16, "triton"), exact, naive, dtype=BF16, gate=True)
+
+
+PREFIXES = ((22, 21), (200, 100))
+PREFIX_CASES = [
+    case for dtype in (BF16, FP16, torch.float32) for case in chunk_cases(2, 128, 128, tokens=22, dtype=dtype)
+]
+
+
+@pytest.mark.parametrize("case", PREFIX_CASES, ids=str)
+def test_later_tokens_change_nothing_before_them(case):
+    """Outputs and gradients of a prefix, whatever later gates are, and where later tokens are cut off."""
+    for tokens, count in PREFIXES:
+        for gate in (None, 0.0, -5.0, -50.0):
+            check_one_prefix(replace(case, tokens=tokens), count, gate)
 
 
 def working_memory(case: Case) -> int:

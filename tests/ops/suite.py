@@ -22,6 +22,7 @@ from fla.testing.contract import (
     by_rows,
     check_attentions,
     check_index_dtypes,
+    check_prefix,
     check_repeats,
     check_same_form,
     check_strides,
@@ -81,19 +82,9 @@ def variant_in_turn(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
     return found
 
 
-def gradients_to_hold(case: Case) -> tuple[str, ...] | None:
-    """The gradients that are compared: all, except that of a constant decay of -5 where heads are wide and inputs have
-    16 bits.
-
-    It is one sum over all tokens of terms of which e^-5 is left, and row sums in float32 (of K products each, the two
-    to be subtracted a hundred times their difference) have an error that all earlier tokens share. At T 130 it used 0.5
-    to 1.2 of fp16's budget (K = V = 64, in the interpreter) and 1.4 of bf16's (K = V = 128, on an H200), while the
-    gradient per token stays far inside its own. The interpreter's heads are narrow: there it is held.
-    """
-    names = tuple(case.inputs())
-    constant = {name for name in case.spec.gates if name in names and "T" not in case.spec.shapes[name].split()}
-    wide = case.backend == "triton" and case.dtype != torch.float32 and min(case.dims["K"], case.dims["V"]) > 20
-    return tuple(name for name in names if name not in constant) if constant and wide and case.gates == -5.0 else None
+def prefix_cases(spec: OpSpec, suite: Suite) -> list[Case]:
+    """Every form and variant, dtypes in turn. In the interpreter each family has its own."""
+    return plain_cases(spec, suite, batch=1)
 
 
 def check_pieces(case: Case) -> None:
@@ -223,7 +214,15 @@ def contract(suite: Suite) -> type:
         @pytest.mark.parametrize("case", over(gate_cases), ids=str)
         def test_extreme_gates(self, case):
             # a float64 op promises numbers there, not float64's last digits: running sums of -1e4 cost some
-            check_values(case, needs=gradients_to_hold(case), eps=2.0**-22 if case.dtype == torch.float64 else None)
+            check_values(case, eps=2.0**-22 if case.dtype == torch.float64 else None)
+
+        @pytest.mark.parametrize("case", over(prefix_cases), ids=str)
+        def test_later_tokens_change_nothing_before_them(self, case):
+            """Bit for bit: a prefix that ends within a chunk, and one that lacks a token, which forgets everything."""
+            check_prefix(case, 10, 0.0)
+            check_prefix(case, case.tokens - 1, -50.0)
+            if case.backend == "torch":
+                check_prefix(case, 10, -5.0)
 
         @pytest.mark.parametrize("case", short, ids=str)
         def test_gradient_of_one_input_alone(self, case):
@@ -259,6 +258,8 @@ def contract(suite: Suite) -> type:
 
     if suite.backend != "torch":
         del OpContract.test_forms_that_call_another
+    if suite.steps is not None:
+        del OpContract.test_later_tokens_change_nothing_before_them
     return OpContract
 
 

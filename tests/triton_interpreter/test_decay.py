@@ -23,7 +23,7 @@ from fla.backends.triton.decay import (
 )
 from fla.testing.cases import INTERPRETER
 from tests.families import decay
-from tests.families.decay import DECAYS, Direct, check_chunks, check_direct
+from tests.families.decay import DECAYS, Direct, check_chunks, check_direct, check_one_prefix
 from tests.ops.suite import diagonal, in_turn
 
 
@@ -204,6 +204,19 @@ def test_every_strength_of_decay(case):
     """Of fp16, halves of a chunk hold 8 nats (one decay a head) or 80 (a decay a channel): 64 steps of "weak" ones are
     under 1, of ordinary ones about 13, of -1.5 there are 96."""
     check_chunks(case)
+
+
+# tokens, those of them that must not change, gates of the others (None: cut off)
+PREFIXES = ((22, 21, -50.0), (70, 10, -5.0), (130, 90, None), (70, 40, 0.0), (200, 100, -5.0))
+PREFIX_CASES = [
+    [(case, count, gate) for case in chunk_cases(1, 16, 16, tokens=tokens, batch=1)] for tokens, count, gate in PREFIXES
+]
+
+
+@pytest.mark.parametrize("case, count, gate", in_turn(*PREFIX_CASES[:2]) + in_turn(*PREFIX_CASES[2:]), ids=str)
+def test_later_tokens_change_nothing_before_them(case, count, gate):
+    """Whatever their gates are: a head that they make far computes the tokens before them as a near one."""
+    check_one_prefix(case, count, gate)
 
 
 NARROW = [Direct(8, 20, decays, tokens=(3, 0, 1)) for decays in DECAYS]

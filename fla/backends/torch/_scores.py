@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fla.backends.torch._layout import Layout
 
-SAFE_RANGE = 80.0  # nats: exp(80) and exp(-80) are normal float32 numbers
+SAFE_RANGE = 60.0  # nats: exp(60) and exp(-60), with room in float32 for the numbers that they scale
 
 
 def pair_decay(log_decay: Tensor | None, dtype: torch.dtype, rows: Tensor | None = None) -> "PairDecay":
@@ -50,32 +50,32 @@ class _ScalarDecay(PairDecay):
 class _VectorDecay(PairDecay):
     """One decay per key channel.
 
-    The scores are a matrix product of `x exp(R - M)` and `y exp(M - G)`, where M is G in the middle of the chunk. Where
-    one of these exponents exceeds SAFE_RANGE, the chunk of a head is `far`: its scores are computed row by row from
-    `exp(R_ik - G_jk)`, whose exponents are never positive.
+    The scores are a matrix product of `x exp(R - M)` and `y exp(M - G)`, where M is -SAFE_RANGE. From the first token
+    of a chunk on whose sums are further from M than that, rows are far: they are computed one by one from
+    `exp(R_ik - G_jk)`, whose exponents are never positive. So no gate of a later token changes how a row is rounded.
     """
 
     def __init__(self, rows: Tensor, log_decay: Tensor, dtype: torch.dtype):
-        half = log_decay.shape[-2] // 2
-        middle = log_decay[..., half - 1 : half, :] if log_decay.shape[-2] > 1 else log_decay
-        from_middle = log_decay - middle
-        rows_from_middle = from_middle if rows is log_decay else rows - middle
-        self.far = from_middle.abs().amax((-2, -1)) > SAFE_RANGE
-        if rows is not log_decay:
-            self.far |= rows_from_middle.abs().amax((-2, -1)) > SAFE_RANGE
+        lowest, highest = torch.minimum(rows, log_decay).amin(-1), torch.maximum(rows, log_decay).amax(-1)
+        outside = (lowest < -2 * SAFE_RANGE) | (highest > SAFE_RANGE / 16)  # exp(85) is the largest factor
+        is_far = outside.cummax(-1).values  # of every token
         self.dtype = dtype
-        self.x_factor = rows_from_middle.masked_fill(self.far[..., None, None], 0.0).exp().to(dtype)
-        self.y_factor = (-from_middle.masked_fill(self.far[..., None, None], 0.0)).exp().to(dtype)
+        self.x_factor = (rows + SAFE_RANGE).masked_fill(is_far[..., None], -torch.inf).exp().to(dtype)
+        self.y_factor = (-SAFE_RANGE - log_decay).masked_fill(is_far[..., None], -torch.inf).exp().to(dtype)
+        self.far = is_far[..., -1]  # of every chunk: whether it has far rows
         self.any_far = bool(self.far.any())
         if self.any_far:
             self.far_rows, self.far_columns = rows[self.far], log_decay[self.far]
+            self.is_far = is_far[self.far].to(dtype)
+            self.first = int(outside.any(tuple(range(outside.dim() - 1))).byte().argmax())
 
     def between(self, x: Tensor, y: Tensor, strict: bool = False) -> "Scores":
         return _VectorScores(x, y, -1 if strict else 0, self)
 
     def to_row(self, i: int, end: int) -> Tensor:
-        """`exp(R_i - G_j)` for `j < end` in the far chunks, `[far chunks, end, K]`."""
-        return (self.far_rows[:, i : i + 1] - self.far_columns[:, :end]).exp().to(self.dtype)
+        """`exp(R_i - G_j)` for `j < end` in the chunks with far rows, `[chunks, end, K]`; 0 if their row i is not."""
+        decay = (self.far_rows[:, i : i + 1] - self.far_columns[:, :end]).exp().to(self.dtype)
+        return decay * self.is_far[:, i, None, None]
 
 
 class Scores:
@@ -129,7 +129,9 @@ class _VectorScores(Scores):
     def values(self) -> Tensor:
         scores = (self.x @ self.y.mT).tril(self.diagonal)
         if self.decay.any_far:
-            scores[self.decay.far] = self._far_scores()
+            scores[self.decay.far] += (
+                self._far_scores()
+            )  # which are 0 for rows that are not far, as theirs are for these
         return scores
 
     def gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,20 +147,22 @@ class _VectorScores(Scores):
         dx = self.decay.x_factor * (d_scores @ self.y)
         dy = self.decay.y_factor * (d_scores.mT @ self.x)
         if self.decay.any_far:
-            dx[self.decay.far], dy[self.decay.far] = self._far_gradients(d_scores[self.decay.far])
+            far_dx, far_dy = self._far_gradients(d_scores[self.decay.far])
+            dx[self.decay.far] += far_dx
+            dy[self.decay.far] += far_dy
         return dx, dy
 
     def _far_scores(self) -> Tensor:
         rows, size = self.far_x.shape[:2]
         scores = self.far_x.new_zeros(rows, size, size)
-        for i in range(size):
+        for i in range(self.decay.first, size):
             end = i + 1 + self.diagonal
             scores[:, i, :end] = (self.far_x[:, i : i + 1] * self.far_y[:, :end] * self.decay.to_row(i, end)).sum(-1)
         return scores
 
     def _far_gradients(self, d_scores: Tensor) -> tuple[Tensor, Tensor]:
         dx, dy = torch.zeros_like(self.far_x), torch.zeros_like(self.far_y)
-        for i in range(d_scores.shape[1]):
+        for i in range(self.decay.first, d_scores.shape[1]):
             end = i + 1 + self.diagonal
             weight = d_scores[:, i, :end, None] * self.decay.to_row(i, end)
             dx[:, i] = (weight * self.far_y[:, :end]).sum(1)

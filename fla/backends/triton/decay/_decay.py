@@ -6,24 +6,25 @@ chunk need the factors e^{G_i - G_j}. With any number m, the middle of the chunk
     e^{G_i - G_j} = e^{G_i - m} e^{m - G_j}
 
 so that one factor a row of Q and one a row of K do, instead of one for every pair of tokens. Each factor must fit in
-its dtype. A head whose decay is too strong for that in any chunk is far, and is computed by another kind than near
-heads:
+its dtype. Tokens whose G is too low for that are far, and are computed by another kind than near ones:
 
-    near kind    decay                       m
-    NONE         none                        -
-    CONSTANT     one a head                  G_C / 2; kernels scale rows as they go
-    SCALAR       one a head and token        G_C / 2; kernels scale rows as they go
-    VECTOR       one a head, token and       log MIDDLE, the middle of the range that fits; q and k come scaled from
-                 key channel                 `prepare.py`
+    near kind    decay                                    rows are scaled by
+    NONE         none                                     -
+    CONSTANT     one a head                               kernels, as they go
+    SCALAR       one a head and token                     kernels, as they go
+    VECTOR       one a head, token and key channel        `prepare.py`
 
-    far kind                                 computed with
-    FAR_CONSTANT, FAR_SCALAR                 an exponential for every pair of tokens
-    SHORT (of VECTOR)                        chunks of 16 tokens, and m = G_{C/2} of each
+    far kind                                              computed with
+    FAR_CONSTANT, FAR_SCALAR                              an exponential for every pair of tokens
+    SHORT (of VECTOR)                                     chunks of 16 tokens, and m = G_{C/2} of each
 
-The constant m of VECTOR is known before any gate is read. It leaves one factor a chunk for the state, e^{G_C}. The
-states of VECTOR are held in units of 1 / MIDDLE, their gradients in units of MIDDLE.
+The m of near kinds is a constant, log MIDDLE, the middle of the range that fits. No gate of a later token then changes
+how the rows of a token are rounded, and a state has one factor a chunk, e^{G_C}. States are held in units of
+1 / MIDDLE, their gradients in units of MIDDLE.
 
-A launch is for a near and a far kind (KINDS), and each of its programs takes the kind that its head needs. `prepare.py`
+A launch is for a near and a far kind (KINDS), and each of its programs takes the kinds that its head needs. SCALAR
+computes the tokens of a sequence that come before the first far one, and FAR_SCALAR those from it on, so that what
+comes later does not change how a token is computed. Of the other kinds a head is near or far as a whole. `prepare.py`
 marks the chunks that decay too fast.
 
 Kernels use log2 and `exp2`. Their argument `pack` is `begins` `[T]` for a joined pack, else `cu_seqlens` or None
@@ -43,36 +44,52 @@ WIDEST = 256  # key channels that one program of the forward holds, at most
 # three roles. With a launch for each role it is WIDEST.
 WIDEST_BACKWARD = 128
 NONE, CONSTANT, SCALAR, VECTOR, SHORT, FAR_CONSTANT, FAR_SCALAR = (tl.constexpr(i) for i in range(7))  # decay kinds
-MIDDLE = tl.constexpr(2.0**-58)  # e^m of VECTOR: about e^-40, half of `prepare.py`'s RANGE; powers of 2 scale exactly
+# e^m of near kinds: powers of 2, which scale exactly. The first is about e^-40, half of NEAR and `prepare.py`'s RANGE.
+MIDDLE = tl.constexpr(2.0**-58)
+MIDDLE_FP16 = tl.constexpr(2.0**-3)  # where operands are fp16, which has no such range
 # KINDS of a launch = the near kind + FAR_UNIT * the far kind (0 where there is none) + JOINED for a joined pack
 FAR_UNIT = 8
 JOINED = FAR_UNIT * FAR_UNIT
 # The same fields as bits, for kernels. (The interpreter takes `BITS & KINDS`, but neither `KINDS & BITS` nor `%`.)
 NEAR_BITS, FAR_BITS, JOINED_BIT, FAR_SHIFT = (tl.constexpr(i) for i in (0b000111, 0b111000, 0b1000000, 3))
-# Log2 decay of a chunk up to which a head is near. Half of it fits in bf16, and a product of two halves in float32.
+# Log2 decay in a chunk up to which tokens are near. Half of it fits in bf16, and a product of two halves in float32.
 NEAR = tl.constexpr(-80.0 * 1.4426950408889634)
-NEAR_FP16 = tl.constexpr(-8.0 * 1.4426950408889634)  # in fp16, where small numbers lose digits early
+NEAR_FP16 = tl.constexpr(-6.0 * 1.4426950408889634)  # in fp16: rows are scaled by e^6 MIDDLE_FP16, about 50, at most
+ALL_NEAR = tl.constexpr(2**31 - 1)  # the first far token where there is none
 
 
 @triton.jit
 def is_near(total, DTYPE: tl.constexpr):
-    """Whether the rows of a chunk with this log2 decay can be scaled to its middle. DTYPE: of q."""
+    """Whether rows with this log2 decay since the start of their chunk can be scaled. DTYPE: of q."""
     return total >= (NEAR_FP16 if tl.float16 == DTYPE else NEAR)
 
 
 @triton.jit
-def is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
-    """1 if a head decays too fast for the near kind, else 0.
+def middle(DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """e^m of a kind; 1 for those that scale no rows. DTYPE: of what its dots read."""
+    if (KIND == CONSTANT) or ((KIND == SCALAR) or (KIND == VECTOR)):
+        return MIDDLE_FP16 if tl.float16 == DTYPE else MIDDLE
+    else:
+        return 1.0
+
+
+@triton.jit
+def first_far(g, cu_seqlens, i_state, num_states, start, length, T, H, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """The first token of a sequence that is far in a head; ALL_NEAR if there is none.
 
     `g` points at the marks of `prepare.py`, or at the decays of the heads for the kinds with a constant decay.
     """
     i_n, i_h = i_state // H, i_state % H
     if KIND == NONE:
-        return 0
+        return ALL_NEAR
     elif (KIND == CONSTANT) or (KIND == FAR_CONSTANT):
-        return 1 - is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE).to(tl.int32)
+        return tl.where(is_near(log2_decay(tl.load(g + i_h)) * CHUNK, DTYPE), ALL_NEAR, 0)
     else:
-        return (largest_mark(g, cu_seqlens, i_n, i_h, num_states // H, start, length, T) > 0).to(tl.int32)
+        first = first_marked(g, cu_seqlens, i_n, i_h, num_states // H, start, length, T)
+        if (KIND == SCALAR) or (KIND == FAR_SCALAR):
+            return first
+        else:
+            return tl.where(first < ALL_NEAR, 0, ALL_NEAR)
 
 
 @triton.jit
@@ -109,27 +126,24 @@ def running_decay(g, o_head, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
 
 
 @triton.jit
-def centred_decay(g, o_head, i_h, t, t_end, is_chunk, KIND: tl.constexpr):
-    """G - m `[C]` of the chunk at `t`, and `exp2(G_C / 2)`: the decay of a state over half of the chunk."""
-    b_G, total = running_decay(g, o_head, i_h, t, t_end, is_chunk, KIND)
-    return b_G - 0.5 * total, tl.exp2(0.5 * total)
-
-
-@triton.jit
 def marks_length(cu_seqlens, T, H, num_states):
     """How many floats the marks `[H, slots]` take, rounded up to 16 bytes. `prepare.py` stores the rest after them."""
     return tl.cdiv(num_chunk_slots(cu_seqlens, T, num_states // H) * H, 4) * 4
 
 
 @triton.jit
-def largest_mark(g, cu_seqlens, i_n, i_h, N, start, length, T):
-    """The largest mark of a sequence's chunks in one head: 1 if any of them decays too fast."""
+def first_marked(g, cu_seqlens, i_n, i_h, N, start, length, T):
+    """The first token that a mark of a sequence's chunks names in one head, ALL_NEAR if there is none.
+
+    A mark is how many tokens of its chunk come before the first far one: CHUNK if there is none.
+    """
     g += i_h * num_chunk_slots(cu_seqlens, T, N) + first_chunk_slot(cu_seqlens, start, i_n, T)
     o_i = tl.arange(0, MARKS_AT_ONCE)
-    b_mark = tl.zeros([MARKS_AT_ONCE], tl.float32)
+    b_first = tl.full([MARKS_AT_ONCE], ALL_NEAR, tl.int32)
     for i in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
-        b_mark = tl.maximum(b_mark, tl.load(g + i + o_i, mask=i + o_i < tl.cdiv(length, CHUNK), other=0.0))
-    return tl.max(b_mark, 0)
+        b_mark = tl.load(g + i + o_i, mask=i + o_i < tl.cdiv(length, CHUNK), other=CHUNK).to(tl.int32)
+        b_first = tl.minimum(b_first, tl.where(b_mark < CHUNK, (i + o_i) * CHUNK + b_mark, ALL_NEAR))
+    return tl.min(b_first, 0)
 
 
 @triton.jit
@@ -148,10 +162,13 @@ def decay_to_end(p, o_k, is_chunk, K: tl.constexpr):
 
 
 @triton.jit
-def scale_rows(x, b_Gm, KIND: tl.constexpr):
-    """`x` `[C, D]` times `exp2(b_Gm)` `[C]`, a factor a row, for the kinds that scale rows as they go."""
+def scale_rows(x, b_G, factor, KIND: tl.constexpr):
+    """`x` `[C, D]` times `exp2(b_G) factor` `[C]`, a factor a row, for the kinds that scale rows as they go.
+
+    (`factor`, a power of 2, is not added to the exponent, because a product with it is exact.)
+    """
     if (KIND == CONSTANT) or (KIND == SCALAR):
-        return x * tl.exp2(b_Gm)[:, None]
+        return x * (tl.exp2(b_G) * factor)[:, None]
     else:
         return x
 
@@ -163,22 +180,61 @@ def pair_decay(b_G, m_causal):
 
 
 @triton.jit
+def own_alone(b_P):
+    """The scores `[C, C]` of tokens with themselves; zeros elsewhere."""
+    o_c = tl.arange(0, b_P.shape[0])
+    return tl.where(o_c[:, None] == o_c[None, :], b_P, 0.0).to(b_P.dtype)
+
+
+@triton.jit
+def without_own(b_P, SUMS: tl.constexpr):
+    """The scores without those of tokens with themselves, where there are row sums (SUMS).
+
+    These scores add the same to both of a token's row sums, whose difference is small: they would leave it few digits.
+    `own_alone` has them, for after the sums are made.
+    """
+    if SUMS:
+        o_c = tl.arange(0, b_P.shape[0])
+        return tl.where(o_c[:, None] == o_c[None, :], 0.0, b_P).to(b_P.dtype)
+    else:
+        return b_P
+
+
+@triton.jit
+def without_last_write(b_S, k, v, g, place, o_head, H, o_k, o_v, K, V, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """`b_S` `[V, K]`, the state at the end of a sequence, without what the last token itself wrote to it (SCALAR).
+
+    As its score with itself, that is the same in two terms whose difference is small: the end term and the row sum of
+    dk, which leaves it out too. `place`: first row (64 bits), number of tokens, head.
+    """
+    start, length, i_h = place
+    row = (start + length - 1) * H + i_h
+    b_k = tl.load(k + row * K + o_k, mask=tl.where(length > 0, o_k < K, False), other=0.0)
+    b_v = tl.load(v + row * V + o_v, mask=tl.where(length > 0, o_v < V, False), other=0.0).to(DTYPE)
+    b_k = b_k.to(tl.float32)
+    if KIND == SCALAR:
+        decay = tl.load(g + o_head + length - 1, mask=length > 0, other=0.0)
+        b_k = (b_k * (tl.exp2(-decay) * middle(DTYPE, KIND))).to(DTYPE).to(tl.float32) * tl.exp2(decay)
+    return b_S - b_v.to(tl.float32)[:, None] * b_k[None, :]
+
+
+@triton.jit
 def store_end_term(
-    end_term, b_S, dht, sums, place, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr
-):
+    end_term, b_S, dht, sums, place, scale, o_k, o_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """Stores the end term of the gate gradient of a segment, for the key channels `o_k` of `end_term` `[K]`.
 
     It is <S, dS>, summed over V, for the state at the segment's end. `b_S` `[V, K]` must be the state that the role
     itself computed from rounded operands: with any other, the terms of the gate gradient do not cancel. `place` has
     the segment's bounds and numbers, as they are named below.
     """
+    b_S *= 1.0 / middle(DTYPE, KIND)
     t_end, length, i_state, num_states, i_s, S, num_segments = place
     if (KIND == VECTOR) or (KIND == SHORT):
         b_dS = state_gradient_after(
             dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[None, :], o_v[:, None], K, V
         )
-        if KIND == VECTOR:
-            b_S *= 1.0 / MIDDLE
         tl.store(end_term + o_k, tl.sum(b_S * b_dS, 0) * scale, mask=o_k < K)
     elif dht is not None:
         if t_end == length:

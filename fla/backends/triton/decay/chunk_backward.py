@@ -1,26 +1,28 @@
 """Backward of the chunk kernels: two directions through time, and no stored state.
 
 A program has one of three roles, for one tile and one segment. With S the state before a chunk and dS the gradient of
-the state after it, with m and G as in `_decay.py`, and with
+the state after it, each in its unit, with m and G as in `_decay.py`, and with
 
     Qn = e^{G - m} Q        Kn = e^{m - G} K        dOn = e^{G - m} dO
 
 the roles compute, for a chunk of tokens,
 
-    dq, forward in time, a tile of K:    dQ = scale e^{G - m} (tril(dO V^T) Kn + dO (e^m S)^T)
-    dk, in reverse, a tile of K:         dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C - m} dS)^T)
-    dv, in reverse, a tile of V:         dV = scale e^{m - G} (triu(K Q^T) dOn + K (e^{G_C - m} dS))
+    dq, forward in time, a tile of K:    dQ = scale e^{G - m} (tril(dO V^T) Kn + dO S^T)
+    dk, in reverse, a tile of K:         dK = scale e^{m - G} (triu(V dO^T) Qn + V (e^{G_C} dS)^T)
+    dv, in reverse, a tile of V:         dV = scale e^{m - G} (triu(K Q^T) dOn + K (e^{G_C} dS))
 
 dq carries S as the forward does (`chunk_forward.py`). dk and dv carry dS in units of `scale`, up to that of h0:
 
-    dS <- e^m (e^{G_C - m} dS + Qn^T dO)
+    dS <- e^{G_C} dS + Qn^T dO
 
 For VECTOR, Qn and Kn come from `prepare.py`, the roles leave dQn and dKn for `gate_gradient.py`, and
 
-    dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C - m} dS))
+    dV = scale (triu(Kn Qn^T) dO + Kn (e^{G_C} dS))
 
-Far heads take another body, one for all roles (`far_backward.py`). `gate_gradient.py` says what the gate gradient needs
-of the roles: end terms, row sums, and states that enter their dots as high and low halves.
+Far tokens take another body, one for all roles (`far_backward.py`). Of a head that has some, SCALAR stores the gradients
+of the tokens before the first far one. In reverse it walks all tokens nevertheless, for dS, which no decay puts out of
+range. `gate_gradient.py` says what the gate gradient needs of the roles: end terms, row sums, and states that enter
+their dots as high and low halves.
 
 Each direction forms its scores in one orientation, and the left operand of what enters a state is a loaded tile: Triton
 3.4 to 3.7.0 computes a dot wrong whose left operand is a transposed accumulator.
@@ -65,13 +67,13 @@ from fla.backends.triton._sequence import (
 )
 from fla.backends.triton._slices import summed_slices
 from fla.backends.triton.decay._decay import (
+    ALL_NEAR,
     FAR_BITS,
     FAR_CONSTANT,
     FAR_SCALAR,
     FAR_SHIFT,
     FAR_UNIT,
     JOINED_BIT,
-    MIDDLE,
     NEAR_BITS,
     NONE,
     SCALAR,
@@ -79,13 +81,17 @@ from fla.backends.triton.decay._decay import (
     VECTOR,
     WIDEST,
     WIDEST_BACKWARD,
-    centred_decay,
     decay_to_end,
     first_factor_slot,
-    is_far,
+    first_far,
     marks_length,
+    middle,
+    own_alone,
+    running_decay,
     scale_rows,
     store_end_term,
+    without_last_write,
+    without_own,
 )
 from fla.backends.triton.decay.far_backward import far_role
 from fla.backends.triton.decay.gate_gradient import finish_scalar, finish_vector
@@ -109,19 +115,19 @@ def _dq_role(
     LOAD_AB: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_B  # what is left and right
     # a number here pipelines all loads, not those of dots alone (loads by pointers leave no registers for it)
     STAGES: tl.constexpr = 2 if KIND == SCALAR and LOAD != POINTERS else None
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v = place
+    SUMS: tl.constexpr = (row_sums is not None) and (KIND == SCALAR)
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_causal = o_c[:, None] >= o_c[None, :]
     b_S = state_before(h0, sums, i_state, i_s, S, o_k[None, :], o_v[:, None], K, V)  # [BV, TILE]
     if KIND == VECTOR:
         b_to_end = decay_to_end(g + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        b_S *= MIDDLE
     else:
-        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_S *= half_decay
+        b_G, total = running_decay(g, o_head, i_h, t_begin, t_end, t_begin < t_end, KIND)
+    b_S *= middle(DTYPE, KIND)
     b_starts, last = sequence_starts(begins, t_begin, t_end, C)
-    if (row_sums is not None) and (KIND == SCALAR):
+    if SUMS:
         q_source = tile_source(q, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
     k_source = tile_source(k, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
     v_source = tile_source(v, start * H + i_h, t_end, H, V, C, BV, LOAD_AB)
@@ -148,23 +154,29 @@ def _dq_role(
             ) * b_to_end[None, :]  # fmt: skip
             b_to_end = b_to_end_next
         else:
-            if row_sums is not None:
+            if SUMS:
                 b_q = load_tile(q_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
-            b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
-            b_k = scale_rows(b_k, -b_Gm, KIND).to(DTYPE)
-            b_dq = tl.dot(b_P, b_k, acc=b_dq)
-            store_rows(dq + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dq, b_Gm, KIND) * scale)
-            if row_sums is not None:
-                b_row_sum = tl.sum(scale_rows(b_q, b_Gm, KIND).to(DTYPE) * b_dq, 1) * scale
-                tl.store(row_sums + o_head + t + o_c, b_row_sum, mask=m_c)
+            b_G_next, total_next = running_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
+            b_k = scale_rows(b_k, -b_G, middle(DTYPE, KIND), KIND).to(DTYPE)
+            b_dq = tl.dot(without_own(b_P, SUMS), b_k, acc=b_dq)
+            if SUMS:
+                b_q = scale_rows(b_q, b_G, 1.0 / middle(DTYPE, KIND), KIND).to(DTYPE)
+                tl.store(row_sums + o_head + t + o_c, tl.sum(b_q * b_dq, 1) * scale, mask=m_c)
+                b_dq = tl.dot(own_alone(b_P), b_k, acc=b_dq)
+            b_dq = scale_rows(b_dq, b_G, 1.0 / middle(DTYPE, KIND), KIND)
+            store_rows(dq + row * K, o_c, m_c, H, o_k, K, b_dq * scale)
             b_S = tl.dot(tl.trans(b_v), keep_last_sequence(b_k, begins, last), acc=keep_if_spanning(b_S, begins, last))
             if KIND != NONE:
-                b_S *= half_decay * half_decay_next
-                b_Gm, half_decay = b_Gm_next, half_decay_next
+                b_S *= tl.exp2(total)
+                b_G, total = b_G_next, total_next
         b_starts, last = sequence_starts(begins, t + C, t_end, C)
     if end_term is not None:
+        if SUMS and (dht is not None):
+            b_S = without_last_write(
+                b_S, k, v, g, (start, t_end, i_h), o_head, H, o_k, o_v, K, V, DTYPE, KIND
+            )  # fmt: skip
         end = (t_end, length, i_state, num_states, i_s, S, num_segments)
-        store_end_term(end_term, b_S, dht, sums, end, scale, o_k, o_v, K, V, KIND)
+        store_end_term(end_term, b_S, dht, sums, end, scale, o_k, o_v, K, V, KIND, DTYPE)
 
 
 @triton.jit
@@ -177,7 +189,8 @@ def _dk_role(
     LOAD_B: tl.constexpr = POINTERS if LOAD == POINTERS else DESCRIPTORS  # right operands of dots
     LOAD_AB: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_B  # what is left and right
     STAGES: tl.constexpr = 2 if KIND == SCALAR and LOAD != POINTERS else None
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v = place
+    SUMS: tl.constexpr = (row_sums is not None) and (KIND == SCALAR)
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * TILE + tl.arange(0, TILE), i_v * BV + tl.arange(0, BV)
     m_causal = o_c[:, None] <= o_c[None, :]
@@ -185,15 +198,16 @@ def _dk_role(
         dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[None, :], o_v[:, None], K, V
     )
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
+    t_stored = tl.minimum(t_end, first) if KIND == SCALAR else t_end
     if KIND == VECTOR:
         b_dS *= decay_to_end(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[None, :]
-        b_dS *= 1.0 / MIDDLE
     else:
-        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_dS *= half_decay
+        b_G, total = running_decay(g, o_head, i_h, t_last, t_end, t_begin < t_end, KIND)
+        b_dS *= tl.exp2(total)
+    b_dS *= 1.0 / middle(DTYPE, KIND)
     b_starts, last = sequence_starts(begins, t_last, t_end, C)
     q_source = tile_source(q, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
-    if (row_sums is not None) and (KIND == SCALAR):
+    if SUMS:
         k_source = tile_source(k, start * H + i_h, t_end, H, K, C, TILE, LOAD_B)
     v_source = tile_source(v, start * H + i_h, t_end, H, V, C, BV, LOAD)
     do_source = tile_source(do, start * H + i_h, t_end, H, V, C, BV, LOAD_AB)
@@ -220,26 +234,29 @@ def _dk_role(
             )
             b_dS *= b_to_end[None, :]
         else:
-            if row_sums is not None:
+            if SUMS:
                 b_k = load_tile(k_source, t, i_k * TILE, row, o_c, m_c, H, o_k, K, C, TILE, LOAD_B)  # [C, TILE]
-            b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
-            b_q = scale_rows(b_q, b_Gm, KIND).to(DTYPE)
-            b_dk = tl.dot(b_P, b_q, acc=b_dk)
-            store_rows(dk + row * K, o_c, m_c, H, o_k, K, scale_rows(b_dk, -b_Gm, KIND) * scale)
-            if row_sums is not None:
-                b_row_sum = tl.sum(scale_rows(b_k, -b_Gm, KIND).to(DTYPE) * b_dk, 1) * scale
-                tl.store(row_sums + o_head + t + o_c, b_row_sum, mask=m_c)
+            b_G_next, total_next = running_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
+            m_stored = t + o_c < t_stored
+            b_q = scale_rows(b_q, b_G, 1.0 / middle(DTYPE, KIND), KIND).to(DTYPE)
+            b_dk = tl.dot(without_own(b_P, SUMS), b_q, acc=b_dk)
+            if SUMS:
+                b_k = scale_rows(b_k, -b_G, middle(DTYPE, KIND), KIND).to(DTYPE)
+                b_sum = tl.where(t + o_c == length - 1, 0.0, tl.sum(b_k * b_dk, 1))  # see `without_last_write`
+                tl.store(row_sums + o_head + t + o_c, b_sum * scale, mask=m_stored)
+                b_dk = tl.dot(own_alone(b_P), b_q, acc=b_dk)
+            b_dk = scale_rows(b_dk, -b_G, middle(DTYPE, KIND), KIND)
+            store_rows(dk + row * K, o_c, m_stored, H, o_k, K, b_dk * scale)
             b_dS = tl.dot(
                 tl.trans(b_do), keep_started_before(b_q, begins, b_starts), acc=keep_if_spanning(b_dS, begins, last)
             )
             if KIND != NONE:
-                b_dS *= half_decay * half_decay_next
-                b_Gm, half_decay = b_Gm_next, half_decay_next
+                b_dS *= tl.exp2(total_next)
+                b_G, total = b_G_next, total_next
         b_starts, last = sequence_starts(begins, tl.maximum(t - C, t_begin), t_end, C)
     if dh0 is not None:
         if i_s == 0:
-            if KIND == VECTOR:
-                b_dS *= MIDDLE
+            b_dS *= middle(DTYPE, KIND)
             store_state(dh0, i_state, o_k[None, :], o_v[:, None], K, V, b_dS * scale)
 
 
@@ -253,7 +270,7 @@ def _dv_role(
     LOAD_B: tl.constexpr = POINTERS if LOAD == POINTERS else DESCRIPTORS  # right operands of dots
     LOAD_AB: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_B  # what is left and right
     STAGES: tl.constexpr = 2 if KIND == SCALAR and LOAD != POINTERS else None
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v = place
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first = place
     i_h = i_state % H
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_causal = o_c[:, None] <= o_c[None, :]
@@ -261,12 +278,13 @@ def _dv_role(
         dht, sums, num_states, i_state, i_s, S, num_segments, scale, o_k[:, None], o_v[None, :], K, V
     )
     t_last = t_begin + (tl.cdiv(t_end - t_begin, C) - 1) * C
+    t_stored = tl.minimum(t_end, first) if KIND == SCALAR else t_end
     if KIND == VECTOR:
         b_dS *= decay_to_end(g + t_last // C * (2 * K * H), o_k, t_begin < t_end, K)[:, None]
-        b_dS *= 1.0 / MIDDLE
     else:
-        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_last, t_end, t_begin < t_end, KIND)
-        b_dS *= half_decay
+        b_G, total = running_decay(g, o_head, i_h, t_last, t_end, t_begin < t_end, KIND)
+        b_dS *= tl.exp2(total)
+    b_dS *= 1.0 / middle(DTYPE, KIND)
     b_starts, last = sequence_starts(begins, t_last, t_end, C)
     q_source = tile_source(q, start * H + i_h, t_end, H, K, C, BK, LOAD_AB)
     k_source = tile_source(k, start * H + i_h, t_end, H, K, C, BK, LOAD)
@@ -290,16 +308,18 @@ def _dv_role(
             )
             b_dS *= b_to_end[:, None]
         else:
-            b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
-            b_do = scale_rows(b_do, b_Gm, KIND).to(DTYPE)
+            b_G_next, total_next = running_decay(g, o_head, i_h, t - C, t_end, t > t_begin, KIND)
+            m_stored = t + o_c < t_stored
+            b_do = scale_rows(b_do, b_G, 1.0 / middle(DTYPE, KIND), KIND).to(DTYPE)
             b_dv = tl.dot(b_P, b_do, acc=b_dv)
-            store_rows(dv + row * V, o_c, m_c, H, o_v, V, scale_rows(b_dv, -b_Gm, KIND) * scale)
+            b_dv = scale_rows(b_dv, -b_G, middle(DTYPE, KIND), KIND)
+            store_rows(dv + row * V, o_c, m_stored, H, o_v, V, b_dv * scale)
             b_dS = tl.dot(
                 tl.trans(b_q), keep_started_before(b_do, begins, b_starts), acc=keep_if_spanning(b_dS, begins, last)
             )
             if KIND != NONE:
-                b_dS *= half_decay * half_decay_next
-                b_Gm, half_decay = b_Gm_next, half_decay_next
+                b_dS *= tl.exp2(total_next)
+                b_G, total = b_G_next, total_next
         b_starts, last = sequence_starts(begins, tl.maximum(t - C, t_begin), t_end, C)
 
 
@@ -324,7 +344,7 @@ def _run_role(
     N_DK: tl.constexpr = KEYS if DK & ROLES else 0
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
     FAR: tl.constexpr = (KIND == SHORT) or ((KIND == FAR_CONSTANT) or (KIND == FAR_SCALAR))
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role = role_place
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role, first = role_place
     i_n, i_h = i_state // H, i_state % H
     tokens = start * 0 + (T if cu_seqlens is not None else num_states // H * T)  # 64 bits wide, like `start`
     size_k, size_v = tokens * H * K, tokens * H * V
@@ -351,17 +371,32 @@ def _run_role(
     if FAR:
         is_dq, is_dv = i_role < N_DQ, i_role >= N_DQ + N_DK
         role = (is_dq, is_dv, tl.where(is_dv, i_slice, i_v), tl.where(is_dv, i_tile, i_k))
-        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, role)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, first, role)
         dq_or_dk = tl.where(is_dq, dq, dk)
         far_role(q, k, v, g, do, h0, dht, dq_or_dk, dv, dh0, work, end_term, sums, begins, place, scale, H, K, V, KIND)
     elif i_role < N_DQ:
-        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v)
+        end = tl.minimum(t_end, first)
+        place = (start, t_begin, end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first)
         _dq_role(q, k, v, g, do, h0, dht, dq, work, end_term, sums, begins, place, scale, H, K, V, BV, LOAD, KIND)
     elif i_role < N_DQ + N_DK:
-        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_k, i_v, first)
         _dk_role(q, k, v, g, do, dht, dk, dh0, work, end_term, sums, begins, place, scale, H, K, V, BV, LOAD, KIND)
     else:
-        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_slice, i_tile)
+        place = (
+            start,
+            t_begin,
+            t_end,
+            length,
+            i_state,
+            num_states,
+            i_s,
+            S,
+            num_segments,
+            o_head,
+            i_slice,
+            i_tile,
+            first,
+        )
         _dv_role(q, k, g, do, dht, dv, sums, begins, place, scale, H, K, V, BK, LOAD, KIND)
 
 
@@ -394,17 +429,19 @@ def chunk_backward_kernel(
         return
     o_head = head_offset(cu_seqlens, start, i_h, T, H)
     num_segments = tl.maximum(tl.cdiv(length, L), 1)
-    place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role)
     if FAR == 0:
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role, ALL_NEAR)
         _run_role(q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES)
     else:
-        if is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, q.dtype.element_ty, KIND):
-            _run_role(
-                q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + FAR, ROLES
-            )
-        else:
+        first = first_far(g, cu_seqlens, i_state, num_states, start, length, T, H, q.dtype.element_ty, KIND)
+        place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, i_role, first)
+        if (t_begin < tl.minimum(t_end, first)) | (t_end <= first):
             _run_role(
                 q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + KIND, ROLES
+            )
+        if first < t_end:
+            _run_role(
+                q, k, v, g, do, h0, dht, grads, dh0, work, sums, pack, place, scale, T, H, K, V, JOINED + FAR, ROLES
             )
 
 

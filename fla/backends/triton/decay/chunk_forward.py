@@ -11,15 +11,15 @@ decay of the chunk, G_C its last value, and L_ij = e^{G_i - G_j},
     O = scale (e^G Q S + tril(Q K^T * L) V)
     S <- e^{G_C} S + K^T (e^{G_C - G} V)
 
-Far heads of one decay for all channels (FAR_*) are computed like this. Near heads scale rows to the chunk's middle m
-instead of scores (`_decay.py`). Kinds with one decay for all channels scale the rows of V and O, which is the same:
+Far tokens of one decay for all channels (FAR_*) are computed like this. Near ones scale rows instead of scores
+(`_decay.py`), with S in units of 1 / MIDDLE. Kinds with one decay for all channels scale the rows of V and O, which is
+the same:
 
-    Vn = e^{m - G} V
-    O  = scale e^{G - m} (Q (e^m S) + tril(Q K^T) Vn)
-    S <- e^{G_C - m} (e^m S + K^T Vn)
+    Vn = e^{-G} V MIDDLE
+    O  = scale e^G / MIDDLE (Q S + tril(Q K^T) Vn)
+    S <- e^{G_C} (S + K^T Vn)
 
-With a decay per key channel, Qn = e^{G - m} Q and Kn = e^{m - G} K come from `prepare.py`. VECTOR, with S in units of
-1 / MIDDLE:
+With a decay per key channel, Qn = e^{G - m} Q and Kn = e^{m - G} K come from `prepare.py`. VECTOR:
 
     O  = scale (Qn S + tril(Qn Kn^T) V)
     S <- e^{G_C} (S + Kn^T V)
@@ -28,6 +28,8 @@ SHORT:
 
     O  = scale (Qn (e^m S) + tril(Qn Kn^T) V)
     S <- e^{G_C - m} (e^m S + Kn^T V)
+
+FAR_SCALAR walks the tokens before the first far one too, for their states, and stores the outputs from it on.
 
 A program owns a tile `[BK, TILE]` of one head's state, and walks the chunks of one segment. Heads with more than WIDEST
 key channels are computed in slices of K, whose float32 outputs are added in a fixed order.
@@ -81,7 +83,6 @@ from fla.backends.triton.decay._decay import (
     FAR_UNIT,
     JOINED,
     JOINED_BIT,
-    MIDDLE,
     NEAR_BITS,
     NONE,
     SCALAR,
@@ -89,12 +90,12 @@ from fla.backends.triton.decay._decay import (
     SHORT_CHUNK,
     VECTOR,
     WIDEST,
-    centred_decay,
     decay_to_end,
     decay_to_middle,
     first_factor_slot,
-    is_far,
+    first_far,
     marks_length,
+    middle,
     pair_decay,
     running_decay,
     scale_rows,
@@ -108,7 +109,10 @@ def _forward_segment(
     q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, LOAD: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Takes a tile of a state through one segment. LOAD: how q is loaded (`load_tile`)."""
+    """Takes a tile of a state through one segment. LOAD: how q is loaded (`load_tile`).
+
+    `place` ends with the first token whose output FAR_SCALAR stores.
+    """
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     DTYPE: tl.constexpr = q.dtype.element_ty
     PREPARED: tl.constexpr = (KIND == VECTOR) or (KIND == SHORT)
@@ -117,7 +121,7 @@ def _forward_segment(
     SCORES_LATE: tl.constexpr = (BK >= 128) and not (FAR or (KIND == CONSTANT))
     LOAD_V: tl.constexpr = POINTERS if LOAD == POINTERS else DESCRIPTORS
     LOAD_K: tl.constexpr = LOAD if (KIND == NONE) or (KIND == VECTOR) else LOAD_V  # scaling v takes the registers
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, i_n, i_h, i_k, i_v = place
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, i_n, i_h, i_k, i_v, first = place
     o_c, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * TILE + tl.arange(0, TILE)
     m_causal = o_c[:, None] >= o_c[None, :]
     o_head = head_offset(cu_seqlens, start, i_h, T, H)
@@ -135,13 +139,9 @@ def _forward_segment(
         b_to_end = decay_to_end(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
         if KIND == SHORT:
             b_to_middle = decay_to_middle(p_factors + t_begin // C * (2 * K * H), o_k, t_begin < t_end, K)
-        else:
-            b_S *= MIDDLE
-    elif FAR:
-        b_G, total = running_decay(g, o_head, i_h, t_begin, t_end, t_begin < t_end, KIND)
     else:
-        b_Gm, half_decay = centred_decay(g, o_head, i_h, t_begin, t_end, t_begin < t_end, KIND)
-        b_S *= half_decay
+        b_G, total = running_decay(g, o_head, i_h, t_begin, t_end, t_begin < t_end, KIND)
+    b_S *= middle(DTYPE, KIND)
     b_starts, last = sequence_starts(begins, t_begin, t_end, C)
     q_source = tile_source(q, start * H + i_h, length, H, K, C, BK, LOAD)
     k_source = tile_source(k, start * H + i_h, length, H, K, C, BK, LOAD_K)
@@ -159,7 +159,8 @@ def _forward_segment(
         if FAR:
             b_o = keep_started_before(tl.dot(b_q, operand(b_S, DTYPE)) * tl.exp2(b_G)[:, None], begins, b_starts)
             b_o = tl.dot(operand(b_P * pair_decay(b_G, m_scores), DTYPE), b_v, acc=b_o)
-            store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
+            m_stored = m_c & (t + o_c >= first) if KIND == FAR_SCALAR else m_c
+            store_rows(o + row * V, o_c, m_stored, H, o_v, V, b_o * scale)
             b_v = keep_last_sequence((b_v * tl.exp2(total - b_G)[:, None]).to(DTYPE), begins, last)
             b_S = tl.dot(tl.trans(b_k), b_v, acc=keep_if_spanning(b_S * tl.exp2(total), begins, last))
             b_G, total = running_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
@@ -174,24 +175,23 @@ def _forward_segment(
                 if KIND == SHORT:
                     b_to_middle = decay_to_middle(p_factors + (t // C + 1) * (2 * K * H), o_k, t_end - t > C, K)
             elif KIND != NONE:
-                b_Gm_next, half_decay_next = centred_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
-                b_v = scale_rows(b_v, -b_Gm, KIND).to(DTYPE)
+                b_G_next, total_next = running_decay(g, o_head, i_h, t + C, t_end, t_end - t > C, KIND)
+                b_v = scale_rows(b_v, -b_G, middle(DTYPE, KIND), KIND).to(DTYPE)
             b_o = tl.dot(operand(tl.where(m_scores, b_P, 0.0), DTYPE), b_v, acc=b_o)
             if not PREPARED:
-                b_o = scale_rows(b_o, b_Gm, KIND)
+                b_o = scale_rows(b_o, b_G, 1.0 / middle(DTYPE, KIND), KIND)
             store_rows(o + row * V, o_c, m_c, H, o_v, V, b_o * scale)
             b_S = tl.dot(tl.trans(b_k), keep_last_sequence(b_v, begins, last), acc=keep_if_spanning(b_S, begins, last))
             if PREPARED:
                 b_S *= b_to_end[:, None]
                 b_to_end = b_to_end_next
             elif KIND != NONE:
-                b_S *= half_decay * half_decay_next
-                b_Gm, half_decay = b_Gm_next, half_decay_next
+                b_S *= tl.exp2(total)
+                b_G, total = b_G_next, total_next
         b_starts, last = sequence_starts(begins, t + C, t_end, C)
     if ht is not None:
         if t_end == length:
-            if KIND == VECTOR:
-                b_S *= 1.0 / MIDDLE
+            b_S *= 1.0 / middle(DTYPE, KIND)
             store_state(ht, i_state, o_k[:, None], o_v[None, :], K, V, b_S)
 
 
@@ -217,22 +217,25 @@ def chunk_forward_kernel(
         return
     if NK > 1:  # partial outputs: a tensor for each slice
         o += i_k * (start * 0 + (T if cu_seqlens is not None else num_states // H * T)) * H * V
-    place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, i_n, i_h, i_k, i_v)
+    place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, i_n, i_h, i_k, i_v, 0)
     if FAR == 0:
         _forward_segment(q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H, K, V, BK, LOAD, KIND)
-    elif FAR == KIND:  # this launch computes the heads of one kind, and leaves the others
-        if is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, q.dtype.element_ty, KIND) == (
-            KIND == FAR_SCALAR
-        ):
-            _forward_segment(q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H, K, V, BK, LOAD, KIND)
     else:
-        if is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, q.dtype.element_ty, KIND):
-            LOAD_FAR: tl.constexpr = LOAD if BK > 128 else POINTERS
-            _forward_segment(
-                q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H, K, V, BK, LOAD_FAR, FAR
-            )
-        else:
-            _forward_segment(q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H, K, V, BK, LOAD, KIND)
+        first = first_far(g, cu_seqlens, i_state, num_states, start, length, T, H, q.dtype.element_ty, KIND)
+        if KIND < SHORT:
+            near_end = tl.minimum(t_end, first)
+            if (t_begin < near_end) | (t_end <= first):
+                place = (start, t_begin, near_end, length, i_state, num_states, i_s, S, i_n, i_h, i_k, i_v, 0)
+                _forward_segment(
+                    q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H, K, V, BK, LOAD, KIND
+                )
+        if FAR >= SHORT:
+            if first < t_end:
+                LOAD_FAR: tl.constexpr = LOAD if (BK > 128) or (FAR == KIND) else POINTERS
+                place = (start, t_begin, t_end, length, i_state, num_states, i_s, S, i_n, i_h, i_k, i_v, first)
+                _forward_segment(
+                    q, k, v, g, h0, sums, o, ht, cu_seqlens, begins, place, scale, T, H, K, V, BK, LOAD_FAR, FAR
+                )
 
 
 @functools.lru_cache(maxsize=4096)

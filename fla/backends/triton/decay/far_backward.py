@@ -1,4 +1,4 @@
-"""The backward for far heads, whose decay is too strong for near kinds (`_decay.py`): one body for all roles.
+"""The backward for far tokens, whose decay is too strong for near kinds (`_decay.py`): one body for all roles.
 
 All roles are one computation, in one of two directions. Take rows A and B of one width (a slice of D channels), rows C
 and the result of another (a tile of E), and a state Z `[D, E]`:
@@ -24,6 +24,9 @@ and `across` is e^{G_C}.
 SHORT has a decay per key channel. It walks chunks of 16 tokens, with q and k as `prepare.py` scaled them. Z is held at
 the middle of a chunk, and goes from middle to middle by two factors a channel.
 
+FAR_SCALAR leaves the gradients of the tokens before the first far one to SCALAR. For their state, dq walks over them
+too.
+
 Far heads are rare. A kernel with a body for each role would take longer to compile than it could save, so that the
 roles differ by choices made at run time. The frame is that of `chunk_backward.py`.
 """
@@ -42,12 +45,16 @@ from fla.backends.triton._sequence import (
     state_gradient_after,
 )
 from fla.backends.triton.decay._decay import (
+    FAR_SCALAR,
     SHORT,
     SHORT_CHUNK,
     decay_to_middle,
+    own_alone,
     pair_decay,
     running_decay,
     store_end_term,
+    without_last_write,
+    without_own,
 )
 
 STAGES = tl.constexpr(2)  # with more, two programs do not fit on a multiprocessor
@@ -125,7 +132,8 @@ def far_role(
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
     BD: tl.constexpr = 64 if K <= 64 and V <= 64 else 128
     DTYPE: tl.constexpr = q.dtype.element_ty
-    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, role = place
+    SUMS: tl.constexpr = (row_sums is not None) and (KIND == FAR_SCALAR)
+    start, t_begin, t_end, length, i_state, num_states, i_s, S, num_segments, o_head, first, role = place
     is_dq, is_dv, i_d, i_e = role
     if K == V:  # the compiler then knows both widths
         D: tl.constexpr = K
@@ -137,6 +145,8 @@ def far_role(
     chunks = tl.cdiv(t_end - t_begin, C)
     sign = tl.where(is_dq, 1, -1)
     t_first = tl.where(is_dq, t_begin, t_begin + (chunks - 1) * C)
+    if KIND == FAR_SCALAR:
+        chunks -= tl.where(is_dq, 0, tl.maximum(first - t_begin, 0) // C)
     m_causal = tl.where(is_dq, o_c[:, None] >= o_c[None, :], o_c[:, None] <= o_c[None, :])
     if is_dq:
         b_Z = state_before(h0, sums, i_state, i_s, S, o_e[None, :], o_d[:, None], K, V)
@@ -170,7 +180,8 @@ def far_role(
             b_G, total = running_decay(g, o_head, i_h, t, t_end, True, KIND)
             b_from_state, b_to_state = tl.where(is_dq, b_G, total - b_G), tl.where(is_dq, total - b_G, b_G)
             b_P = tl.dot(b_a, tl.trans(b_b)) * pair_decay(b_G * sign, m_scores)
-        b_X = tl.dot(operand(b_P, DTYPE), b_c)  # [C, TILE]
+        b_P = operand(b_P, DTYPE)
+        b_X = tl.dot(without_own(b_P, SUMS), b_c)  # [C, TILE]
         if end_term is None:
             b_state_part = tl.dot(b_a, operand(b_Z, DTYPE))  # [C, TILE]
         else:
@@ -182,12 +193,16 @@ def far_role(
                 p_entering + (t // C + sign) * (2 * K * H), i + 1 < chunks, is_dv, o_d, o_e, K
             )
         else:
-            if row_sums is not None:  # dq and dk have row sums
+            if KIND == FAR_SCALAR:
+                m_c = m_c & (t + o_c >= first)
+            if SUMS:  # dq and dk have row sums
                 m_rows = tl.where(is_dv, False, m_c)
                 b_x = load_rows(tl.where(is_dq, q, k) + row * K, o_c, m_rows, H, o_e, K)
                 b_scaled = (b_x * tl.exp2(b_from_state)[:, None]).to(DTYPE)
-                p_row_sum = row_sums + o_head + t + o_c
-                tl.store(p_row_sum, tl.sum(b_x * b_X + b_scaled * b_state_part, 1) * scale, mask=m_rows)
+                b_sum = tl.sum(b_x * b_X + b_scaled * b_state_part, 1)
+                b_sum = tl.where(tl.where(is_dq, False, t + o_c == length - 1), 0.0, b_sum)  # see `without_last_write`
+                tl.store(row_sums + o_head + t + o_c, b_sum * scale, mask=m_rows)
+                b_X = tl.dot(own_alone(b_P), b_c, acc=b_X)
             b_state_part *= tl.exp2(b_from_state)[:, None]
             b_c = (b_c * tl.exp2(b_to_state)[:, None]).to(DTYPE)
             b_Z *= tl.exp2(total)
@@ -204,8 +219,12 @@ def far_role(
             b_Z = b_Z * b_entering_d[:, None] * b_entering_e[None, :]
     if end_term is not None:
         if is_dq:
+            if SUMS and (dht is not None):
+                b_Z = without_last_write(
+                    b_Z, k, v, g, (start, t_end, i_h), o_head, H, o_e, o_d, K, V, DTYPE, KIND
+                )  # fmt: skip
             end = (t_end, length, i_state, num_states, i_s, S, num_segments)
-            store_end_term(end_term, b_Z, dht, sums, end, scale, o_e, o_d, K, V, KIND)
+            store_end_term(end_term, b_Z, dht, sums, end, scale, o_e, o_d, K, V, KIND, DTYPE)
     if dh0 is not None:
-        if (i_s == 0) & (is_dq == 0) & (is_dv == 0):
+        if (i_s == 0) & (first == 0) & (is_dq == 0) & (is_dv == 0):
             store_state(dh0, i_state, o_e[None, :], o_d[:, None], K, V, b_Z * scale)

@@ -59,7 +59,7 @@ from fla.backends.triton.decay._decay import (
     SHORT,
     SHORT_CHUNK,
     VECTOR,
-    is_far,
+    first_far,
 )
 from fla.backends.triton.decay.prepare import Prepared
 
@@ -242,7 +242,7 @@ def finish_vector_kernel(
     if FAR == 0:
         _finish_segment(qn, kn, g, work, dq, dk, dg, begins, place, tokens, H, i_k, K, NV, KIND)
     else:
-        if is_far(gate, cu_seqlens, i_state, num_states, start, length, T, H, qn.dtype.element_ty, KIND):
+        if first_far(gate, cu_seqlens, i_state, num_states, start, length, T, H, qn.dtype.element_ty, KIND) < length:
             _finish_segment(qn, kn, g, work, dq, dk, dg, begins, place, tokens, H, i_k, K, NV, FAR)
         else:
             _finish_segment(qn, kn, g, work, dq, dk, dg, begins, place, tokens, H, i_k, K, NV, KIND)

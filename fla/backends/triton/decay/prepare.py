@@ -9,9 +9,10 @@ factors stay in range up to RANGE nats a chunk, and the decay of the state over 
     Kn = e^{-G} K MIDDLE
     e^{G_C}
 
-Both mark the chunks that decay by too much for this. A head that has a mark is far. SCALAR leaves it to FAR_SCALAR,
-which needs nothing else. VECTOR prepares it again for SHORT, with chunks of 16 tokens that are scaled to the middle
-m = G_{C/2} of each, and two decays of the state, to the middle and from there on:
+Both mark the chunks that decay by too much for this: a mark is the number of tokens before the first far one. SCALAR
+leaves the tokens from there on to FAR_SCALAR, which needs nothing else. VECTOR prepares a head with such a chunk again
+for SHORT, with chunks of 16 tokens that are scaled to the middle m = G_{C/2} of each, and two decays of the state, to
+the middle and from there on:
 
     Qn = e^{G - m} Q
     Kn = e^{m - G} K
@@ -74,11 +75,12 @@ def running_sums_kernel(g, q, gate, cu_seqlens, T, H, N):
     o_t = t + tl.arange(0, CHUNK)
     mask = (o_t < length)[:, None] & (i_h < H)[None, :]
     b_w = log2_decay(tl.load(g + start * H + o_t[:, None] * H + i_h[None, :], mask=mask, other=0.0))
-    b_mark = (is_near(tl.sum(b_w, 0), q.dtype.element_ty) == 0).to(tl.float32)
-    tl.store(gate + i_h * slots + slot, b_mark, mask=i_h < H)
+    b_G = tl.cumsum(b_w, 0)
+    b_rows = tl.where(is_near(b_G, q.dtype.element_ty), CHUNK, tl.arange(0, CHUNK)[:, None])
+    tl.store(gate + i_h * slots + slot, tl.min(b_rows, 0).to(tl.float32), mask=i_h < H)
     gate += marks_length(cu_seqlens, T, H, N * H)
     p_gate = gate + head_offset(cu_seqlens, start, i_h.to(tl.int64), T, H)[None, :] + o_t[:, None]
-    tl.store(p_gate, tl.cumsum(b_w, 0), mask=mask)
+    tl.store(p_gate, b_G, mask=mask)
 
 
 @triton.jit
@@ -127,17 +129,17 @@ def centre_kernel(q, k, g, qn, kn, gate, cu_seqlens, T, H, N, K: tl.constexpr, B
     o_k = tl.arange(0, BK)
     mask = (i_h < H)[:, None] & (o_k < K)[None, :]
     if KIND == SHORT:
-        b_marks = tl.zeros([HEADS, MARKS_AT_ONCE], tl.float32)
+        b_marks = tl.full([HEADS, MARKS_AT_ONCE], CHUNK, tl.float32)
         first = first_chunk_slot(cu_seqlens, start, i_n, T)
         for i_mark in range(0, tl.cdiv(length, CHUNK), MARKS_AT_ONCE):
             o_i = i_mark + tl.arange(0, MARKS_AT_ONCE)
             m_i = (i_h < H)[:, None] & (o_i < tl.cdiv(length, CHUNK))[None, :]
             p_marks = gate + i_h[:, None] * slots + first + o_i[None, :]
-            b_marks = tl.maximum(b_marks, tl.load(p_marks, mask=m_i, other=0.0))
-        far = tl.max(b_marks, 1)
-        if tl.max(far, 0) == 0:
+            b_marks = tl.minimum(b_marks, tl.load(p_marks, mask=m_i, other=CHUNK))
+        near = tl.min(b_marks, 1)
+        if tl.min(near, 0) == CHUNK:
             return
-        mask = mask & (far > 0)[:, None]
+        mask = mask & (near < CHUNK)[:, None]
     p_factors = gate + marks_length(cu_seqlens, T, H, N * H) + i_h[:, None].to(tl.int64) * (2 * K) + o_k[None, :]
     columns = i_h[:, None] * K + o_k[None, :]
     for t_chunk in range(t_slot, tl.minimum(t_slot + CHUNK, length), C):
@@ -164,7 +166,7 @@ def centre_kernel(q, k, g, qn, kn, gate, cu_seqlens, T, H, N, K: tl.constexpr, B
         tl.store(p + K, tl.exp2(b_Gm), mask=mask)
         if KIND == VECTOR:
             is_too_strong = tl.max(tl.abs(b_Gm), 1) > RANGE * LOG2E
-            tl.store(gate + i_h * slots + slot, is_too_strong.to(tl.float32), mask=i_h < H)
+            tl.store(gate + i_h * slots + slot, tl.where(is_too_strong, 0.0, 1.0) * CHUNK, mask=i_h < H)
 
 
 class Prepared:

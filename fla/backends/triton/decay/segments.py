@@ -36,7 +36,7 @@ from fla.backends.triton.decay._decay import (
     decay_to_end,
     decay_to_middle,
     first_factor_slot,
-    is_far,
+    first_far,
     marks_length,
     running_decay,
 )
@@ -175,7 +175,7 @@ def segment_states_kernel(
     if FAR == 0:
         _sum_segment(x, y, g, sums, cu_seqlens, begins, place, T, H, K, V, LOAD, KIND, REVERSE)
     else:
-        if is_far(g, cu_seqlens, i_state, num_states, start, length, T, H, x.dtype.element_ty, KIND):
+        if first_far(g, cu_seqlens, i_state, num_states, start, length, T, H, x.dtype.element_ty, KIND) < length:
             _sum_segment(x, y, g, sums, cu_seqlens, begins, place, T, H, K, V, POINTERS, FAR, REVERSE)
         else:
             _sum_segment(x, y, g, sums, cu_seqlens, begins, place, T, H, K, V, LOAD, KIND, REVERSE)
