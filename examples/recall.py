@@ -6,7 +6,7 @@
 
 A model is a type of `fla.models`, with settings of its config after a `+`: `delta_net+allow_neg_eigval` or
 `gla+expand_k=0.5`. Recall trains each model at every width of `--hidden-sizes`; parity at the first. The folder
-`--out` gets `TASK.json`, `TASK.txt` and `TASK.png`.
+`--out` gets `TASK.json`, `TASK.txt` and `TASK.png` (with `--full`, `TASK-full`).
 """
 
 import argparse
@@ -231,9 +231,14 @@ def write(
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     record = {"task": args.task, **vars(task), "args": vars(args), "device": device, "torch": torch.__version__}
     record |= {"fla": fla.__version__, "date": time.strftime("%Y-%m-%d"), "runs": runs}
-    (out / f"{args.task}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / f"{args.task}.txt").write_text(table(runs, title))
-    plot(runs, task, title, out / f"{args.task}.png")
+    (out / f"{name_of(args)}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{name_of(args)}.txt").write_text(table(runs, title))
+    plot(runs, task, title, out / f"{name_of(args)}.png")
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """The name of the files of results, without suffix."""
+    return f"{args.task}-full" if args.full else args.task
 
 
 def title_of(task: Recall | Parity, args: argparse.Namespace) -> str:
@@ -291,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         for key in itertools.product(args.models, widths):
             rows[key] = train(*key, task, args, lambda row, key=key: write(rows | {key: row}, task, args, out))
-        print(f"\n{(out / f'{args.task}.txt').read_text()}\npicture: {out / args.task}.png")
+        print(f"\n{(out / f'{name_of(args)}.txt').read_text()}\npicture: {out / name_of(args)}.png")
         return 0
     except (UserError, ValueError, OSError) as error:
         message = str(error)

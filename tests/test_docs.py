@@ -81,7 +81,7 @@ def readme() -> types.ModuleType:
     return module
 
 
-def test_generated_parts_of_the_readme_are_current(readme):
+def test_generated_parts_are_current(readme):
     assert readme.main(["--check"]) == 0, "run python tools/readme.py"
 
 
@@ -94,9 +94,12 @@ def test_every_op_form_is_in_the_table(readme):
     assert not [name for name in names if f"`{name}`" not in table]
 
 
-def test_a_stale_readme_is_noticed(readme, tmp_path, monkeypatch):
+def test_a_stale_page_is_noticed(readme, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "demo.txt").write_text("one\n")
+    for name in ("demo", *readme.LEARNED):
+        (tmp_path / "docs" / f"{name}.txt").write_text(f"one {name}\n")
+    learning = tmp_path / "docs" / "learning.md"
+    learning.write_text("".join(f"<!-- {name} -->\n<!-- end {name} -->\n" for name in readme.LEARNED))
     (tmp_path / "README.md").write_text(
         "<!-- demo -->\n<!-- end demo -->\n<!-- what works -->\nold\n<!-- end what works -->\n"
     )
@@ -104,7 +107,10 @@ def test_a_stale_readme_is_noticed(readme, tmp_path, monkeypatch):
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0
     assert readme.main(["--check"]) == 0
-    assert "````text\none\n````" in (tmp_path / "README.md").read_text()
+    assert "````text\none demo\n````" in (tmp_path / "README.md").read_text()
+    assert all(f"````text\none {name}\n````" in learning.read_text() for name in readme.LEARNED)
+    learning.write_text(learning.read_text().replace("one parity\n", "two\n"))
+    assert readme.main(["--check"]) == 1
 
 
 def test_links_between_pages_lead_somewhere():

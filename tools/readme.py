@@ -1,8 +1,9 @@
-"""Write the generated parts of README.md, between the lines `<!-- NAME -->` and `<!-- end NAME -->`.
+"""Write the generated parts of README.md and docs/learning.md, between `<!-- NAME -->` and `<!-- end NAME -->`.
 
-python tools/readme.py                  write the tables of what works, from the registries, and the demo's output
-python tools/readme.py --run runs/demo  the same, with the output and the picture of this run of the demo
-python tools/readme.py --check          write nothing; exit code 1 if README.md is not current
+python tools/readme.py                       write the tables of what works, from the registries, and what programs printed
+python tools/readme.py --run runs/demo       the same, with the output and the picture of this run of the demo
+python tools/readme.py --learned runs/recall the same, with the tables and pictures of these runs of examples/recall.py
+python tools/readme.py --check               write nothing; exit code 1 if a page is not current
 """
 
 import argparse
@@ -15,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BACKENDS = ("torch", "triton")
+PAGES = ("README.md", "docs/learning.md")
+LEARNED = ("recall", "parity", "parity-full")  # what examples/recall.py draws and prints
 
 
 def public(package: str, suffix: str = "") -> list[str]:
@@ -55,17 +58,24 @@ def classes_table() -> str:
     return "\n".join(rows)
 
 
-def demo_block() -> str:
-    return f"````text\n{(ROOT / 'docs' / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n````"
+def printed(name: str) -> str:
+    """What a program printed, from `docs/NAME.txt`."""
+    return f"````text\n{(ROOT / 'docs' / f'{name}.txt').read_text(encoding='utf-8').rstrip()}\n````"
 
 
-def filled(text: str) -> str:
-    """The text of README.md with every generated part written anew."""
-    parts = {"what works": f"{ops_table()}\n\n{classes_table()}", "demo": demo_block()}
-    for name, content in parts.items():
+def parts(page: str) -> dict[str, str]:
+    """The generated parts of a page."""
+    if page == "README.md":
+        return {"what works": f"{ops_table()}\n\n{classes_table()}", "demo": printed("demo")}
+    return {name: printed(name) for name in LEARNED}
+
+
+def filled(page: str, text: str) -> str:
+    """The text of a page with every generated part written anew."""
+    for name, content in parts(page).items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md must have one part '<!-- {name} -->' to '<!-- end {name} -->'")
+            raise ValueError(f"{page} must have one part '<!-- {name} -->' to '<!-- end {name} -->'")
         text = text[: text.index(begin) + len(begin)] + content + text[text.index(end) :]
     return text
 
@@ -73,20 +83,28 @@ def filled(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, help="the --out folder of a run of examples/train_and_generate.py")
-    parser.add_argument("--check", action="store_true", help="only check whether README.md is current")
+    parser.add_argument("--learned", type=Path, help="the --out folder of runs of examples/recall.py")
+    parser.add_argument("--check", action="store_true", help="only check whether the pages are current")
     args = parser.parse_args(argv)
     if args.run:
         shutil.copy(args.run / "report.txt", ROOT / "docs" / "demo.txt")
         shutil.copy(args.run / "loss.png", ROOT / "docs" / "loss.png")
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if args.check:
-        if before != after:
-            print("README.md is not current: python tools/readme.py", file=sys.stderr)
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
-    return 0
+    if args.learned:
+        for name in LEARNED:
+            for file in (args.learned / f"{name}{suffix}" for suffix in (".json", ".txt", ".png")):
+                if file.exists():
+                    shutil.copy(file, ROOT / "docs" / file.name)
+    stale = 0
+    for page in PAGES:
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = filled(page, before)
+        if args.check:
+            if before != after:
+                print(f"{page} is not current: python tools/readme.py", file=sys.stderr)
+            stale += before != after
+        else:
+            (ROOT / page).write_text(after, encoding="utf-8")
+    return int(stale > 0)
 
 
 if __name__ == "__main__":
