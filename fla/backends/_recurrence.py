@@ -38,6 +38,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import compress
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -181,14 +182,14 @@ class Family:
         state_v_first: bool = False,
         backend: str | None = None,
         op: str | None = None,
-        called: Mapping[str, str] | None = None,
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[Tensor, Tensor | None]:
         """As `call`, for decoding on states that the caller owns (`fla.backends._step`).
 
-        `called`: field -> what the op calls it, where that is another name, for messages.
+        `called`: fields that the op has under other names -> these names, for messages.
         """
-        options = (state_indices, inplace_final_state, output_final_state, state_v_first, backend, op, called)
-        return self._stepping(values, *options)
+        options = (state_indices, inplace_final_state, output_final_state, state_v_first, backend, op)
+        return self._stepping(values, *options, called)
 
     def check_states(self, values: tuple, state_indices: Tensor | None, inplace_final_state: bool) -> None:
         """Raise ValueError or TypeError unless `step` can use the states as they are, without a copy."""

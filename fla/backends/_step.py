@@ -17,6 +17,7 @@ not go through the operators.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,7 @@ class Stepping:
         v_first: bool,
         backend: str | None,
         op: str | None,
-        called: Mapping[str, str] | None = None,
+        called: Mapping[str, str],
     ) -> tuple[Tensor, Tensor | None]:
         """Compute `o`, and the final states or None.
 
@@ -87,7 +88,7 @@ class Stepping:
         return o, state if output_final_state else None
 
     def check(
-        self, values: tuple, indices: Tensor | None, in_place: bool, called: Mapping[str, str] | None = None
+        self, values: tuple, indices: Tensor | None, in_place: bool, called: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         """Raise ValueError or TypeError unless the states can be used as they are, without a copy."""
         option = "inplace_final_state" if in_place else "state_indices"
@@ -105,14 +106,13 @@ class Stepping:
         if torch.is_grad_enabled():
             for name, x in zip(self.names, values, strict=True):
                 if isinstance(x, Tensor) and x.requires_grad:
-                    name = (called or {}).get(name, name)
                     raise ValueError(
-                        f"{option} is for inference: {name} must not need a gradient, got requires_grad=True; "
-                        "call under torch.no_grad()"
+                        f"{option} is for inference: {called.get(name, name)} must not need a gradient, got "
+                        "requires_grad=True; call under torch.no_grad()"
                     )
         if indices is not None:
             N = first.shape[0] if bounds is None else bounds.shape[0] - 1
-            _check_indices(indices, N, first, (called or {}).get(self.names[0], self.names[0]))
+            _check_indices(indices, N, first, called.get(self.names[0], self.names[0]))
 
     def _problem(self, values: list) -> Any:
         problem = self.owner.make(*values)

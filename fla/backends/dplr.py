@@ -9,6 +9,7 @@ transition is the identity plus a low-rank matrix. The gradient of a gate below 
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def recurrent(
     cu_seqlens=None,
     inplace_final_state=False,
     state_indices=None,
-    called=None,
+    called=MappingProxyType({}),
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
