@@ -70,24 +70,28 @@ class ToyMixer(TokenMixer):
 
 
 def scan(f, v, state, cu_seqlens):
-    """`h_t = f_t h_{t-1} + v_t` for `[B, T, D]`, from `state` `[N, D]`: all `h`, and the last of every sequence."""
-    f, v = (y.to(torch.promote_types(y.dtype, torch.float32)) for y in (f, v))
-    tokens = v.shape[1]
-    state = v.new_zeros(len(v) if cu_seqlens is None else len(cu_seqlens) - 1, v.shape[-1]) if state is None else state
+    """`h_t = f_t h_{t-1} + v_t` for `[B, T, D]`, from `state` `[N, D]`: all `h`, and the last of every sequence.
+
+    By pairs of tokens in float64, without a loop, so that a program for every length can be exported.
+    """
+    dtype, tokens = torch.promote_types(v.dtype, torch.float32), v.shape[1]
+    state = v.new_zeros(v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, v.shape[-1]) if state is None else state
+    f, v, state = f.double(), v.double(), state.double()
     if tokens == 0:
-        return v, state
-    h = state
-    if cu_seqlens is not None:
-        first = (prepare_position_ids(cu_seqlens, tokens) == 0)[:, None]
-        v = v + first * f * state[prepare_sequence_ids(cu_seqlens, tokens).long()]
-        f, h = f * ~first, torch.zeros_like(v[:, 0])
-    rows = []
-    for t in range(tokens):
-        h = f[:, t] * h + v[:, t]
-        rows.append(h)
-    o = torch.stack(rows, 1)
+        return v.to(dtype), state.to(dtype)
+    place = torch.arange(tokens, device=v.device)
+    same = place[:, None] >= place
     if cu_seqlens is None:
-        return o, h
+        v = torch.cat((v[:, :1] + f[:, :1] * state[:, None], v[:, 1:]), 1)
+    else:
+        sequence = prepare_sequence_ids(cu_seqlens, tokens).long()
+        first = (prepare_position_ids(cu_seqlens, tokens) == 0)[:, None]
+        v, same = v + first * f * state[sequence], same & (sequence[:, None] == sequence)
+    total = f.log().cumsum(1)
+    decay = (total[:, :, None] - total[:, None]).masked_fill(~same[..., None], -torch.inf).exp()
+    o = (decay * v[:, None]).sum(2)
+    if cu_seqlens is None:
+        return o.to(dtype), o[:, -1].to(dtype)
     last = o[0, (cu_seqlens[1:].long() - 1).clamp(min=0)]
-    return o, torch.where((cu_seqlens.diff() > 0)[:, None], last, state)
+    return o.to(dtype), torch.where((cu_seqlens.diff() > 0)[:, None], last, state).to(dtype)
 '''
