@@ -38,7 +38,7 @@ def ops_table() -> str:
         forms = ", ".join(f"`{function.__name__}`" for function in spec.forms.values())
         runs = [importlib.util.find_spec(f"fla.backends.{backend}.{spec.family}") is not None for backend in BACKENDS]
         gaps = "; ".join(f"{what}: {why}" for what, why in spec.gaps.items())
-        rows.append(f"| {link} | {forms} | {' | '.join('yes' if r else 'no' for r in runs)} | {gaps} |")
+        rows.append(f"| {link} | {forms} | {' | '.join('yes' if r else 'not yet' for r in runs)} | {gaps} |")
     return "\n".join(rows)
 
 
