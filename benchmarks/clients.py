@@ -24,10 +24,12 @@ from benchmarks._shapes import parse, show, sizes
 from fla.backends import resolve
 from fla.ops._spec import REGISTRY
 from fla.testing import assert_within_budget
+from fla.testing.budget import relative_rms
 
 MODES = ("fwd", "fwdbwd")
 ROUNDS = 5
 CHECKED = 130  # tokens: two chunks and a rest
+SAME = 0.02  # relative error up to which transformers' function computes the same as the op
 CLIENTS = {  # op -> the folder of transformers' models and the name of its function there
     "gated_delta_rule": ("qwen3_next", "torch_chunk_gated_delta_rule"),
     "kda": ("kimi_linear", "chunk_kimi_delta_attention"),
@@ -62,21 +64,24 @@ def both(op: str, backend: str | None) -> dict[str, Callable[..., Any]]:
 
 
 def check(op: str, calls: dict[str, Callable[..., Any]], tensors: dict[str, Tensor], backend: str) -> None:
-    """Compare output and gradients of the first tokens with the recurrence. Raises AssertionError."""
-    part = {name: x[:, :CHECKED] for name, x in tensors.items()}
-    spec, found = REGISTRY[op], {}
-    calls = calls | {"exact": lambda **leaves: spec.reference(**leaves, use_qk_l2norm_in_kernel=True)}
-    do = None
-    for name, call in calls.items():
-        wide = name == "exact"
-        leaves = {key: (x.double() if wide else x).detach().requires_grad_() for key, x in part.items()}
-        o = timing.first_output(call(**leaves))
-        do = timing.noise({"do": list(o.shape)}, torch.float32, o.device.type, 0)["do"] if do is None else do
+    """Compare outputs and gradients of the first tokens with the recurrence: ours within the budget, theirs to see that
+    they compute the same. Raises AssertionError."""
+    part, reference = {name: x[:, :CHECKED] for name, x in tensors.items()}, REGISTRY[op].reference
+    sides = {"exact": torch.float64, "naive": torch.float32, "ours": None, "theirs": None}
+    found = {}
+    for side, dtype in sides.items():
+        leaves = {key: x.to(dtype or x.dtype).detach().requires_grad_() for key, x in part.items()}
+        options = {"use_qk_l2norm_in_kernel": True}
+        o = timing.first_output(reference(**leaves, **options) if dtype else calls[side](**leaves))
+        do = timing.noise({"do": list(o.shape)}, torch.float32, o.device.type, 0)["do"]
         gradients = torch.autograd.grad(o, tuple(leaves.values()), do.to(o.dtype))
-        found[name] = {"o": o.detach()} | {f"d{key}": x for key, x in zip(leaves, gradients, strict=True)}
+        found[side] = {"o": o.detach()} | {f"d{key}": x for key, x in zip(leaves, gradients, strict=True)}
     for name, exact in found["exact"].items():
-        naive, gate = found["theirs"][name], name == "dg"
-        assert_within_budget(name, found["ours"][name], exact, naive, dtype=part["q"].dtype, backend=backend, gate=gate)
+        ours, other, gate = found["ours"][name], found["theirs"][name], name == "dg"
+        naive = found["naive"][name].to(ours.dtype)
+        assert_within_budget(name, ours, exact, naive, dtype=part["q"].dtype, backend=backend, gate=gate)
+        if not relative_rms(other, exact) < SAME:
+            raise AssertionError(f"{name} of transformers is something else: {relative_rms(other, exact):.3g}")
 
 
 def time_op(op: str, a: argparse.Namespace, recorder: Recorder) -> bool:

@@ -81,7 +81,8 @@ def family(name: str, backend: str, op: str | None = None) -> ModuleType:
         _modules[backend, name] = module
     if op is not None and (op, backend) not in _logged and not is_compiling():
         _logged.add((op, backend))
-        logger.info("%s: %s backend", op, backend)
+        alone = not any(computes(other, name) for other in BACKENDS if other != backend)
+        logger.info("%s: %s backend%s", op, backend, f", which alone computes the family {name!r}" if alone else "")
     return module
 
 

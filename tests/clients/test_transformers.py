@@ -1,5 +1,6 @@
 """Models of transformers that ask for `fla` run on ours, and compute what they do without."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -78,9 +79,13 @@ def test_the_checks_that_programs_make(monkeypatch):
     while hasattr(asked, "__wrapped__"):
         asked = asked.__wrapped__
     assert asked()
-    monkeypatch.setattr(import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {})
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
     available, version = import_utils._is_package_available("fla", return_version=True)
     assert available and import_utils.version.parse(version) >= import_utils.version.parse("0.5") and asked()
+
+
+def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_a_program_that_does_not_know_us():

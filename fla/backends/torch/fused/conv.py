@@ -5,7 +5,7 @@ state, or zeros) is put in front of its tokens, which makes them ordinary rows: 
 do not depend on the values in `cu_seqlens`, so that nothing waits for the GPU.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +60,11 @@ class CausalConv1dFunction(torch.autograd.Function):
         return dx, dweight
 
 
-_ABOVE = super(CausalConv1dFunction, CausalConv1dFunction)  # has the `apply` that is not other programs'
+_ABOVE: Any = super(CausalConv1dFunction, CausalConv1dFunction)  # has the `apply` that is not other programs'
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    function = CausalConv1dFunction if is_compiling() else _ABOVE  # a compiler knows the class alone
+    function: Any = CausalConv1dFunction if is_compiling() else _ABOVE  # a compiler knows the class alone
     return function.apply(x, weight)
 
 
