@@ -264,7 +264,7 @@ def _reference(
 
 
 def _inputs(x: dict[str, Tensor]) -> dict[str, Tensor]:
-    return unit_keys(x) | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "gk", "gv")}
+    return unit_keys(x) | {name: F.logsigmoid(x[name]) / 4 for name in ("g", "gk", "gv") if name in x}
 
 
 def _raw(x: dict[str, Tensor]) -> dict[str, Tensor]:
