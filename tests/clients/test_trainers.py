@@ -13,6 +13,7 @@ from fla.modules.l2norm import l2norm, l2norm_fwd
 from fla.ops.cp import FLACPContext, build_cp_context
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.kda import chunk_kda
+from fla.ops.kda.gate import fused_kda_gate
 from tests.clients.calls import CALLS, gradients, leaves_of, same, tensors
 
 pytestmark = pytest.mark.touches("gated_delta_rule", "kda")
@@ -82,6 +83,19 @@ def test_the_class_is_the_one_in_use(function, monkeypatch):
 def test_other_ops_have_functions_of_their_own():
     leaves = leaves_of(tensors("cpu", g=(4, 16)))
     assert chunk_kda(*leaves)[0].grad_fn.name() != "ChunkGatedDeltaRuleFunctionBackward"
+
+
+def test_the_former_gate_by_position():
+    """All six of its arguments, with gradients."""
+    g, A, bias = leaves_of({"g": torch.randn(2, 5, 8) * 3, "A": torch.randn(1, 1, 2, 1), "g_bias": torch.randn(8)})
+    x = 2.0 * (g + bias).unflatten(-1, (2, 4))
+    expected = -A.view(2, 1).exp() * torch.where(x > 1.5, x, torch.log1p(x.exp())) / 2.0
+    with pytest.warns(DeprecationWarning, match="former signature"):
+        found = [fused_kda_gate(g, A, 4, bias, 2.0, 1.5), fused_kda_gate(g, A, 4, g_bias=bias, beta=2.0, threshold=1.5)]
+    exact = gradients([expected], [g, A, bias])
+    for one in found:
+        torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(gradients([one], [g, A, bias]), exact)
 
 
 def test_l2norm_of_small_keys():

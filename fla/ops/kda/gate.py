@@ -43,12 +43,12 @@ def fused_kda_gate(
     dt_bias: Tensor | int | None = None,
     lower_bound: float | Tensor | None = None,
     output_dtype: torch.dtype | float = torch.float32,
+    threshold: float | None = None,
     *,
     A: Tensor | None = None,
     head_k_dim: int | None = None,
     g_bias: Tensor | None = None,
     beta: float | None = None,
-    threshold: float | None = None,
 ) -> Tensor:
     """Log decays `[..., H, K]` in `output_dtype` out of `g` `[..., H, K]`, by the formulas at the top. Differentiable.
 
