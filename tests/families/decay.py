@@ -38,7 +38,7 @@ def check_chunks(case: Case) -> None:
 def check_one_prefix(case: Case, count: int, gate: float | None) -> None:
     """`check_prefix`: bits, but within a rounding where later tokens make a head with a decay per channel far.
 
-    That head is then computed in shorter chunks, all of it (`docs/numerics.md`). 80 nats in 64 tokens make it far.
+    That head is then computed in shorter chunks, all of it (`docs/index.md`). 80 nats in 64 tokens make it far.
     """
     gates = [case.spec.shapes[name].split() for name in case.spec.gates if name not in case.variant.without]
     in_chunks = case.backend == "triton" and case.dtype != torch.float32 and any("K" in shape for shape in gates)

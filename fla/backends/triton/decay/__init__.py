@@ -6,7 +6,7 @@
 | `prepare.py` | what is computed of the gates first, and what a forward keeps for its backward |
 | `segments.py` | what each segment of a sequence adds to the states |
 | `chunk_forward.py` | the chunked forward |
-| `chunk_backward.py`, `far_backward.py`, `gate_gradient.py` | the chunked backward |
+| `chunk_backward.py`, `near_backward.py`, `far_backward.py`, `gate_gradient.py` | the chunked backward |
 | `recurrent_forward.py`, `recurrent_backward.py` | token by token; the forward also decodes |
 
 float32 is computed token by token in both forms, because no dot keeps all of its digits for every gate. So is a forward

@@ -28,7 +28,7 @@ FAR_SCALAR leaves the gradients of the tokens before the first far one to SCALAR
 too.
 
 Far heads are rare. A kernel with a body for each role would take longer to compile than it could save, so that the
-roles differ by choices made at run time. The frame is that of `chunk_backward.py`.
+roles differ by choices made at run time. The frame is that of `near_backward.py`.
 """
 
 import triton
@@ -126,7 +126,8 @@ def far_role(
 ):  # fmt: skip
     """One role for a tile of a segment. `dq_or_dk`: the gradient of the role, unless it is dv's.
 
-    `place` ends with `role`: whether it is dq, whether it is dv, the slice of D, the tile of E. (Where the order of
+    `place` ends with the first far token and `role`: whether it is dq, whether it is dv, the slice of D, the tile of E.
+    (Where the order of
     statements looks arbitrary, it is the one that spills least.)
     """
     C: tl.constexpr = SHORT_CHUNK if KIND == SHORT else CHUNK
