@@ -1,4 +1,4 @@
-"""Launches (`fla.backends.triton._launch`) where Triton interprets: they go its way, and take a shorter one (`quick`)."""
+"""Launches (`fla.backends.triton._launch`) where Triton interprets, and what `quick` makes of its interpreter."""
 
 import sys
 
