@@ -4,14 +4,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fla.layers.gla import GatedLinearAttention
-from fla.models._decoder import (
-    DecoderBlock,
-    DecoderConfig,
-    DecoderForCausalLM,
-    DecoderModel,
-    GatedMLP,
-    register_causal_lm,
-)
+from fla.models._decoder import DecoderBlock, DecoderConfig, DecoderForCausalLM, DecoderModel, register_causal_lm
+from fla.modules.mlp import GatedMLP
 
 
 class GLAConfig(DecoderConfig):

@@ -4,14 +4,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fla.layers.multiscale_retention import MultiScaleRetention
-from fla.models._decoder import (
-    DecoderBlock,
-    DecoderConfig,
-    DecoderForCausalLM,
-    DecoderModel,
-    GatedMLP,
-    register_causal_lm,
-)
+from fla.models._decoder import DecoderBlock, DecoderConfig, DecoderForCausalLM, DecoderModel, register_causal_lm
+from fla.modules.mlp import GatedMLP
 
 
 class RetNetConfig(DecoderConfig):

@@ -15,6 +15,7 @@ from torch import Tensor
 from fla.backends import decay
 from fla.ops._packing import from_host
 from fla.ops._pools import steps_on_pools
+from fla.ops._same import same_as
 from fla.ops._spec import OpSpec, Variant, current_names, register
 from fla.shapes import check_shapes, pool_shapes
 
@@ -113,25 +114,9 @@ def chunk_gla(
     )
 
 
-@current_names
-def fused_chunk_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+@same_as(chunk_gla)
+def fused_chunk_gla(*args, **keywords):
     """`chunk_gla` under another name; both compute the same in the same way."""
-    return chunk_gla(
-        q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, backend=backend
-    )
 
 
 @current_names

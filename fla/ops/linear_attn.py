@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fla.backends import decay
 from fla.ops._pools import steps_on_pools
+from fla.ops._same import same_as
 from fla.ops._spec import OpSpec, Variant, current_names, register
 from fla.shapes import check_shapes, pool_shapes
 
@@ -123,21 +124,9 @@ def chunk_linear_attn(
     )
 
 
-@current_names
-def fused_chunk_linear_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    initial_state: State | None = None,
-    output_final_state: bool = False,
-    normalize: bool = True,
-    cu_seqlens: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, State | None]:
+@same_as(chunk_linear_attn)
+def fused_chunk_linear_attn(*args, **keywords):
     """`chunk_linear_attn` under another name, also with normalize=True by default; both compute the same."""
-    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, backend=backend)
 
 
 @current_names

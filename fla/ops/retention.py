@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fla.backends import decay
 from fla.ops._pools import steps_on_pools
+from fla.ops._same import same_as
 from fla.ops._spec import OpSpec, current_names, register
 from fla.shapes import check_chunk_size, check_shapes, pool_shapes
 
@@ -100,23 +101,9 @@ def chunk_retention(
     )
 
 
-@current_names
-def fused_chunk_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    *,
-    chunk_size: int | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+@same_as(chunk_retention)
+def fused_chunk_retention(*args, **keywords):
     """`chunk_retention` under another name; both compute the same in the same way."""
-    return chunk_retention(
-        q, k, v, scale, initial_state, output_final_state, cu_seqlens, chunk_size=chunk_size, backend=backend
-    )
 
 
 @current_names

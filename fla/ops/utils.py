@@ -26,18 +26,6 @@ from fla.varlen import (
     unpack_sequence,
 )
 
-_INDEX = (
-    "get_max_num_splits",
-    "prepare_chunk_indices",
-    "prepare_chunk_offsets",
-    "prepare_cu_seqlens_from_lens",
-    "prepare_cu_seqlens_from_mask",
-    "prepare_lens",
-    "prepare_lens_from_mask",
-    "prepare_position_ids",
-    "prepare_sequence_ids",
-    "prepare_token_indices",
-)
 __all__ = [
     "addmm",
     "chunk_global_cumsum",
@@ -64,6 +52,7 @@ __all__ = [
     "solve_tril",
     "unpack_sequence",
 ]
+_INDEX = ["get_max_num_splits", *(name for name in __all__ if name.startswith("prepare_"))]
 _LEAKY_SLOPE = 0.01
 
 

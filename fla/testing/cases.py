@@ -44,10 +44,13 @@ class Suite:
     every_way: bool = False  # every way of calling with every variant, where a call is cheap; else these in turn
 
     def tokens_of(self, form: str, tokens: Tokens) -> Tokens:
-        """The number of tokens, or the smaller one that a recurrent form takes in its place."""
-        if self.steps is None or "recurrent" not in form:
+        """`tokens`, or what stands for it in a recurrent form; what is as short already stays."""
+        if self.steps is None or "recurrent" not in form or tokens in self.steps:
             return tokens
-        return self.steps[self.tokens.index(tokens)] if tokens in self.tokens else self.steps[-1]
+        if tokens in self.tokens:
+            return self.steps[self.tokens.index(tokens)]
+        longest = max(step for step in self.steps if isinstance(step, int))
+        return min(tokens, longest) if isinstance(tokens, int) else longest
 
     def shortened(self, case: Case) -> Case:
         """The case with fewer tokens (`Suite.steps`) if its backend computes even the chunk form token by token."""
@@ -191,9 +194,16 @@ def value_cases(spec: OpSpec, suite: Suite) -> list[Case]:
 
 
 def distinct(cases: list[Case], suite: Suite, turn: int) -> list[Case]:
-    """The forms to which a problem is given: all, or one of them in turn if all are computed token by token."""
-    shortened = suite.steps is not None and not suite.exhaustive and cases[0].dtype == torch.float32
-    return [cases[turn % len(cases)]] if shortened else cases
+    """The same problem in several forms: one of them, in turn, where all are computed token by token (`shortened`).
+
+    Where that is so of float32 alone, recurrent forms get every second of the other problems.
+    """
+    if suite.steps is None or suite.exhaustive:
+        return cases
+    if cases[0].dtype == torch.float32:
+        return [cases[turn % len(cases)]]
+    found = [case for case in cases if "recurrent" not in case.form]
+    return cases if turn % 2 or not found else found
 
 
 def _value_case(spec, suite: Suite, form: str, variant: Variant, called: list[str], row: dict, seed: int) -> Case:

@@ -124,14 +124,38 @@ def ways_of_calling(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
 
 
 def _ways_in_turn(spec: OpSpec, suite: Suite) -> list[tuple[str, Case]]:
-    found = []
-    for i, way in enumerate(("pieces", "rows", STRIDES[len(spec.name) % 3], "again", "state_alone", "index_dtypes")):
+    found, strides = [], STRIDES[len(spec.name) % 3]
+    for i, way in enumerate(("pieces", "rows", strides, "again", "state_alone", "index_dtypes")):
+        if way == "rows" and suite.steps is not None:
+            continue  # other cases have one row
         dtype = suite.dtypes[i % len(suite.dtypes)]
         tokens = suite.packed if way == "index_dtypes" else suite.long
         if suite.steps is not None and way in ("again", "state_alone", "index_dtypes"):  # not about chunks
             tokens = suite.tokens_of("recurrent", tokens)
-        cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=2)
-        found += [(way, case) for case in variant_in_turn([x for x in cases if is_possible(way, x)], suite, i)]
+        batch = 2 if way in ("rows", strides) else suite.batch
+        cases = plain_cases(spec, suite, turn=i, tokens=tokens, dtype=dtype, batch=batch)
+        possible = [case for case in cases if is_possible(way, case)]
+        found += [(way, case) for case in forms_in_turn(variant_in_turn(possible, suite, i), suite, i, tokens)]
+    return found
+
+
+def forms_in_turn(cases: list[Case], suite: Suite, turn: int = 0, tokens: Any = None) -> list[Case]:
+    """Of an interpreted suite, where a call is expensive, one form of an op: ops of a family share kernels, and have
+    different ones. An op without such neighbours keeps all its forms.
+
+    A chunk form gets the dtype that the backend computes in chunks, and `tokens` with it.
+    """
+    if suite.steps is None or suite.exhaustive or not cases:
+        return cases
+    spec = cases[0].spec
+    family = [other.name for other in specs(suite) if other.family == spec.family]
+    forms = list(dict.fromkeys(case.form for case in cases))
+    turns = range(len(forms)) if len(family) == 1 else ((family.index(spec.name) + turn) % len(forms),)
+    found = []
+    for case in (case for case in cases if forms.index(case.form) in turns):
+        in_chunks = "recurrent" not in case.form
+        changed = replace(case, dtype=torch.float16, tokens=tokens or case.tokens) if in_chunks else case
+        found.append(enough_heads(changed))
     return found
 
 
@@ -169,6 +193,12 @@ def richest(cases: list[Case]) -> list[Case]:
     return list(found.values())
 
 
+def over_ops(cases: list[Case], suite: Suite) -> list[Case]:
+    """`forms_in_turn` of each op's cases."""
+    names = dict.fromkeys(case.spec.name for case in cases)
+    return [case for name in names for case in forms_in_turn([x for x in cases if x.spec.name == name], suite)]
+
+
 def same_forms(spec: OpSpec, suite: Suite) -> list[Case]:
     """The forms that only call another one, on a batch and on a pack."""
     cases = plain_cases(spec, replace(suite, same=True), scale=0.3)
@@ -182,7 +212,7 @@ def compiled_cases(spec: OpSpec, suite: Suite) -> list[Case]:
     packed = plain_cases(spec, suite, tokens=suite.packed)
     if suite.exhaustive:
         return alternating(plain, packed)
-    return [plain[0], richest(packed)[-1]]
+    return forms_in_turn([plain[0], richest(packed)[-1]], suite)
 
 
 def alternating(first: list[Case], second: list[Case]) -> list[Case]:
@@ -197,9 +227,9 @@ def contract(suite: Suite) -> type:
 
     few = 5 if suite.steps is None else 2
     short = over(lambda spec, suite: plain_cases(spec, suite, tokens=few, dtype=suite.dtypes[0]))
-    short = short if suite.every_way else richest(short)
+    short = short if suite.every_way else over_ops(richest(short), suite)
     all_forms = over(lambda spec, suite: plain_cases(spec, replace(suite, same=True)))
-    wrong = over(lambda spec, suite: bad_calls(plain_cases(spec, suite, dtype=suite.dtypes[0])))
+    wrong = over(lambda spec, suite: bad_calls(forms_in_turn(plain_cases(spec, suite, dtype=suite.dtypes[0]), suite)))
 
     class OpContract:
         @pytest.mark.parametrize("case", over(value_cases), ids=str)

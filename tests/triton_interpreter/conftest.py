@@ -21,6 +21,9 @@ def _interpreting():
         pytest.exit(
             "tests/triton_interpreter needs TRITON_INTERPRET=1 in the environment (make test sets it)", returncode=2
         )
+    from tests.triton_interpreter.quick import hasten  # not before: Triton decides at import
+
+    hasten()
 
 
 def pytest_terminal_summary(terminalreporter):

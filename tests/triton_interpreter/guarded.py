@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla.testing.contract import Case, whole
+from tests.triton_interpreter.quick import hasten
 
 PROT_NONE = 0
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -83,6 +84,7 @@ def main(words: list[str]) -> int:
     if words == ["stray"]:
         _stray_kernel[(1,)](guarded((7,), torch.float32, True), torch.zeros(8))
         return 0
+    hasten()
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         module = importlib.import_module(f"tests.triton_interpreter.{path.stem}")
         if hasattr(module, "guarded_cases"):

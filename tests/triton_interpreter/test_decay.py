@@ -63,9 +63,9 @@ def kernels(monkeypatch) -> set[str]:
 
 
 SEGMENTED = (
-    chunk_cases(1, 16, 16, tokens=300, gates="weak"),
-    chunk_cases(1, 16, 16, tokens=(150, 0, 129, 1)),
-    chunk_cases(1, 16, 16, tokens=(130, 170), gates="mixed"),
+    chunk_cases(1, 16, 16, tokens=150, gates="weak"),
+    chunk_cases(1, 16, 16, tokens=(129, 0, 70, 1)),
+    chunk_cases(1, 16, 16, tokens=(70, 130), gates="mixed"),
 )
 
 
@@ -81,13 +81,13 @@ def joined_cases(H: int, K: int, V: int, **changes):
 
 # several sequences a chunk, ends that are a chunk's, one that fills several chunks, empty ones and single tokens
 JOINED = (
-    joined_cases(1, 16, 16, tokens=(5, 1, 0, 58, 64, 70, 3, 1, 130)),
+    joined_cases(1, 16, 16, tokens=(5, 1, 0, 58, 130, 3, 1)),
     joined_cases(2, 16, 20, tokens=(40, 100, 0, 60), gates="mixed"),
     joined_cases(1, 20, 300, tokens=(30, 1, 40), gates=-5.0),
 )
 JOINED_SEGMENTS = (
-    joined_cases(1, 16, 16, tokens=(200, 10, 1, 1, 30, 70), gates="weak"),
-    joined_cases(1, 16, 16, tokens=(0, 64, 64, 130, 62), gates="mixed"),
+    joined_cases(1, 16, 16, tokens=(130, 10, 1, 1, 30, 28), gates="weak"),
+    joined_cases(1, 16, 16, tokens=(0, 64, 130, 62), gates="mixed"),
 )
 
 
@@ -183,7 +183,7 @@ def test_slices_of_keys_and_values(case):
 
 UNEVEN = [
     [replace(case, gates="uneven") for case in cases if case.gated]
-    for cases in (chunk_cases(2, 16, 16, tokens=200, batch=2), chunk_cases(2, 16, 16, tokens=(100, 0, 70, 30)))
+    for cases in (chunk_cases(2, 16, 16, tokens=130, batch=2), chunk_cases(2, 16, 16, tokens=(70, 0, 66, 30)))
 ]
 
 
