@@ -134,7 +134,7 @@ def chunk_rwkv6(
 
 
 @current_names
-@steps_on_pools("r, k, v, w")
+@steps_on_pools("r, k, v, w", beside="u")
 def fused_recurrent_rwkv6(
     r: Tensor,
     k: Tensor,
