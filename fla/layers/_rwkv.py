@@ -1,5 +1,5 @@
-"""What the layers of RWKV share: the official rules for initial weights, sizes, projections that mix a token with the one
-before or have a low rank, and the base of the channel mixes.
+"""What the layers of RWKV share: the official rules for initial weights, sizes, projections of low rank and of tokens
+that are mixed with the ones before, and the base of the channel mixes.
 
 The rules depend on where a layer stands among `num_hidden_layers`. Values are computed and drawn in float32, whatever
 the dtype of the parameter, and parameters that were loaded from a checkpoint are left as they are.

@@ -105,9 +105,8 @@ class RWKV6Attention(TokenMixer):
         fill_(mixing[0].mu, 1 - position**left)
         fill_(mixing[0].linear.weight, 0.0)
         uniform_(mixing[2].weight, 0.01)
-        rows = {name: 1 - position**left for name in "wk"} | {name: 1 - position ** (left / 2) for name in "rg"}
-        rows["v"] = rows["k"] - 0.3 * deep
-        fill_(self.x_bias, torch.stack([rows[name] for name in _MIXED]))
+        little, much = 1 - position ** (left / 2), 1 - position**left
+        fill_(self.x_bias, torch.stack((little, much, much, much - 0.3 * deep, little)))  # of r, w, k, v, g
         lora: Any = self.w_proj.linear
         n = channels(lora.lora[2].bias)
         ramp = n / max(self.key_dim - 1, 1)
