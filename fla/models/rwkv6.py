@@ -26,7 +26,7 @@ class RWKV6Config(RWKVConfig):
         **RWKVConfig.field_help,
         "proj_low_rank_dim": "Rank of the projections that say how a token is mixed with the one before.",
         "gate_low_rank_dim": "Rank of the projection of decays.",
-        "group_norm_eps": "eps of the mixers' group norms; None: `norm_eps`. The official models have 64e-5.",
+        "group_norm_eps": "Eps of the group norms in mixers; None: `norm_eps`. The official models have 64e-5.",
     }
 
     expand_k: float = 0.5

@@ -201,14 +201,14 @@ def _by_shifting(
     if bounds is not None:
         if not is_compiling():
             check_cu_seqlens(bounds, T)
-        starts = torch.where(bounds.diff() > 0, bounds[:-1], T).long()
+        starts = bounds[:-1].masked_fill(bounds.diff() == 0, T).long()
     first = None
     if initial_state is not None and T > 0:
         first = _read(r, v, initial_state, state_indices, starts, options)
     o, state = recurrence(_next(r, starts), k, v, gk=w, initial_state=initial_state, wide=True, **options)
     scale = r.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    bonus = (r * (u.to(o.dtype) * scale) * k).sum(-1, keepdim=True) * v
-    o = (_previous(o, first, starts) + bonus).to(v.dtype)
+    weight = (r * (u.to(o.dtype) * scale) * k).sum(-1, keepdim=True)  # of a token's own value, the bonus
+    o = torch.addcmul(_previous(o, first, starts), weight, v).to(v.dtype)
     if state_indices is not None:
         skipped = state_indices < 0
         skipped = skipped[:, None] if bounds is None else skipped[prepare_sequence_ids(bounds, T).long()][None]

@@ -103,7 +103,7 @@ def test_number_of_parameters():
     ("fields", "error", "message"),
     [
         ({"fuse_swiglu": False}, ValueError, "fuse_swiglu must be True"),
-        ({"group_norm_eps": "1e-5"}, TypeError, "group_norm_eps must be a float"),
+        ({"group_norm_eps": "1e-5"}, TypeError, "group_norm_eps must be a number"),
         ({"proj_low_rank_dim": 0}, ValueError, "proj_low_rank_dim must be at least 1"),
     ],
 )
