@@ -120,13 +120,15 @@ def recurrent(
     inplace_final_state=False,
     state_indices=None,
     wide=False,
+    called=None,
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
     """The form that goes token by token, for decoding and short inputs.
 
     It takes the options of `chunk` and `gv`. `reverse` runs from the last token to the first. `inplace_final_state` and
-    `state_indices` are for decoding on states that the caller owns (`fla.backends._step`), without `reverse`.
+    `state_indices` are for decoding on states that the caller owns (`fla.backends._step`), without `reverse`. `called`:
+    what the op calls an argument that has another name here, for messages.
     """
     if inplace_final_state or state_indices is not None:
         if reverse:
@@ -139,6 +141,7 @@ def recurrent(
             state_v_first=state_v_first,
             backend=backend,
             op=op,
+            called=called,
         )
     if reverse:
         tensors, initial_state, cu_seqlens = turned_around((q, k, v, g, gk, gv), initial_state, cu_seqlens)

@@ -7,5 +7,6 @@ from fla.layers.gla import GatedLinearAttention
 from fla.layers.kda import KimiDeltaAttention
 from fla.layers.linear_attn import LinearAttention
 from fla.layers.multiscale_retention import MultiScaleRetention
+from fla.layers.rwkv6 import RWKV6Attention
 from fla.layers.rwkv7 import RWKV7Attention
 from fla.layers.simple_gla import SimpleGatedLinearAttention

@@ -1,4 +1,5 @@
-"""What the layers of RWKV share: the official rules for initial weights, sizes, and the base of the channel mixes.
+"""What the layers of RWKV share: the official rules for initial weights, sizes, projections of low rank and of tokens
+that are mixed with the ones before, and the base of the channel mixes.
 
 The rules depend on where a layer stands among `num_hidden_layers`. Values are computed and drawn in float32, whatever
 the dtype of the parameter, and parameters that were loaded from a checkpoint are left as they are.
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from fla.layers._mixer import Call, ChannelMixer, check_positive
 from fla.modules.activations import get_activation
+from fla.modules.token_shift import token_shift
 
+_ACTIVATIONS = {None: nn.Identity, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 _WIDTH_MULTIPLE = 32  # a default `intermediate_size` is rounded up to a multiple of it
 
 
@@ -45,6 +48,12 @@ def orthogonal_(parameter: Tensor, gain: float = 1.0) -> None:
         fill_(parameter, nn.init.orthogonal_(torch.empty_like(parameter, dtype=torch.float32), gain))
 
 
+def uniform_(parameter: Tensor, bound: float) -> None:
+    """Draw a parameter between `-bound` and `bound`, in float32, unless it was loaded from a checkpoint."""
+    if not _is_loaded(parameter):
+        fill_(parameter, torch.empty_like(parameter, dtype=torch.float32).uniform_(-bound, bound))
+
+
 def _is_loaded(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)  # transformers marks what it has loaded
 
@@ -66,6 +75,75 @@ def split_width(hidden_size: int, head_dim: int | None, num_heads: int | None) -
     if num_heads is not None:
         return hidden_size // num_heads, num_heads
     raise ValueError("head_dim or num_heads must be given, got None for both")
+
+
+class LoRA(nn.Module):
+    """A projection of low rank, `W2 activation(W1 x) + b`, `[..., input_dim] -> [..., output_dim]`.
+
+    `lora.0.weight` is W1 `[low_rank_dim, input_dim]`, `lora.2.weight` is W2 `[output_dim, low_rank_dim]`, and
+    `lora.2.bias` is b, which is only there with `bias`.
+
+    Args:
+        activation: "tanh", "sigmoid", "relu" or None.
+
+    Raises ValueError or TypeError, naming the argument.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        low_rank_dim: int,
+        bias: bool | None = True,
+        activation: str | None = "tanh",
+    ) -> None:
+        super().__init__()
+        check_positive(input_dim=input_dim, output_dim=output_dim, low_rank_dim=low_rank_dim)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be 'tanh', 'sigmoid', 'relu' or None, got {activation!r}")
+        self.input_dim, self.output_dim, self.low_rank_dim = input_dim, output_dim, low_rank_dim
+        self.lora = nn.Sequential(
+            nn.Linear(input_dim, low_rank_dim, bias=False),
+            _ACTIVATIONS[activation](),
+            nn.Linear(low_rank_dim, output_dim, bias=bool(bias)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.lora(x)
+
+
+class DDLerpLinear(nn.Module):
+    """A projection `W (x_t + d_t mu)` of a token mixed with the one before by the factors `mu` of the call.
+
+    `linear` is W: a matrix, or with `low_rank_dim` a `LoRA`.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, low_rank_dim: int | None = None) -> None:
+        super().__init__()
+        check_positive(input_dim=input_dim, output_dim=output_dim)
+        self.input_dim, self.output_dim, self.low_rank_dim = input_dim, output_dim, low_rank_dim
+        self.linear: nn.Module
+        if low_rank_dim is None:
+            self.linear = nn.Linear(input_dim, output_dim, bias=False)
+        else:
+            self.linear = LoRA(input_dim, output_dim, low_rank_dim)
+
+    def forward(self, x: Tensor, mu: Tensor, delta: Tensor | None = None) -> Tensor:
+        """`[B, T, input_dim] -> [B, T, output_dim]`; `delta` is d, by default of rows that are a sequence each."""
+        return self.linear(torch.addcmul(x, token_shift(x) if delta is None else delta, mu))
+
+
+class LerpLinear(DDLerpLinear):
+    """`DDLerpLinear` with factors `mu` `[input_dim]` that are a parameter, at first zero."""
+
+    def __init__(self, input_dim: int, output_dim: int, low_rank_dim: int | None = None) -> None:
+        super().__init__(input_dim, output_dim, low_rank_dim)
+        self.mu = nn.Parameter(torch.zeros(input_dim))
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """See `DDLerpLinear`."""
+        return super().forward(x, self.mu, delta)
 
 
 class ChannelMix(ChannelMixer):

@@ -10,3 +10,4 @@ from fla.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetMo
 from fla.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, GatedDeltaNetModel
 from fla.models.kda import KDAConfig, KDAForCausalLM, KDAModel
 from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+from fla.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM, RWKV6Model

@@ -22,18 +22,22 @@ POOLS = """
         with torch.no_grad():
             while serving:     # {inputs} [batch, 1, ...]: one token of every request
                 o, _ = {name}(
-                    {inputs}, initial_state=pool, state_indices=slots_of, inplace_final_state=True
+                    {inputs}{beside}, initial_state=pool, state_indices=slots_of, inplace_final_state=True
                 )
     """
 
 
-def steps_on_pools(inputs: str, state: str = "H, K, V") -> Callable[[Op], Op]:
-    """Decorator that appends this documentation to the docstring of an op. `inputs`: its first arguments, in order."""
+def steps_on_pools(inputs: str, state: str = "H, K, V", beside: str = "") -> Callable[[Op], Op]:
+    """Decorator that appends this documentation to the docstring of an op.
+
+    `inputs`: its first arguments, in order, those of tokens. `beside`: the arguments after them that it needs too.
+    """
 
     def documented(function: Op) -> Op:
         if function.__doc__ is not None:  # python -OO has none
             not_for = ", and with `reverse`" if "reverse" in function.__annotations__ else ""
-            text = POOLS.format(name=function.__name__, inputs=inputs, state=state, not_for=not_for)
+            beside_them = f", {beside}" if beside else ""
+            text = POOLS.format(name=function.__name__, inputs=inputs, state=state, not_for=not_for, beside=beside_them)
             function.__doc__ = function.__doc__.rstrip() + "\n" + text
         return function
 

@@ -108,8 +108,9 @@ def test_operators_are_registered_right(case, in_place, monkeypatch):
         patched.setattr(torch.compiler, "is_compiling", lambda: True)  # the way of `torch.compile`
         served.run(in_place)
     assert seen.calls
+    # in place a composition may read by an operator that writes nothing, before the one that writes
+    assert any(operator._schema.is_mutable for operator, _, _ in seen.calls) == in_place
     for operator, args, keywords in seen.calls:
-        assert operator._schema.is_mutable == in_place
         torch.library.opcheck(operator, args, keywords)
 
 
