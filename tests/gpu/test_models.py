@@ -30,10 +30,10 @@ def test_as_on_the_cpu(model_type, overrides):
     found = gradients(model.to("cuda"), ids.to("cuda"))
     assert found.keys() == exact.keys()
     for name, value in found.items():
+        # the errors of some ten operators add up, so the constant is four times an op's
         gate = any(part in name for part in GATES)
-        assert_within_budget(
-            name, value.cpu(), exact[name], naive[name], dtype=torch.float32, backend="triton", gate=gate
-        )
+        budget = {"dtype": torch.float32, "backend": "triton", "c": 32.0 if gate else 8.0}
+        assert_within_budget(name, value.cpu(), exact[name], naive[name], **budget)
 
 
 @every_case
