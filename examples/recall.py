@@ -18,6 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "recall": {
         "models": ["delta_net", "gated_deltanet", "linear_attn"],
         "hidden_sizes": [32, 64],
-        "steps": 1000,
+        "steps": 1500,
         "batch_size": 64,
         "lr": 3e-3,
+        "weight_decay": 0.1,
     },
     "parity": {
         "models": ["delta_net+allow_neg_eigval", "delta_net"],
@@ -52,6 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 1500,
         "batch_size": 64,
         "lr": 3e-3,
+        "weight_decay": 0.0,  # it would draw beta away from its largest value, which parity of long rows needs
     },
 }
 # the published setting: https://arxiv.org/abs/2411.12537, section 5.1
@@ -142,16 +146,23 @@ def accuracy(model: PreTrainedModel, task: Recall | Parity, args: argparse.Names
 
 
 def train(
-    text: str, hidden_size: int, task: Recall | Parity, args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
+    text: str,
+    hidden_size: int,
+    task: Recall | Parity,
+    args: argparse.Namespace,
+    keep: Callable[[dict[str, Any]], None] = lambda row: None,
+    place: int | None = None,
 ) -> dict[str, Any]:
     """Train one model, until it knows enough or the steps are over. Returns what is recorded of it.
 
-    `keep` gets that after every test.
+    `keep` gets that after every test. `place`: the line of the progress bar.
     """
+    if args.threads:
+        torch.set_num_threads(args.threads)
     model = build(text, task, hidden_size, args)
     tokens = task.tokens if isinstance(task, Recall) else task.tested
-    # no weight decay: it would draw beta away from its largest value, which parity of long rows needs
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    decay = {"weight_decay": args.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True, **decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, args.steps // 20), args.steps)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     row: dict[str, Any] = {"model": text, "hidden_size": hidden_size, "state": state_size(model, tokens), "curve": []}
@@ -159,7 +170,8 @@ def train(
     model.train()
     started = time.perf_counter()
     shape = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
-    with tqdm(total=args.steps, desc=f"{text}, D {hidden_size}", bar_format=shape, dynamic_ncols=True) as bar:
+    look = {"bar_format": shape, "dynamic_ncols": True, "position": place}
+    with tqdm(total=args.steps, desc=f"{text}, D {hidden_size}", **look) as bar:
         for step in range(1, args.steps + 1):
             logits, labels = answers(model, *task.batch(args.batch_size, generator))
             loss = F.cross_entropy(logits, labels)
@@ -264,13 +276,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Recall | Pari
     add("--lr", type=learning_rate, help="highest learning rate (default: by task)")
     add("--seed", type=seed, default=0, help="seed of weights and data (default: 0)")
     add("--device", help="cpu or cuda (default: cuda if there is a GPU)")
-    add("--threads", type=positive, metavar="N", help="threads on a CPU (default: PyTorch's)")
+    add("--threads", type=positive, metavar="N", help="threads of a process on a CPU (default: PyTorch's)")
+    add("--jobs", type=positive, default=1, metavar="N", help="processes, each of which trains a model (default: 1)")
     add("--out", default="runs/recall", metavar="FOLDER", help="folder for the results (default: runs/recall)")
     args = parser.parse_args(argv)
     if args.full and args.task != "parity":
         parser.error("--full is for --task parity")
     for name, value in {"heads": 2, **DEFAULTS[args.task], **(FULL if args.full else {})}.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
@@ -286,16 +299,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return the exit code."""
     try:
         args, task = parse(argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise UserError(f"--out {out} must be a folder for the results: Permission denied")
         widths = args.hidden_sizes if args.task == "recall" else args.hidden_sizes[:1]
         rows: dict[tuple[str, int], dict[str, Any]] = {}
-        for key in itertools.product(args.models, widths):
-            rows[key] = train(*key, task, args, lambda row, key=key: write(rows | {key: row}, task, args, out))
+        keys = list(itertools.product(args.models, widths))
+        if args.jobs == 1:
+            for key in keys:
+                rows[key] = train(*key, task, args, lambda row, key=key: write(rows | {key: row}, task, args, out))
+        else:
+            with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+                runs = [pool.submit(train, *key, task, args, place=i) for i, key in enumerate(keys)]
+                for key, run in zip(keys, runs, strict=True):
+                    rows[key] = run.result()
+                    write(rows, task, args, out)
         print(f"\n{(out / f'{name_of(args)}.txt').read_text()}\npicture: {out / name_of(args)}.png")
         return 0
     except (UserError, ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Write the generated parts of README.md and docs/learning.md, between `<!-- NAME -->` and `<!-- end NAME -->`.
 
-python tools/readme.py                       write the tables of what works, from the registries, and what programs printed
+python tools/readme.py                       write the tables of what works, from the registries, and programs' output
 python tools/readme.py --run runs/demo       the same, with the output and the picture of this run of the demo
 python tools/readme.py --learned runs/recall the same, with the tables and pictures of these runs of examples/recall.py
 python tools/readme.py --check               write nothing; exit code 1 if a page is not current

@@ -75,7 +75,8 @@ def scan(f, v, state, cu_seqlens):
     By pairs of tokens in float64, without a loop, so that a program for every length can be exported.
     """
     dtype, tokens = torch.promote_types(v.dtype, torch.float32), v.shape[1]
-    state = v.new_zeros(v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, v.shape[-1]) if state is None else state
+    if state is None:
+        state = v.new_zeros(v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, v.shape[-1])
     f, v, state = f.double(), v.double(), state.double()
     if tokens == 0:
         return v.to(dtype), state.to(dtype)
