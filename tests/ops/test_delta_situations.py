@@ -87,8 +87,7 @@ def test_a_later_gate_changes_nothing_before_it():
         return [o[:, :21], *(d[:, :21] if d.dim() > 1 else d for d in gradients)]
 
     for one, other in zip(first(x), first(changed), strict=True):
-        scale = one.float().square().mean().sqrt()
-        assert (one.float() - other.float()).square().mean().sqrt() <= 2**-9 * scale  # within one rounding of bfloat16
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("op", OPS)
