@@ -7,7 +7,7 @@ SCALAR = ("chunk_linear_attn", "chunk_retention", "chunk_simple_gla")
 ALL = (*SCALAR, "chunk_gla")
 RECURRENT = tuple(op.replace("chunk", "fused_recurrent") for op in ALL)
 
-PEERS = same_names("linear_attn", "retention", "simple_gla", "gla")
+PEERS = same_names("linear_attn", "retention", "simple_gla", "gla", "rwkv6")
 GOALS: tuple[Goal, ...] = (
     *speed(SCALAR, "B4 T4096 H64 D128", (2.2, 2.6), (2.2, 3), (1.7, 2.5)),
     *speed(SCALAR, "B8 T16384 H32 D128", (2.2, 2.6), (2.2, 3), (1.7, 2.5)),
