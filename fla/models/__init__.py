@@ -10,3 +10,4 @@ from fla.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetMo
 from fla.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, GatedDeltaNetModel
 from fla.models.kda import KDAConfig, KDAForCausalLM, KDAModel
 from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+from fla.models.hgrn2 import HGRN2Config, HGRN2ForCausalLM, HGRN2Model
