@@ -1,4 +1,4 @@
-"""What is special about HGRN2's layer: its weights and their names, the lower bound, sizes that contradict each other."""
+"""What is special about HGRN2's layer: its weights and their names, the lower bound, sizes that do not fit."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from tests.layers.cases import D
 def test_state_dict_and_states():
     layer = HGRN2Attention(hidden_size=D, num_heads=4, expand_ratio=None, use_short_conv=True, layer_idx=0)
     assert "; ".join(f"{k} {','.join(map(str, v.shape))}" for k, v in layer.state_dict().items()) == (
-        "q_proj.weight 32,32; f_proj.weight 32,32; i_proj.weight 32,32; q_conv1d.weight 32,1,4; f_conv1d.weight 32,1,4; "
-        "i_conv1d.weight 32,1,4; g_norm.weight 32; o_proj.weight 32,32"
+        "q_proj.weight 32,32; f_proj.weight 32,32; i_proj.weight 32,32; q_conv1d.weight 32,1,4; "
+        "f_conv1d.weight 32,1,4; i_conv1d.weight 32,1,4; g_norm.weight 32; o_proj.weight 32,32"
     )
     assert {getattr(layer, f"{name}_conv1d").activation for name in "qfi"} == {None}
     cache = Cache()

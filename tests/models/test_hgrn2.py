@@ -34,7 +34,7 @@ def test_sizes():
     assert HGRN2Config().num_heads == 16 and HGRN2Config(expand_ratio=None, num_heads=8).expand_ratio == 256
     with pytest.raises(ValueError, match=r"^expand_ratio \* num_heads must be hidden_size=2048, got 128 \* 4"):
         HGRN2Config(num_heads=4)
-    with pytest.raises(ValueError, match="^expand_ratio or num_heads must be given"):
+    with pytest.raises(ValueError, match=r"^expand_ratio or num_heads must be given"):
         HGRN2Config(expand_ratio=None)
 
 
