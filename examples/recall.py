@@ -96,6 +96,8 @@ def build(text: str, task: Recall | Parity, hidden_size: int, args: argparse.Nam
         "expand_v": 1.0,
         "use_short_conv": True,
     }
+    if "num_heads" in known:  # without heads it is a factor
+        wanted["expand_ratio"] = wanted["head_dim"]
     fields = {key: value for key, value in wanted.items() if key in known}
     if unknown := [key for key in settings if key not in known]:
         raise UserError(f"--models {text}: the config of {name} has no {', '.join(unknown)}")

@@ -102,8 +102,9 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     fields |= {"bos_token_id": None, "eos_token_id": None}  # bytes have no such tokens
     if hasattr(config_class, "use_short_conv"):
         fields["use_short_conv"] = True  # it saves over half a bit per byte at this size
-    if hasattr(config_class, "head_dim"):
-        fields["head_dim"] = max(1, args.hidden_size // args.heads)  # otherwise as wide as in a large model
+    for width in ("head_dim", "expand_ratio"):
+        if hasattr(config_class, width) and hasattr(config_class, "num_heads"):
+            fields[width] = max(1, args.hidden_size // args.heads)  # otherwise heads as wide as in a large model
     torch.manual_seed(args.seed)
     try:
         return AutoModelForCausalLM.from_config(config_class(**fields)).to(device=args.device, dtype=DTYPES[args.dtype])

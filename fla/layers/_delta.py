@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fla.layers._heads import naive_conv
 from fla.layers._mixer import Call, TokenMixer, check_positive
 from fla.modules import FusedRMSNormGated, FusedRMSNormSwishGate, RMSNorm
 
@@ -128,9 +129,7 @@ class DeltaMixer(TokenMixer):
         wide = torch.promote_types(x.dtype, torch.float32)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.use_short_conv:
-            q, k, v = (
-                _naive_conv(y, getattr(self, f"{name}_conv1d")) for y, name in zip((q, k, v), "qkv", strict=True)
-            )
+            q, k, v = (naive_conv(y, getattr(self, f"{name}_conv1d")) for y, name in zip((q, k, v), "qkv", strict=True))
         q, k = (QK_ACTIVATIONS[self.qk_activation](y) for y in (q, k))
         q, k, v = (y.to(wide) for y in self.split_heads(q, k, F.silu(v)))
         group = self.num_v_heads // self.num_heads
@@ -151,15 +150,6 @@ class DeltaMixer(TokenMixer):
     def naive_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The log decay `[B, T, HV, K]` or `[B, T, HV, 1]`, and the write strength `[B, T, HV]`."""
         raise NotImplementedError(f"{type(self).__name__} must define naive_gates()")
-
-
-def _naive_conv(x: Tensor, conv: Any) -> Tensor:
-    """The convolution `conv` of `x` `[B, T, D]`, without its activation."""
-    weight = conv.weight[:, 0]
-    width = weight.shape[1]
-    x = F.pad(x, (0, 0, width - 1, 0))
-    y = torch.stack([(x[:, t : t + width] * weight.T).sum(1) for t in range(x.shape[1] - width + 1)], 1)
-    return y if conv.bias is None else y + conv.bias
 
 
 def _naive_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:

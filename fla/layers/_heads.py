@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers._mixer import Call, TokenMixer, check_positive
@@ -123,6 +125,39 @@ def head_dim(argument: str, factor: float, hidden_size: int, num_heads: int) -> 
             f"got {factor} * {hidden_size} = {width}"
         )
     return width // num_heads
+
+
+def split_width(
+    hidden_size: int, head_dim: int | None, num_heads: int | None, argument: str = "head_dim"
+) -> tuple[int, int]:
+    """The width and the number of heads that are `hidden_size` wide together; one of the two may be given as None.
+
+    Raises ValueError, with `argument` as the name of the width, unless their product is `hidden_size`.
+    """
+    if head_dim is not None and num_heads is not None:
+        if head_dim * num_heads != hidden_size:
+            raise ValueError(
+                f"{argument} * num_heads must be hidden_size={hidden_size}, got {head_dim} * {num_heads}; "
+                "one of the two may be None"
+            )
+        return head_dim, num_heads
+    for name, given in ((argument, head_dim), ("num_heads", num_heads)):
+        if given is not None and hidden_size % given:
+            raise ValueError(f"{name} must divide hidden_size={hidden_size}, got {given}")
+    if head_dim is not None:
+        return head_dim, hidden_size // head_dim
+    if num_heads is not None:
+        return hidden_size // num_heads, num_heads
+    raise ValueError(f"{argument} or num_heads must be given, got None for both")
+
+
+def naive_conv(x: Tensor, conv: Any) -> Tensor:
+    """The convolution `conv` of `x` `[B, T, D]`, token by token and without its activation, for naive layers."""
+    weight = conv.weight[:, 0]
+    width = weight.shape[1]
+    x = F.pad(x, (0, 0, width - 1, 0))
+    y = torch.stack([(x[:, t : t + width] * weight.T).sum(1) for t in range(x.shape[1] - width + 1)], 1)
+    return y if conv.bias is None else y + conv.bias
 
 
 def _rename_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fla.layers._heads import split_width as split_width
 from fla.layers._mixer import Call, ChannelMixer, check_positive
 from fla.modules.activations import get_activation
 from fla.modules.token_shift import token_shift
@@ -56,25 +57,6 @@ def uniform_(parameter: Tensor, bound: float) -> None:
 
 def _is_loaded(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)  # transformers marks what it has loaded
-
-
-def split_width(hidden_size: int, head_dim: int | None, num_heads: int | None) -> tuple[int, int]:
-    """`head_dim` and `num_heads`, of which one may be None. Raises ValueError unless their product is `hidden_size`."""
-    if head_dim is not None and num_heads is not None:
-        if head_dim * num_heads != hidden_size:
-            raise ValueError(
-                f"head_dim * num_heads must be hidden_size={hidden_size}, got {head_dim} * {num_heads}; "
-                "one of the two may be None"
-            )
-        return head_dim, num_heads
-    for name, given in (("head_dim", head_dim), ("num_heads", num_heads)):
-        if given is not None and hidden_size % given:
-            raise ValueError(f"{name} must divide hidden_size={hidden_size}, got {given}")
-    if head_dim is not None:
-        return head_dim, hidden_size // head_dim
-    if num_heads is not None:
-        return hidden_size // num_heads, num_heads
-    raise ValueError("head_dim or num_heads must be given, got None for both")
 
 
 class LoRA(nn.Module):

@@ -11,3 +11,4 @@ from fla.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausa
 from fla.models.kda import KDAConfig, KDAForCausalLM, KDAModel
 from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
 from fla.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM, RWKV6Model
+from fla.models.hgrn2 import HGRN2Config, HGRN2ForCausalLM, HGRN2Model

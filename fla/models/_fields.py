@@ -38,6 +38,7 @@ FIELDS: Mapping[str, str] = {
     "use_output_gate": "Whether a gate multiplies the output of the heads.",
     "use_gate": "Whether a gate multiplies the output of the heads.",
     "allow_neg_eigval": "Whether writes have up to twice their strength, so that they may reverse what a key holds.",
+    "use_lower_bound": "Whether forget gates have lower bounds, learned and higher from layer to layer.",
     "clamp_min": "Lower bound of the log decay; None: none.",
     "use_gk": "Must be True: every key channel has a decay of its own.",
     "use_gv": "Must be False: value channels have no decay.",
