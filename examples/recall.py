@@ -243,7 +243,8 @@ def write(
     """The record, the table and the picture of the runs so far."""
     title, runs = title_of(task, args), list(rows.values())
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    record = {"task": args.task, **vars(task), "args": vars(args), "device": device, "torch": torch.__version__}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
+    record = {"task": args.task, **vars(task), "args": settings, "device": device, "torch": torch.__version__}
     record |= {"fla": fla.__version__, "date": time.strftime("%Y-%m-%d"), "runs": runs}
     (out / f"{name_of(args)}.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / f"{name_of(args)}.txt").write_text(table(runs, title))

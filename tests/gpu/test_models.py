@@ -28,8 +28,8 @@ def test_as_on_the_cpu(model_type, overrides):
     found = gradients(model.to("cuda"), ids.to("cuda"))
     assert found.keys() == exact.keys()
     for name, value in found.items():
-        # the errors of some ten operators add up, so the constant is four times an op's
-        assert_within_budget(name, value.cpu(), exact[name], naive[name], 8.0, torch.float32, backend="triton")
+        # the errors of some ten operators add up, and a GPU rounds otherwise: eight times the constant of one op
+        assert_within_budget(name, value.cpu(), exact[name], naive[name], 16.0, torch.float32, backend="triton")
 
 
 @every_case
