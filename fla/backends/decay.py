@@ -16,6 +16,7 @@ The gradient of a gate below -16 nats is 0. `fla.backends._recurrence` says whic
 import functools
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -120,7 +121,7 @@ def recurrent(
     inplace_final_state=False,
     state_indices=None,
     wide=False,
-    called=None,
+    called=MappingProxyType({}),
     backend=None,
     op=None,
 ) -> tuple[Tensor, Tensor | None]:
