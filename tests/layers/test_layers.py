@@ -222,6 +222,10 @@ def test_no_setting_takes_what_it_cannot_be(cls):
 @pytest.mark.parametrize("cls", EVERY)
 def test_every_layer_runs_as_it_is_by_default(cls):
     layer = cls()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if not parameter.any():  # it begins at zero, where nothing behind it would get a gradient
+                parameter.normal_(std=0.1)
     x = torch.randn(2, 65, layer.hidden_size, requires_grad=True)
     o = layer(x)[0]
     assert o.shape == x.shape and o.isfinite().all()

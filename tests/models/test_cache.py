@@ -286,7 +286,8 @@ def test_truncated_backpropagation(model_type, overrides):
 def test_a_cache_of_another_model_is_refused(model_type):
     """The error names the cache: the user gave no `initial_state`."""
     ids = tokens(2, 5)
-    model, narrower = build(model_type), build(model_type, {"hidden_size": 16})
+    model = build(model_type)
+    narrower = build(model_type, {"head_dim": 4} if hasattr(model.config, "head_dim") else {"hidden_size": 16})
     with pytest.raises(ValueError, match="past_key_values must be of the same model"):
         model(ids, past_key_values=narrower(ids).past_key_values)
     deeper = build(model_type, {"num_hidden_layers": model.config.num_hidden_layers + 1})
