@@ -229,7 +229,7 @@ def test_time_limit_stops_cleanly(tmp_path, capsys):
         (["--op", "glaa"], "--op must be among"),
         (["--op", "gla", "--form", "parallel"], "--form of gla must be among"),
         (["--form", "chunky"], "--form names none"),
-        (["--shapes", "B1 T2"], "--shapes must give B, T, H, K, V of"),
+        (["--op", "gla", "--shapes", "B1 T2"], "--shapes must give B, T, H, K, V of"),
         (["--shapes", "B1 T0 H1 D4"], "--shapes takes targets, peer, seed"),
         (["--shapes", "B1 B2 T1 H1 D4"], "--shapes must name an axis once"),
         (["--peer", "nowhere"], "--peer must be a folder"),
