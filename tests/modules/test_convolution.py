@@ -1,5 +1,6 @@
 """Short convolution and token shift with state: packed = separate, pieces = whole, and what is written to."""
 
+import importlib
 import itertools
 
 import pytest
@@ -325,3 +326,15 @@ BAD = [
 def test_errors_name_the_argument(call, error, word):
     with pytest.raises(error, match=word):
         call(ShortConvolution(D, W), torch.randn(2, 3, D))
+
+
+def test_exports_beside_the_names_of_other_programs():
+    """`fla.modules.conv` gives the autograd function another `apply`, which must not be called from within itself."""
+    importlib.import_module("fla.modules.conv")
+    layer, T = ShortConvolution(8, 4, activation="silu"), torch.export.Dim("T", min=8, max=64)
+    with torch.no_grad():
+        x = torch.randn(2, 20, 8)
+        exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {1: T}}).module()
+        for tokens in (9, 33):
+            x = torch.randn(2, tokens, 8)
+            torch.testing.assert_close(exported(x), layer(x))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fla.backends.torch.fused._common import creating_graph, gradients_with_graph, wide_dtype
 from fla.varlen import prepare_sequence_ids
@@ -64,7 +64,8 @@ _ABOVE: Any = super(CausalConv1dFunction, CausalConv1dFunction)  # has the `appl
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    function: Any = CausalConv1dFunction if is_compiling() else _ABOVE  # a compiler knows the class alone
+    # Dynamo knows the class alone; `torch.export`, which runs this code, would get the other programs' `apply`
+    function: Any = CausalConv1dFunction if is_dynamo_compiling() else _ABOVE
     return function.apply(x, weight)
 
 
