@@ -37,6 +37,6 @@ class LowerBoundModel(DecoderModel):
         if self.lower_bounds is None:
             return [None] * len(self.layers)
         weights = self.lower_bounds.to(torch.promote_types(self.lower_bounds.dtype, torch.float32)).softmax(0)
-        # The first bound is 0 as a product, so that the parameter has a gradient in a model of one layer too. The paper's
-        # difference of two sums would lose the other layers' gradients beside that of the first.
+        # The first bound is 0 as a product, so that the parameter has a gradient in a model of one layer too. The
+        # difference of two sums would lose the gradients of other layers beside that of the first.
         return torch.cat((0 * weights[:1], weights[1:].cumsum(0))).unbind()
