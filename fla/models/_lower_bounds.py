@@ -33,8 +33,10 @@ class LowerBoundModel(DecoderModel):
             init.zeros_(self.lower_bounds)
 
     def layer_inputs(self) -> Sequence[Tensor | None]:
-        """Every layer's bound; none for the first one."""
+        """Every layer's bound, or None for every layer."""
         if self.lower_bounds is None:
-            return super().layer_inputs()  # type: ignore[return-value]
+            return [None] * len(self.layers)
         weights = self.lower_bounds.to(torch.promote_types(self.lower_bounds.dtype, torch.float32)).softmax(0)
-        return (None, *weights[1:].cumsum(0).unbind())
+        # The first bound is 0 as a product, so that the parameter has a gradient in a model of one layer too. The
+        # difference of two sums would lose the gradients of other layers beside that of the first.
+        return torch.cat((0 * weights[:1], weights[1:].cumsum(0))).unbind()

@@ -9,19 +9,17 @@ from .tiny import build, tiny_config
 
 
 def test_lower_bounds():
-    """They are 0 at first, so that every layer's bound is higher by 1 / layers; the first layer has none."""
+    """They are 0 at first, so that every layer's bound is higher by 1 / layers; the first one's is always 0."""
     model = HGRN2ForCausalLM(tiny_config("hgrn2", num_hidden_layers=4)).model
     assert model.lower_bounds.shape == (4, 32) and not model.lower_bounds.any()
-    first, *others = model.layer_inputs()
-    assert first is None
-    for i, bound in enumerate(others, 1):
+    for i, bound in enumerate(model.layer_inputs()):
         torch.testing.assert_close(bound, torch.full((32,), i / 4))
     model = build("hgrn2").model
     weights = model.lower_bounds.double().softmax(0)
     expected = weights.cumsum(0) - weights[0]
-    for bound, row in zip(model.layer_inputs()[1:], expected[1:], strict=True):
+    for bound, row in zip(model.layer_inputs(), expected, strict=True):
         torch.testing.assert_close(bound.double(), row, rtol=0, atol=1e-6)
-    assert all(bound.dtype == torch.float32 for bound in model.bfloat16().layer_inputs()[1:])
+    assert all(bound.dtype == torch.float32 for bound in model.bfloat16().layer_inputs())
 
 
 def test_without_lower_bounds():
