@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fla.layers._initial import is_loaded
+
 # The logarithm of a rate that is exactly 0 would be -inf.
 LOWEST_RATE = 1e-4
 LOWEST_STEP, STEPS = 1e-4, (0.001, 0.1)
@@ -43,7 +45,7 @@ class LearnedDecay(nn.Module):
     def reset_parameters(self) -> None:
         """Draw both parameters. What transformers loaded from a checkpoint, and has marked so, stays as it is."""
         for parameter, draw in ((self.A_log, self._log_rates), (self.dt_bias, _step_biases)):
-            if not getattr(parameter, "_is_hf_initialized", False):
+            if not is_loaded(parameter):
                 # in float32 whatever the dtype of the parameter: rounded, a small rate may be 0 and its logarithm -inf
                 uniform = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device).uniform_()
                 parameter.copy_(draw(uniform))

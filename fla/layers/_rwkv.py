@@ -1,8 +1,8 @@
-"""What the layers of RWKV share: the official rules for initial weights, sizes, projections of low rank and of tokens
-that are mixed with the ones before, and the base of the channel mixes.
+"""What the layers of RWKV share: what their initial weights depend on, projections of low rank and of tokens that are
+mixed with the ones before, and the base of the channel mixes.
 
-The rules depend on where a layer stands among `num_hidden_layers`. Values are computed and drawn in float32, whatever
-the dtype of the parameter, and parameters that were loaded from a checkpoint are left as they are.
+The official rules for initial weights (`_initial.py` sets them) depend on where a layer stands among
+`num_hidden_layers`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla.layers._heads import split_width as split_width
 from fla.layers._mixer import Call, ChannelMixer, check_positive
 from fla.modules.activations import get_activation
 from fla.modules.token_shift import token_shift
@@ -34,29 +33,6 @@ def depth(layer_idx: int | None, num_hidden_layers: int | None) -> tuple[float, 
 def channels(parameter: Tensor) -> Tensor:
     """The number of every channel of the last axis, 0, 1, 2, ..., in float32."""
     return torch.arange(parameter.shape[-1], dtype=torch.float32, device=parameter.device)
-
-
-def fill_(parameter: Tensor, values: Tensor | float) -> None:
-    """Set a parameter to `values`, unless it was loaded from a checkpoint."""
-    if not _is_loaded(parameter):
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-
-def orthogonal_(parameter: Tensor, gain: float = 1.0) -> None:
-    """Set a matrix to an orthogonal one times `gain`, drawn in float32, unless it was loaded from a checkpoint."""
-    if not _is_loaded(parameter):
-        fill_(parameter, nn.init.orthogonal_(torch.empty_like(parameter, dtype=torch.float32), gain))
-
-
-def uniform_(parameter: Tensor, bound: float) -> None:
-    """Draw a parameter between `-bound` and `bound`, in float32, unless it was loaded from a checkpoint."""
-    if not _is_loaded(parameter):
-        fill_(parameter, torch.empty_like(parameter, dtype=torch.float32).uniform_(-bound, bound))
-
-
-def _is_loaded(parameter: Tensor) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)  # transformers marks what it has loaded
 
 
 class LoRA(nn.Module):

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla.layers._heads import head_dim
+from fla.layers._initial import fill_, orthogonal_, uniform_
 from fla.layers._mixer import Call, TokenMixer, check_positive, draw_weights
-from fla.layers._rwkv import ChannelMix, DDLerpLinear, LerpLinear, channels, depth, fill_, orthogonal_, uniform_
+from fla.layers._rwkv import ChannelMix, DDLerpLinear, LerpLinear, channels, depth
 from fla.layers._rwkv import LoRA as LoRA  # its place for other programs
 from fla.modules import GroupNorm
 from fla.modules.activations import get_activation

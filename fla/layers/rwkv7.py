@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fla.layers._heads import split_width
+from fla.layers._initial import fill_, orthogonal_
 from fla.layers._mixer import Call, TokenMixer, draw_weights
-from fla.layers._rwkv import ChannelMix, LoRA, channels, depth, fill_, orthogonal_, split_width
+from fla.layers._rwkv import ChannelMix, LoRA, channels, depth
 from fla.modules import GroupNorm
 from fla.modules.l2norm import l2norm
 from fla.ops import chunk_rwkv7, fused_recurrent_rwkv7

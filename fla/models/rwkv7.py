@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fla.layers._rwkv import split_width
+from fla.layers._heads import split_width
 from fla.layers.rwkv7 import RWKV7Attention, RWKV7ChannelMix
 from fla.models._decoder import register_causal_lm
 from fla.models._rwkv import RWKVBlock, RWKVConfig, RWKVForCausalLM, RWKVModel

@@ -16,12 +16,11 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fla.backends import delta
 from fla.backends.fused import l2norm_bwd, l2norm_fwd
-from fla.ops._delta import check_options
+from fla.ops._delta import check_options, naive_gate, packing
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.utils import _chunked, solve_tril
 
@@ -63,6 +62,7 @@ def chunk_gated_delta_rule_fwd(
             `L_ij = beta_i (k_i . k_j) exp(g_{j+1} + ... + g_i)` for j < i.
         raw gate: `g` as it was given, with `use_gate_in_kernel`; else None.
     """
+    cu_seqlens = packing(cu_seqlens, None, q, cu_seqlens_cpu)
     o, final_state = chunk_gated_delta_rule(
         q,
         k,
@@ -74,17 +74,13 @@ def chunk_gated_delta_rule_fwd(
         output_final_state,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
         cp_context=cp_context,
         use_gate_in_kernel=use_gate_in_kernel,
         A_log=A_log,
         dt_bias=dt_bias,
     )
-    raw, g = g if use_gate_in_kernel else None, g.to(torch.promote_types(g.dtype, torch.float32))
-    if use_gate_in_kernel:
-        assert A_log is not None
-        g = -A_log.to(g.dtype).exp() * F.softplus(g if dt_bias is None else g + dt_bias.to(g.dtype))
-    cu_seqlens = cu_seqlens_cpu.to(q.device) if cu_seqlens is None and cu_seqlens_cpu is not None else cu_seqlens
+    raw = g if use_gate_in_kernel else None
+    g = naive_gate(g, A_log, dt_bias) if use_gate_in_kernel else g.to(torch.promote_types(g.dtype, torch.float32))
     return g, o, _inverses(k, g, beta, cu_seqlens), final_state, initial_state, raw
 
 
@@ -115,8 +111,7 @@ def chunk_gated_delta_rule_bwd(
     gate, and `dg` its gradient. `A` and `chunk_indices` have no effect: both follow from other arguments.
     """
     check_options(False, False, beta, cp_context)
-    if cu_seqlens is None and cu_seqlens_cpu is not None:
-        cu_seqlens = cu_seqlens_cpu.to(q.device)
+    cu_seqlens = packing(cu_seqlens, None, q, cu_seqlens_cpu)
     if not use_gate_in_kernel:
         A_log, dt_bias = None, None
     elif g_input is None or A_log is None:
